@@ -16,7 +16,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.workers import RankFailed, run_ranks, start_ranks
+from tests.workers import RankFailed, kill_forgotten, run_ranks, start_ranks
+
+calls: list[None] = []
 
 
 def all_reduce(offset: int) -> tuple[int, int, float]:
@@ -57,17 +59,16 @@ def server_threads() -> int:
     return len(os.listdir(f"/proc/{os.getppid()}/task"))
 
 
-def leave_state() -> int:
-    state = sys.modules[__name__].__dict__
-    state["calls"] = state.get("calls", 0) + 1
-    return state["calls"]
+def count_calls() -> int:
+    calls.append(None)
+    return len(calls)
 
 
 def return_lambda() -> object:
     return lambda: None
 
 
-def identity(value: object) -> object:
+def identity(value: torch.Tensor) -> torch.Tensor:
     return value
 
 
@@ -153,6 +154,14 @@ def test_no_process_outlives_its_call() -> None:
             os.kill(pid, 0)
 
 
+def test_forgotten_ranks_are_found_and_killed() -> None:
+    ranks = start_ranks(sleep_on, 1, 0)
+    assert kill_forgotten() == 1
+    assert kill_forgotten() == 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(ranks.pids[0], 0)
+
+
 def test_ranks_end_with_the_test_process(tmp_path: Path) -> None:
     script = (
         "import os, tests.workers\n"
@@ -189,8 +198,8 @@ def test_surroundings_are_those_of_a_launched_rank(
 
 
 def test_calls_share_no_state() -> None:
-    assert run_ranks(leave_state, 1) == [1]
-    assert run_ranks(leave_state, 1) == [1]
+    assert run_ranks(count_calls, 1) == [1]
+    assert run_ranks(count_calls, 1) == [1]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="ranks are forked, and /proc exists, on Linux")

@@ -18,23 +18,21 @@ a launcher's agent does), the variables of a torchrun launch are set (``RANK``, 
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import multiprocessing
 import os
 import pickle
 import signal
 import sys
 import tempfile
-import threading
 import time
-import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from typing import Any, Literal, TypeVar
+
+from tests.rank_process import ONE_THREAD, Job, rank_main
 
 T = TypeVar("T")
 
@@ -50,12 +48,12 @@ _PRELOAD = [
     "lightning.pytorch",
     "accelerate",
 ]
-_ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-_LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 STARTUP_SECONDS = 100.0  # the server's imports on a busy machine; not part of a call's timeout
 GRACE_SECONDS = 10.0  # for the other ranks after one has failed, and for a rank's own exit
 _DUMP_SECONDS = 5.0
+
+_running: set[Ranks] = set()
 
 Status = Literal["returned", "raised", "died", "hung"]
 
@@ -114,9 +112,10 @@ class Ranks:
         self._processes: list[multiprocessing.process.BaseProcess] = []
         self._outcomes: dict[int, Outcome] = {}
         self.failed: list[int] = []  # in the order of time
+        _running.add(self)
         try:
             for rank in range(world_size):
-                job = _Job(rank, world_size, self._store.port, backend, self._log(rank), payload)
+                job = Job(rank, world_size, self._store.port, backend, self._log(rank), payload)
                 self._start(job)
             self._await_joined()
         except BaseException:
@@ -159,6 +158,7 @@ class Ranks:
             link.close()
         self._logs.cleanup()
         self.stop_store()
+        _running.discard(self)
 
     def __enter__(self) -> Ranks:
         return self
@@ -173,12 +173,12 @@ class Ranks:
         path = Path(self._log(rank))
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def _start(self, job: _Job) -> None:
+    def _start(self, job: Job) -> None:
         link, far_end = multiprocessing.Pipe()
         process = _context().Process(
-            target=_rank_main, args=(job, far_end, dict(os.environ)), name=f"rank {job.rank}"
+            target=rank_main, args=(job, far_end, dict(os.environ)), name=f"rank {job.rank}"
         )
-        with _environment(_ONE_THREAD):  # the server's libraries size their thread pools by it
+        with _environment(ONE_THREAD):  # the server's libraries size their thread pools by it
             process.start()
         far_end.close()  # so that the rank's death is an end of file here
         self._links.append(link)
@@ -274,10 +274,19 @@ def run_ranks(
     return [outcome.value for outcome in outcomes]
 
 
+def kill_forgotten() -> int:
+    """Kill all ranks which nobody waited for; their number of calls."""
+    forgotten = list(_running)
+    for ranks in forgotten:
+        ranks.kill()
+    return len(forgotten)
+
+
 def _context() -> ForkServerContext | SpawnContext:
-    context = multiprocessing.get_context(_START_METHOD)
-    if isinstance(context, ForkServerContext):
-        context.set_forkserver_preload(_PRELOAD)
+    if sys.platform != "linux":  # forking is unsafe there: each rank imports torch anew
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
     return context
 
 
@@ -290,104 +299,3 @@ def _environment(changes: dict[str, str]) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
-
-
-# ---- in the rank's process ----------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Job:
-    rank: int
-    world_size: int
-    port: int
-    backend: str
-    log: str
-    payload: bytes
-
-
-def _rank_main(job: _Job, link: Connection, environ: dict[str, str]) -> None:
-    """A rank's life: join the group, run, report, stay until all are done, leave."""
-    _isolate(job.log)
-    _set_environment(job, environ)
-    report = _run(job, link)
-    link.send_bytes(report)
-    if pickle.loads(report)["status"] == "returned":
-        # Leaving at once would close connections on which peers still receive.
-        link.recv_bytes()
-    _leave_group()
-
-
-def _isolate(log: str) -> None:
-    os.setsid()
-    threading.Thread(target=_end_with_parent, name="end with parent", daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.close(file)
-    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115 - lives as long as the rank
-    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-    faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
-    # What our own code causes is an error, as in the test process; what torch does inside is not.
-    warnings.resetwarnings()
-    warnings.filterwarnings("error", module=r"(zero_ckpt|tests)(\.|$)")
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os.killpg(0, signal.SIGKILL)
-
-
-def _set_environment(job: _Job, environ: dict[str, str]) -> None:
-    os.environ.clear()
-    os.environ.update(environ, **_ONE_THREAD)
-    os.environ.update(
-        RANK=str(job.rank),
-        LOCAL_RANK=str(job.rank),
-        WORLD_SIZE=str(job.world_size),
-        LOCAL_WORLD_SIZE=str(job.world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(job.port),
-        GLOO_SOCKET_IFNAME=_LOOPBACK,
-    )
-    # Lightning reads its rank when it is imported, which the server did before there was one.
-    rank_zero = sys.modules.get("lightning_utilities.core.rank_zero")
-    if rank_zero is not None:
-        rank_zero.rank_zero_only.rank = job.rank
-
-
-def _run(job: _Job, link: Connection) -> bytes:
-    try:
-        try:
-            _join_group(job)
-        finally:
-            link.send_bytes(b"joined")
-        fn, args = pickle.loads(job.payload)
-        return pickle.dumps({"status": "returned", "value": fn(*args)})
-    except BaseException as error:
-        kind = f"{type(error).__module__}.{type(error).__qualname__}"
-        text = "".join(traceback.format_exception(error))
-        return pickle.dumps({"status": "raised", "error_type": kind, "error": text})
-
-
-def _join_group(job: _Job) -> None:
-    import numpy as np
-    import torch
-    import torch.distributed as dist
-
-    np.random.seed()  # forked ranks would otherwise share the server's state
-    torch.set_num_threads(1)
-    store = dist.TCPStore("127.0.0.1", job.port, is_master=False)
-    dist.init_process_group(job.backend, store=store, rank=job.rank, world_size=job.world_size)
-
-
-def _leave_group() -> None:
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        dist.destroy_process_group()

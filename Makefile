@@ -1,0 +1,59 @@
+# Every target works from a bare clone: it needs Python 3.10 or newer, git and make, and sets up
+# everything else in .venv.
+
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.10 python3; do \
+	command -v $$python > /dev/null && \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 10))' && echo $$python && break; done)
+# The tests need no GPU: the CPU build saves a download of gigabytes. A torch of this version that
+# is already in .venv stays, whatever its build.
+TORCH_VERSION := 2.13.0
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+BIN := .venv/bin
+READY := .venv/.ready
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+CHECKED := $(wildcard src tests examples benchmarks)
+
+.DEFAULT_GOAL := help
+.PHONY: help install test test-fast lint types format demo bench clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+
+install: $(READY) ## set up .venv
+
+$(READY): pyproject.toml Makefile
+	@test -n "$(PYTHON)" || { echo "Python 3.10 or newer is needed"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -c 'from importlib.metadata import version as v; \
+		assert v("torch").startswith("$(TORCH_VERSION)")' 2> /dev/null \
+	|| $(PIP) install "torch==$(TORCH_VERSION)+cpu" 2> /dev/null \
+	|| $(PIP) install --extra-index-url $(TORCH_INDEX) "torch==$(TORCH_VERSION)"
+	$(PIP) install "torch==$(TORCH_VERSION)" --editable '.[dev]'
+	touch $@
+
+test: lint types ## format, lint, types and all tests
+	$(BIN)/python -m pytest
+
+test-fast: $(READY) ## the tests that take less than 10 seconds each
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(READY)
+	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/ruff check $(CHECKED)
+
+types: $(READY)
+	$(BIN)/mypy
+
+format: $(READY) ## rewrite the code in the project's format
+	$(BIN)/ruff check --fix $(CHECKED)
+	$(BIN)/ruff format $(CHECKED)
+
+demo: $(READY) ## train, kill, resume elsewhere, export: under 3 minutes
+	$(BIN)/python examples/lightning/demo.py
+
+bench: $(READY) ## measure against raw disk and torch's own checkpoints
+	$(BIN)/python -m benchmarks
+
+clean: ## remove what the targets made, .venv included
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
