@@ -1,0 +1,42 @@
+"""ZeRO-sharded training checkpoints for Lightning, Accelerate and plain PyTorch.
+
+Importing this package imports neither torch nor a framework: names are resolved on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zero_ckpt.checkpointer import Checkpointer, load_checkpoint, save_checkpoint
+    from zero_ckpt.fp32 import export_fp32, get_fp32_state_dict_from_zero_checkpoint
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Checkpointer": "zero_ckpt.checkpointer",
+    "export_fp32": "zero_ckpt.fp32",
+    "get_fp32_state_dict_from_zero_checkpoint": "zero_ckpt.fp32",
+    "load_checkpoint": "zero_ckpt.checkpointer",
+    "save_checkpoint": "zero_ckpt.checkpointer",
+}
+
+__all__ = [
+    "Checkpointer",
+    "__version__",
+    "export_fp32",
+    "get_fp32_state_dict_from_zero_checkpoint",
+    "load_checkpoint",
+    "save_checkpoint",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'zero_ckpt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,143 @@
+"""Live tensors in plain terms: dtype names, layouts, local boxes and raw bytes of torch tensors and DTensors.
+
+The only module of the core that looks inside a DTensor. It copies no tensor and sends no message.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
+
+from zero_ckpt.core.chunks import Box, full_box
+from zero_ckpt.core.layout import Layout, Mesh, local_box
+from zero_ckpt.errors import StateMismatchError
+
+__all__ = ["DTYPE_NAMES", "TORCH_DTYPES", "layout_of", "live_box", "local_tensor", "mesh_of"]
+
+DTYPE_NAMES: dict[torch.dtype, str] = {
+    getattr(torch, attribute): name
+    for attribute, name in {
+        "float64": "F64",
+        "float32": "F32",
+        "float16": "F16",
+        "bfloat16": "BF16",
+        "int64": "I64",
+        "int32": "I32",
+        "int16": "I16",
+        "int8": "I8",
+        "uint64": "U64",
+        "uint32": "U32",
+        "uint16": "U16",
+        "uint8": "U8",
+        "bool": "BOOL",
+        "complex64": "C64",
+        "complex128": "C128",
+        "complex32": "C32",
+        "float8_e4m3fn": "F8_E4M3",
+        "float8_e5m2": "F8_E5M2",
+        "float8_e4m3fnuz": "F8_E4M3FNUZ",
+        "float8_e5m2fnuz": "F8_E5M2FNUZ",
+        "float8_e8m0fnu": "F8_E8M0",
+        "float4_e2m1fn_x2": "F4_E2M1X2",
+    }.items()
+    if hasattr(torch, attribute)
+}
+"""torch dtype -> the name that checkpoints use. Types that this torch lacks are absent."""
+
+TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+_meshes: dict[int, tuple[Any, Mesh]] = {}
+
+
+def mesh_of(device_mesh: Any) -> Mesh:
+    """The `Mesh` of a torch `DeviceMesh`, computed once for each."""
+    known = _meshes.get(id(device_mesh))
+    if known is None or known[0] is not device_mesh:
+        tensor = device_mesh.mesh
+        mesh = Mesh(tuple(tensor.shape), tuple(tensor.flatten().tolist()))
+        known = _meshes[id(device_mesh)] = (device_mesh, mesh)
+    return known[1]
+
+
+@lru_cache(maxsize=65536)
+def _plain_layout(dtype: str, shape: tuple[int, ...], whole: bool) -> Layout:
+    return Layout(dtype, shape, whole=whole)
+
+
+@lru_cache(maxsize=65536)
+def _mesh_layout(
+    dtype: str, shape: tuple[int, ...], mesh: Mesh, placements: tuple[Placement, ...], whole: bool
+) -> Layout:
+    return Layout(dtype, shape, mesh, tuple(_placement_name(p) for p in placements), whole)
+
+
+def _placement_name(placement: Placement) -> str:
+    if isinstance(placement, Replicate):
+        return "R"
+    # A strided shard is not a Shard to `isinstance` in every torch version; it always has a dimension to split.
+    if hasattr(placement, "split_factor"):
+        return f"T{placement.dim}"
+    if isinstance(placement, Shard):
+        return f"S{placement.dim}"
+    raise TypeError(f"placement {placement}")
+
+
+def layout_of(key: str, tensor: torch.Tensor, whole: bool = False) -> Layout:
+    """How `tensor` lies on the ranks. Raises `StateMismatchError` when that cannot be stored, naming `key`."""
+    dtype = DTYPE_NAMES.get(tensor.dtype)
+    if dtype is None:
+        raise StateMismatchError(f"tensor '{key}' has dtype {tensor.dtype}, which cannot be stored")
+    if tensor.layout != torch.strided:
+        raise StateMismatchError(f"tensor '{key}' is {tensor.layout}; only dense tensors can be stored")
+    if tensor.is_meta:
+        raise StateMismatchError(f"tensor '{key}' is on the meta device: it has no values to store")
+    shape = tuple(tensor.shape)
+    if not isinstance(tensor, DTensor):
+        return _plain_layout(dtype, shape, whole)
+    try:
+        return _mesh_layout(dtype, shape, mesh_of(tensor.device_mesh), tensor.placements, whole)
+    except TypeError as error:
+        raise StateMismatchError(
+            f"tensor '{key}' is a DTensor with {error}: reduce it (full_tensor() or redistribute) before saving"
+        ) from error
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part, sharing memory; the tensor itself when it is no DTensor."""
+    if isinstance(tensor, DTensor):
+        with torch.no_grad():
+            return tensor.to_local()
+    return tensor.detach()
+
+
+@lru_cache(maxsize=65536)
+def _box_at(layout: Layout, rank: int) -> Box | None:
+    mesh = layout.mesh
+    if mesh is None:
+        return full_box(layout.shape)
+    for owner, coordinate in mesh.coordinates():
+        if owner == rank:
+            return local_box(layout.shape, mesh.shape, layout.placements, coordinate)
+    return None
+
+
+def live_box(key: str, tensor: torch.Tensor, layout: Layout, rank: int) -> Box | None:
+    """The box of the global tensor that this rank's part is; None for a rank outside of the mesh.
+
+    Raises `StateMismatchError` when the local part has another shape than the mesh and placements imply.
+    """
+    box = _box_at(layout, rank)
+    if layout.mesh is None or box is None:
+        return box
+    local = tuple(local_tensor(tensor).shape)
+    if local != box.shape and box.numel:
+        raise StateMismatchError(
+            f"tensor '{key}': rank {rank} holds a local part of shape {list(local)}, but global shape "
+            f"{list(layout.shape)} with placements {list(layout.placements)} implies {list(box.shape)}. "
+            "Was it built with DTensor.from_local from uneven shards? Give it the true global shape and stride."
+        )
+    return box

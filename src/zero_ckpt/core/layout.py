@@ -1,0 +1,145 @@
+"""Layouts: how one tensor lies on the ranks of a job, and the table of all of a rank's tensors. Pure.
+
+A `Layout` is what DTensor calls mesh and placements, in plain integers and strings, so that any rank can compute what
+every other rank holds. Placements, one per mesh dimension:
+
+    "R"      replicated
+    "S<d>"   split along tensor dimension d into pieces of ceil(n / parts), as `torch.chunk` does
+    "T<d>"   split along d, after the mesh dimensions to its right have split d (DTensor's strided shard: FSDP over
+             tensor parallelism)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import product
+from math import prod
+from typing import Any
+
+import xxhash
+
+from zero_ckpt.core.chunks import Box, split_evenly
+from zero_ckpt.core.dtypes import itemsize
+from zero_ckpt.errors import StateMismatchError
+
+__all__ = ["ROLES", "Layout", "Mesh", "Table", "local_box"]
+
+ROLES = ("model", "optim", "state")
+"""What a shard file may hold: parameters and buffers; optimizer state; objects."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mesh:
+    """Global ranks in row-major order over `shape`."""
+
+    shape: tuple[int, ...]
+    ranks: tuple[int, ...]
+
+    def coordinates(self) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """(rank, coordinate) of every position, row-major."""
+        return zip(self.ranks, product(*(range(n) for n in self.shape)), strict=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """dtype name, global shape, and where the elements are.
+
+    `mesh` None: every rank that has the tensor has all of it. `whole`: never split among replicas, because replicas
+    may differ (buffers, objects): the lowest rank's value counts.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    mesh: Mesh | None = None
+    placements: tuple[str, ...] = ()
+    whole: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * itemsize(self.dtype)
+
+    def to_json(self) -> dict[str, Any]:
+        mesh = self.mesh and [list(self.mesh.shape), list(self.mesh.ranks)]
+        return {
+            "dtype": self.dtype,
+            "shape": list(self.shape),
+            "mesh": mesh,
+            "placements": list(self.placements),
+            "whole": self.whole,
+        }
+
+    @classmethod
+    def from_json(cls, record: dict[str, Any]) -> Layout:
+        mesh = record["mesh"] and Mesh(tuple(record["mesh"][0]), tuple(record["mesh"][1]))
+        return cls(
+            record["dtype"],
+            tuple(record["shape"]),
+            mesh or None,
+            tuple(record["placements"]),
+            record["whole"],
+        )
+
+
+def local_box(
+    shape: tuple[int, ...],
+    mesh_shape: tuple[int, ...],
+    placements: tuple[str, ...],
+    coordinate: tuple[int, ...],
+) -> Box:
+    """The box of a tensor of `shape` that the rank at `coordinate` of the mesh holds."""
+    offset, extent = [0] * len(shape), list(shape)
+    plain = [i for i, p in enumerate(placements) if p[0] == "S"]
+    strided = [i for i, p in enumerate(placements) if p[0] == "T"]
+    for i in plain + strided[::-1]:
+        dim = int(placements[i][1:])
+        start, length = split_evenly(extent[dim], mesh_shape[i], coordinate[i])
+        offset[dim], extent[dim] = offset[dim] + start, length
+    return Box(tuple(offset), tuple(extent))
+
+
+@dataclass(slots=True)
+class Table:
+    """Every tensor of one rank: role -> key -> layout. Ranks with equal tables have equal digests."""
+
+    roles: dict[str, dict[str, Layout]] = field(
+        default_factory=lambda: {role: {} for role in ROLES}
+    )
+
+    def to_bytes(self) -> bytes:
+        """Layouts once each, then role -> key -> index: the order of keys counts."""
+        index: dict[Layout, int] = {}
+        roles = {
+            role: {key: index.setdefault(layout, len(index)) for key, layout in keys.items()}
+            for role, keys in self.roles.items()
+        }
+        layouts = [layout.to_json() for layout in index]
+        return json.dumps({"layouts": layouts, "roles": roles}, separators=(",", ":")).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Table:
+        record = json.loads(data)
+        layouts = [Layout.from_json(item) for item in record["layouts"]]
+        return cls(
+            {
+                role: {key: layouts[i] for key, i in keys.items()}
+                for role, keys in record["roles"].items()
+            }
+        )
+
+    def digest(self) -> str:
+        return xxhash.xxh3_128_hexdigest(self.to_bytes())
+
+    def disagreement(self, other: Table) -> StateMismatchError | None:
+        """The first tensor that two ranks describe differently in dtype or shape, or None."""
+        for role, keys in self.roles.items():
+            theirs = other.roles[role]
+            for key in keys.keys() & theirs.keys():
+                mine, its = keys[key], theirs[key]
+                if (mine.dtype, mine.shape) != (its.dtype, its.shape):
+                    return StateMismatchError(
+                        f"{role} tensor '{key}' is {mine.dtype} {list(mine.shape)} on one rank and "
+                        f"{its.dtype} {list(its.shape)} on another. Give them different names, or make them a DTensor."
+                    )
+        return None

@@ -1,0 +1,257 @@
+"""The commit record: which files and tensors form a checkpoint. Pure: records <-> bytes, no files, no torch.
+
+`manifest.json` is written last; without it there is no checkpoint. It is one JSON object whose first line is the
+format version and the XXH3-128 of the body's bytes, so that a flipped bit anywhere is found before anything is believed:
+
+    {"zero_ckpt": 1, "checksum": "<32 hex digits>", "manifest":
+    {...body...}
+    }
+
+Size grows with tensors + ranks: equal tensors share one entry of `layouts`, and chunks are runs (see `runs`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import xxhash
+
+from zero_ckpt.core.dtypes import ITEMSIZE
+from zero_ckpt.core.layout import ROLES
+from zero_ckpt.core.planner import Placed
+from zero_ckpt.core.runs import run_from_json, runs_coverage_error
+from zero_ckpt.errors import CorruptManifestError, FormatVersionError
+
+__all__ = ["FORMAT_VERSION", "MANIFEST_NAME", "FileRecord", "Manifest", "shard_name"]
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+_HEAD = re.compile(rb'\{"zero_ckpt": (\d{1,9}), "checksum": "([0-9a-f]{32})", "manifest":\n')
+_TAIL = b"\n}\n"
+
+
+def shard_name(role: str, rank: int, world_size: int, generation: int) -> str:
+    """`model-00000-of-00004.safetensors`; from the second generation on with `.g<generation>`."""
+    suffix = f".g{generation}" if generation > 1 else ""
+    return f"{role}-{rank:05d}-of-{world_size:05d}{suffix}.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A shard file: length in bytes, and XXH3-128 (hex) of its header and block table."""
+
+    nbytes: int
+    checksum: str
+
+
+@dataclass(slots=True)
+class Manifest:
+    """Everything that is known of one checkpoint without opening a shard file.
+
+    `tensors`: role -> key -> where its chunks are. `aliases`: tied name -> stored key. `created`: seconds since the
+    epoch. `timings`: phase -> seconds, the slowest rank's. `generation` counts the overwrites of the tag, from 1.
+    """
+
+    tag: str
+    step: int
+    world_size: int
+    zero_stage: int
+    generation: int = 1
+    created: float = 0.0
+    files: dict[str, FileRecord] = field(default_factory=dict)
+    tensors: dict[str, dict[str, Placed]] = field(
+        default_factory=lambda: {role: {} for role in ROLES}
+    )
+    buffers: list[str] = field(default_factory=list)
+    frozen: list[str] = field(default_factory=list)
+    excluded: list[str] = field(default_factory=list)
+    aliases: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
+
+    def file_of(self, role: str, rank: int) -> str:
+        return shard_name(role, rank, self.world_size, self.generation)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all shard files."""
+        return sum(record.nbytes for record in self.files.values())
+
+    def to_bytes(self) -> bytes:
+        body = _body(self).encode()
+        head = f'{{"zero_ckpt": {FORMAT_VERSION}, "checksum": "{_hash(body)}", "manifest":\n'
+        return head.encode() + body + _TAIL
+
+    @classmethod
+    def from_bytes(cls, data: bytes, path: str = MANIFEST_NAME) -> Manifest:
+        """Parse and check everything. Raises `CorruptManifestError` or `FormatVersionError`, naming `path`."""
+        body = _verified_body(data, path)
+        try:
+            manifest = _parse(json.loads(body))
+        except (ValueError, TypeError, KeyError, RecursionError, AttributeError) as error:
+            raise CorruptManifestError(
+                f"{path}: the checksum holds, but the content is not a manifest of format {FORMAT_VERSION}: {error}"
+            ) from error
+        return manifest
+
+
+def _hash(body: bytes) -> str:
+    return xxhash.xxh3_128_hexdigest(body)
+
+
+def _verified_body(data: bytes, path: str) -> bytes:
+    match = _HEAD.match(data)
+    if match is None:
+        raise CorruptManifestError(
+            f"{path}: not a zero_ckpt manifest (found {len(data)} bytes, starting {data[:24]!r}). "
+            "If its shard files are intact the checkpoint can be rebuilt from them; an earlier tag is not affected."
+        )
+    version = int(match[1])
+    if version > FORMAT_VERSION:
+        raise FormatVersionError(
+            f"{path}: format version {version}; this zero_ckpt reads up to version {FORMAT_VERSION}. Upgrade zero-ckpt."
+        )
+    body = data[match.end() : -len(_TAIL)]
+    found = _hash(body)
+    if not data.endswith(_TAIL) or found != match[2].decode():
+        raise CorruptManifestError(
+            f"{path}: checksum {match[2].decode()} expected, {found} found over {len(body)} bytes: "
+            "the manifest is truncated or damaged. Use an earlier tag, or restore the file."
+        )
+    return body
+
+
+def _body(m: Manifest) -> str:
+    """Stable JSON, one file and one tensor a line."""
+    layouts: dict[Placed, int] = {}
+    by_id: dict[int, int] = {}
+    index: dict[str, dict[str, int]] = {}
+    for role, keys in m.tensors.items():
+        index[role] = {}
+        for key, placed in keys.items():
+            at = by_id.get(id(placed))
+            if at is None:
+                at = by_id[id(placed)] = layouts.setdefault(placed, len(layouts))
+            index[role][key] = at
+    scalars = ("tag", "step", "world_size", "zero_stage", "generation", "created")
+    parts = [f"{json.dumps(name)}: {json.dumps(getattr(m, name))}" for name in scalars]
+    for name in ("versions", "timings", "buffers", "frozen", "excluded", "aliases"):
+        parts.append(f"{json.dumps(name)}: {json.dumps(getattr(m, name), sort_keys=True)}")
+    files = {name: [r.nbytes, r.checksum] for name, r in sorted(m.files.items())}
+    parts.append(f'"files": {_lines(files)}')
+    parts.append(f'"layouts": {json.dumps([_placed_json(p) for p in layouts])}')
+    roles = ",\n".join(f"{json.dumps(role)}: {_lines(keys)}" for role, keys in index.items())
+    parts.append(f'"tensors": {{{roles}}}')
+    return "{" + ",\n".join(parts) + "}"
+
+
+def _lines(mapping: Mapping[str, Any]) -> str:
+    """A JSON object with one entry a line."""
+    rows = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in mapping.items())
+    return "{\n" + ",\n".join(rows) + "\n}" if mapping else "{}"
+
+
+def _placed_json(placed: Placed) -> dict[str, Any]:
+    placements = None if placed.placements is None else list(placed.placements)
+    return {
+        "dtype": placed.dtype,
+        "shape": list(placed.shape),
+        "placements": placements,
+        "runs": [run.to_json() for run in placed.runs],
+    }
+
+
+def _parse(body: Any) -> Manifest:
+    _expect(isinstance(body, dict), "the body is no object")
+    counts = {name: body[name] for name in ("step", "world_size", "zero_stage", "generation")}
+    for name, value in counts.items():
+        _expect(type(value) is int and value >= 0, f"'{name}' is {value!r}")
+    _expect(isinstance(body["tag"], str), "'tag' is no string")
+    files = {name: _file(name, record) for name, record in body["files"].items()}
+    _expect(len(files) <= 3 * counts["world_size"], "more files than ranks can write")
+    layouts = [_layout(item, counts["world_size"]) for item in body["layouts"]]
+    tensors = {role: _index(body["tensors"][role], layouts) for role in ROLES}
+    manifest = Manifest(
+        tag=body["tag"],
+        created=float(body["created"]),
+        files=files,
+        tensors=tensors,
+        buffers=_names(body["buffers"]),
+        frozen=_names(body["frozen"]),
+        excluded=_names(body["excluded"]),
+        aliases=_strings(body["aliases"]),
+        versions=_strings(body["versions"]),
+        timings={str(k): float(v) for k, v in body["timings"].items()},
+        **counts,
+    )
+    _check_references(manifest)
+    return manifest
+
+
+def _check_references(manifest: Manifest) -> None:
+    """Aliases name stored tensors, and runs name listed files."""
+    missing = set(manifest.aliases.values()) - manifest.tensors["model"].keys()
+    _expect(not missing, f"aliases of tensors that are not there: {sorted(missing)[:3]}")
+    for role, keys in manifest.tensors.items():
+        distinct = {id(placed): placed for placed in keys.values()}
+        owners = {rank for p in distinct.values() for run in p.runs for rank in run.ranks()}
+        for rank in owners:
+            name = manifest.file_of(role, rank)
+            _expect(name in manifest.files, f"tensors lie in '{name}', which is not listed")
+
+
+def _expect(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+_FILE_NAME = re.compile(r"(model|optim|state)-\d{5,}-of-\d{5,}(\.g\d+)?\.safetensors")
+
+
+def _file(name: str, record: Any) -> FileRecord:
+    _expect(_FILE_NAME.fullmatch(name) is not None, f"'{name}' is no shard file's name")
+    nbytes, checksum = record
+    _expect(type(nbytes) is int and nbytes > 0, f"file '{name}' has the length {nbytes!r}")
+    _expect(isinstance(checksum, str) and len(checksum) == 32, f"file '{name}' has no checksum")
+    return FileRecord(nbytes, checksum)
+
+
+def _layout(record: Any, world_size: int) -> Placed:
+    dtype, shape = record["dtype"], tuple(record["shape"])
+    _expect(dtype in ITEMSIZE, f"unknown dtype {dtype!r}")
+    _expect(all(type(n) is int and n >= 0 for n in shape), f"a tensor has the shape {list(shape)}")
+    runs = tuple(run_from_json(item, shape, world_size) for item in record["runs"])
+    if error := runs_coverage_error(shape, runs):
+        raise ValueError(f"a tensor of shape {list(shape)}: {error}")
+    placements = record["placements"]
+    if placements is not None:
+        placements = tuple(_names(placements))
+    return Placed(dtype, shape, runs, placements)
+
+
+def _index(keys: Any, layouts: list[Placed]) -> dict[str, Placed]:
+    size = len(layouts)
+    _expect(
+        all(type(i) is int and 0 <= i < size for i in keys.values()), "a tensor names no layout"
+    )
+    return {key: layouts[i] for key, i in keys.items()}
+
+
+def _names(value: Any) -> list[str]:
+    _expect(
+        isinstance(value, list) and all(isinstance(v, str) for v in value), "expected a list of names"
+    )
+    return list(value)
+
+
+def _strings(value: Any) -> dict[str, str]:
+    _expect(
+        isinstance(value, dict) and all(isinstance(v, str) for v in value.values()),
+        "expected an object of strings",
+    )
+    return dict(value)

@@ -1,0 +1,267 @@
+"""Resharding reads: stored chunks into live local tensors, whatever the world size was. Every byte is verified.
+
+A `Request` names a stored tensor and the box of it that a live local tensor wants. The wanted boxes are intersected with
+the stored ones, the blocks that they touch are read once each, verified, and copied to where they belong, by a few
+threads. Extra memory is `READ_THREADS` blocks, whatever the state's size.
+
+Nothing unverified reaches a target. `verify` reads the same blocks and copies nothing, so that a caller that overwrites
+live tensors can know beforehand that all is well.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import queue
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from math import prod
+
+import torch
+
+from zero_ckpt.core.chunks import Box, flat_range_boxes
+from zero_ckpt.core.dtensors import DTYPE_NAMES, TORCH_DTYPES
+from zero_ckpt.core.dtypes import itemsize
+from zero_ckpt.core.manifest import Manifest
+from zero_ckpt.core.planner import Placed, needed_chunks
+from zero_ckpt.core.shard_file import BLOCK, Chunk, ShardReader
+from zero_ckpt.core.storage import Storage, aligned_buffer
+from zero_ckpt.errors import CorruptShardError
+
+__all__ = ["Request", "ShardSet", "read_requests", "verify_requests"]
+
+READ_THREADS = 3
+"""Blocks in flight of one rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Fill `target`, a local tensor of `box.shape`, with `box` of the stored tensor `key`.
+
+    Another dtype than the stored one is converted. `target` may have any strides and lie on any device.
+    """
+
+    role: str
+    key: str
+    placed: Placed
+    box: Box
+    target: torch.Tensor
+
+
+class ShardSet:
+    """The shard files of one checkpoint, each opened and verified when first needed. Closed as one."""
+
+    def __init__(self, storage: Storage, folder: str, manifest: Manifest) -> None:
+        self._storage, self._folder, self.manifest = storage, folder, manifest
+        self._open: dict[str, ShardReader] = {}
+        self._lock = threading.Lock()
+
+    def get(self, role: str, rank: int) -> ShardReader:
+        name = self.manifest.file_of(role, rank)
+        with self._lock:
+            if name not in self._open:
+                self._open[name] = self._open_file(name)
+            return self._open[name]
+
+    def _open_file(self, name: str) -> ShardReader:
+        path = f"{self._folder}/{name}"
+        try:
+            file = self._storage.open(path)
+        except FileNotFoundError as error:
+            raise CorruptShardError(
+                f"{path}: the manifest lists this file, but it is missing. Restore it, or load another tag."
+            ) from error
+        try:
+            return ShardReader(file, path, self.manifest.files[name])
+        except BaseException:
+            file.close()
+            raise
+
+    def close(self) -> None:
+        with self._lock:
+            while self._open:
+                self._open.popitem()[1].close()
+
+    def __enter__(self) -> ShardSet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+@dataclass(slots=True)
+class _Part:
+    """What one request takes from one stored chunk."""
+
+    request: Request
+    chunk: Chunk
+    overlap: Box
+
+
+@dataclass(slots=True)
+class _FilePlan:
+    """The parts that one file gives, by block index; a part that spans blocks stands under each."""
+
+    reader: ShardReader
+    blocks: dict[int, list[_Part]] = field(default_factory=dict)
+
+
+def _plan(shards: ShardSet, requests: Iterable[Request]) -> list[_FilePlan]:
+    plans: dict[tuple[str, int], _FilePlan] = {}
+    for request in requests:
+        for rank, box in needed_chunks(request.placed, request.box):
+            plan = plans.get((request.role, rank))
+            if plan is None:
+                plan = plans[request.role, rank] = _FilePlan(shards.get(request.role, rank))
+            _add_part(plan, request, box)
+    return list(plans.values())
+
+
+def _add_part(plan: _FilePlan, request: Request, box: Box) -> None:
+    chunk = plan.reader.find(request.key, box)
+    if (chunk.dtype, chunk.shape) != (request.placed.dtype, request.placed.shape):
+        raise CorruptShardError(
+            f"{plan.reader.name}: tensor '{request.key}': {request.placed.dtype} {list(request.placed.shape)} "
+            f"expected by the manifest, {chunk.dtype} {list(chunk.shape)} found"
+        )
+    overlap = box if box == request.box else box.intersect(request.box)
+    if overlap is None:
+        return
+    part = _Part(request, chunk, overlap)
+    first, last = _byte_span(chunk, overlap)
+    for index in range(first // BLOCK, (last - 1) // BLOCK + 1):
+        plan.blocks.setdefault(index, []).append(part)
+
+
+def _byte_span(chunk: Chunk, overlap: Box) -> tuple[int, int]:
+    """The bytes of the data section from the overlap's first to behind its last element."""
+    if overlap.shape == chunk.box.shape:
+        return chunk.begin, chunk.end
+    first = last = 0
+    relative = overlap.relative_to(chunk.box)
+    for offset, extent, size in zip(relative.offset, relative.shape, chunk.box.shape, strict=True):
+        first, last = first * size + offset, last * size + offset + extent - 1
+    size = itemsize(chunk.dtype)
+    return chunk.begin + first * size, chunk.begin + (last + 1) * size
+
+
+def verify_requests(
+    shards: ShardSet, requests: Sequence[Request], progress: Callable[[], None]
+) -> None:
+    """Read and verify every block that `requests` need, and change nothing."""
+    _run(_plan(shards, requests), None, progress, keep=True)
+
+
+def read_requests(
+    shards: ShardSet, requests: Sequence[Request], progress: Callable[[], None]
+) -> None:
+    """Fill every target. Raises `CorruptShardError` or OSError; targets may then be partly filled."""
+    _run(_plan(shards, requests), _copy_block, progress, keep=False)
+
+
+_CopyBlock = Callable[[memoryview, int, Sequence[_Part]], None]
+
+
+def _run(
+    plans: Sequence[_FilePlan], copy: _CopyBlock | None, progress: Callable[[], None], keep: bool
+) -> None:
+    """Read all blocks with a few threads; the first error stops the rest and is raised."""
+    work = iter(
+        [(plan, index, parts) for plan in plans for index, parts in sorted(plan.blocks.items())]
+    )
+    lock, stop = threading.Lock(), threading.Event()
+
+    def worker() -> None:
+        with torch.no_grad(), _buffer() as buffer:
+            while not stop.is_set():
+                with lock:
+                    item = next(work, None)
+                if item is None:
+                    return
+                plan, index, parts = item
+                try:
+                    data = plan.reader.read_block(index, buffer, keep)
+                    if copy is not None:
+                        copy(data, index * BLOCK, parts)
+                except BaseException:
+                    stop.set()
+                    raise
+                progress()
+
+    count = min(READ_THREADS, sum(len(plan.blocks) for plan in plans))
+    if count <= 1:
+        worker()
+        return
+    with ThreadPoolExecutor(count, thread_name_prefix="zero_ckpt-read") as pool:
+        for future in [pool.submit(worker) for _ in range(count)]:
+            future.result()
+
+
+class _buffer:
+    """A block-sized buffer, reused between reads: memory is slow the first time that it is touched."""
+
+    _free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
+
+    def __enter__(self) -> memoryview:
+        try:
+            self._view = self._free.get_nowait()
+        except queue.Empty:
+            self._view = memoryview(aligned_buffer(BLOCK))
+        return self._view
+
+    def __exit__(self, *_: object) -> None:
+        self._free.put(self._view)
+
+
+def _copy_block(data: memoryview, start: int, parts: Sequence[_Part]) -> None:
+    """Copy to every part's target what `data`, the bytes of the data section from `start` on, has for it."""
+    address = ctypes.addressof(ctypes.c_char.from_buffer(data))
+    stop = start + len(data)
+    for part in parts:
+        begin, end = max(part.chunk.begin, start), min(part.chunk.end, stop)
+        target = _direct_address(part)
+        if target:
+            begin, end = _clip(part, begin, end)
+            offset = begin - _byte_span(part.chunk, part.overlap)[0]
+            ctypes.memmove(target + offset, address + begin - start, end - begin)
+        else:
+            _copy_strided(data[begin - start : end - start], begin, part)
+
+
+def _clip(part: _Part, begin: int, end: int) -> tuple[int, int]:
+    first, last = _byte_span(part.chunk, part.overlap)
+    return max(begin, first), min(end, last)
+
+
+def _direct_address(part: _Part) -> int:
+    """Where the overlap's bytes go, when they lie in one piece both in the chunk and in the target; else 0."""
+    request, overlap = part.request, part.overlap
+    target = request.target
+    if target.device.type != "cpu" or DTYPE_NAMES[target.dtype] != part.chunk.dtype:
+        return 0
+    if not target.is_contiguous() or target.is_conj() or target.is_neg():
+        return 0
+    if overlap.shape[1:] != part.chunk.box.shape[1:] or overlap.shape[1:] != request.box.shape[1:]:
+        return 0
+    row = prod(overlap.shape[1:]) * itemsize(part.chunk.dtype)
+    rows = overlap.offset[0] - request.box.offset[0] if overlap.shape else 0
+    return target.data_ptr() + rows * row
+
+
+def _copy_strided(data: memoryview, begin: int, part: _Part) -> None:
+    """Through torch: other strides, dtype or device than the stored bytes have."""
+    chunk, request = part.chunk, part.request
+    size, dtype = itemsize(chunk.dtype), TORCH_DTYPES[chunk.dtype]
+    first, last = (begin - chunk.begin) // size, (begin - chunk.begin + len(data)) // size
+    flat = torch.frombuffer(data, dtype=torch.uint8)
+    at = 0
+    for box in flat_range_boxes(chunk.box.shape, first, last):
+        nbytes = box.numel * size
+        stored = box.shifted(chunk.box.offset)
+        wanted = stored.intersect(part.overlap)
+        if wanted is not None:
+            source = flat[at : at + nbytes].view(dtype).view(box.shape)[wanted.relative_to(stored).slices()]
+            request.target[wanted.relative_to(request.box).slices()].copy_(source)
+        at += nbytes
+

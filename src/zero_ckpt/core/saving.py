@@ -1,0 +1,162 @@
+"""One rank's part of a save: its table of tensors, its shard files' layouts, and writing them durably.
+
+Knows the live tensors and the plan; knows nothing of other ranks' files, of votes, or of the manifest.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import torch
+
+from zero_ckpt.core.chunks import Box, full_box
+from zero_ckpt.core.dtensors import layout_of, live_box, local_tensor
+from zero_ckpt.core.layout import ROLES, Layout, Table
+from zero_ckpt.core.manifest import FileRecord, shard_name
+from zero_ckpt.core.objects import encode_objects
+from zero_ckpt.core.planner import SavePlan
+from zero_ckpt.core.shard_file import ShardLayout, layout_shard
+from zero_ckpt.core.staging import Source, StagingPool, view_of, write_shard
+from zero_ckpt.core.state import Snapshot
+from zero_ckpt.core.storage import Storage
+from zero_ckpt.errors import StateMismatchError
+
+__all__ = ["OBJECTS", "RANK_OBJECTS", "Captured", "ShardPlan", "capture", "plan_shards", "write_shards"]
+
+OBJECTS, RANK_OBJECTS = "objects", "rank_objects"
+"""Names of the two trees in a state file; `<name>.json` is the entry that holds the tree itself."""
+
+
+@dataclass(slots=True)
+class Captured:
+    """A snapshot in storable terms. `private`: entries of this rank's state file that no other rank knows of."""
+
+    tensors: dict[str, dict[str, torch.Tensor]] = field(
+        default_factory=lambda: {role: {} for role in ROLES}
+    )
+    table: Table = field(default_factory=Table)
+    private: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def private_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.private.values())
+
+
+def capture(snapshot: Snapshot, rank: int) -> Captured:
+    """Name every tensor, and describe how it lies on the ranks. Copies nothing but what Python values encode to."""
+    captured = Captured()
+    objects = encode_objects(snapshot.objects, OBJECTS)
+    own = encode_objects(snapshot.rank_objects, RANK_OBJECTS)
+    if own.dtensors:
+        raise StateMismatchError(
+            f"rank_objects hold DTensors ({', '.join(list(own.dtensors)[:3])}): they belong into objects, "
+            "which all ranks store together"
+        )
+    if rank == 0:
+        captured.private = {f"{OBJECTS}.json": _bytes(objects.json), **objects.entries}
+    captured.private |= {f"{RANK_OBJECTS}.json": _bytes(own.json), **own.entries}
+    captured.tensors = {"model": snapshot.model, "optim": snapshot.optim, "state": objects.dtensors}
+    for role, keys in captured.tensors.items():
+        whole = snapshot.buffers if role == "model" else frozenset()
+        captured.table.roles[role] = {
+            key: layout_of(key, tensor, key in whole) for key, tensor in keys.items()
+        }
+    return captured
+
+
+def _bytes(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+@dataclass(slots=True)
+class ShardPlan:
+    """One file that this rank writes."""
+
+    name: str
+    layout: ShardLayout
+    sources: list[Source]
+
+
+def plan_shards(
+    captured: Captured,
+    plan: SavePlan,
+    rank: int,
+    world_size: int,
+    generation: int,
+    metadata: Mapping[str, str],
+) -> list[ShardPlan]:
+    """The files that `rank` writes, one for each role that it has anything of."""
+    shards = []
+    for role in ROLES:
+        live = captured.tensors[role]
+        layouts = captured.table.roles[role]
+        items: list[tuple[str, Layout, Box, torch.Tensor]] = []
+        for key, box in plan.chunks_of(rank, role):
+            layout, tensor = layouts[key], live[key]
+            held = live_box(key, tensor, layout, rank)
+            if held is None:
+                raise AssertionError(f"the plan gives '{key}' to rank {rank}, which does not hold it")
+            items.append((key, layout, box, view_of(local_tensor(tensor), held, box)))
+        if role == "state":
+            items += [_private_item(key, tensor) for key, tensor in captured.private.items()]
+        if items:
+            meta = {"role": role, "rank": str(rank), "world_size": str(world_size), **metadata}
+            name = shard_name(role, rank, world_size, generation)
+            shards.append(_shard(name, items, meta))
+    return shards
+
+
+def _private_item(key: str, tensor: torch.Tensor) -> tuple[str, Layout, Box, torch.Tensor]:
+    layout = layout_of(key, tensor)
+    return key, layout, full_box(layout.shape), tensor
+
+
+def _shard(
+    name: str, items: list[tuple[str, Layout, Box, torch.Tensor]], metadata: Mapping[str, str]
+) -> ShardPlan:
+    layout = layout_shard(((k, lay.dtype, lay.shape, box) for k, lay, box, _ in items), metadata)
+    tensors = {(key, box.offset): tensor for key, _, box, tensor in items}
+    sources = [Source(tensors[c.key, c.box.offset]) for c in layout.chunks]
+    return ShardPlan(name, layout, sources)
+
+
+def write_shards(
+    storage: Storage,
+    folder: str,
+    shards: list[ShardPlan],
+    pool: StagingPool,
+    progress: Callable[[], None],
+) -> tuple[dict[str, FileRecord], dict[str, float]]:
+    """Write every file durably. Returns name -> record, and phase -> seconds.
+
+    On an error all files of this call are removed and the error is raised.
+    """
+    records: dict[str, FileRecord] = {}
+    timings = {"write": 0.0, "fsync": 0.0}
+    started = []
+    try:
+        for shard in shards:
+            begin = time.perf_counter()
+            path = f"{folder}/{shard.name}"
+            started.append(path)
+            writer = storage.create(path, shard.layout.nbytes)
+            try:
+                table = write_shard(writer, shard.layout, shard.sources, pool, progress)
+                written = time.perf_counter()
+                writer.finish(shard.layout.nbytes)
+            except BaseException:
+                writer.abort()
+                raise
+            records[shard.name] = shard.layout.record(table)
+            timings["write"] += written - begin
+            timings["fsync"] += time.perf_counter() - written
+        storage.sync(folder)
+    except BaseException:
+        for path in started:
+            with suppress(OSError):
+                storage.remove(path)
+        raise
+    return records, timings

@@ -1,0 +1,302 @@
+"""One shard file: a safetensors file with aligned data and a table of block checksums. Imports no torch.
+
+    8 bytes   length N of the header, little-endian
+    N bytes   JSON header, padded with spaces so that the data section starts on a 4096-byte boundary
+    data      the chunks, widest dtype first, without holes; then up to 7 bytes of padding (`__zero_ckpt_pad__`)
+    table     `__zero_ckpt_blocks__`, U64: XXH3-64 of every 4 MiB block of the data, padding included
+
+The header's `__metadata__` names the role, rank and world size, and in `chunks` the global place of every chunk that is
+not a whole tensor, so a set of shard files describes itself. The file's checksum, kept in the manifest, is the XXH3-128
+of header and table. Equal state gives equal bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+import xxhash
+
+from zero_ckpt.core.chunks import Box
+from zero_ckpt.core.dtypes import ITEMSIZE, itemsize, stored_dtype, stored_shape
+from zero_ckpt.core.manifest import FORMAT_VERSION, FileRecord
+from zero_ckpt.core.storage import ALIGNMENT, FileReader, aligned_buffer, round_up
+from zero_ckpt.errors import CorruptShardError
+
+__all__ = ["BLOCK", "Chunk", "ShardLayout", "ShardReader", "layout_shard"]
+
+BLOCK = 4 << 20
+"""Bytes that one checksum covers, and the size of one read or write."""
+
+MAX_HEADER = 100_000_000
+"""Bytes; the limit that safetensors readers have."""
+
+_PAD, _TABLE = "__zero_ckpt_pad__", "__zero_ckpt_blocks__"
+_RESERVED = frozenset({_PAD, _TABLE, "__metadata__"})
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A chunk in a file: bytes `begin .. end` of the data section hold `box` of the tensor `key`."""
+
+    name: str
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    box: Box
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShardLayout:
+    """Where every byte of a file goes; known before any tensor is read."""
+
+    header: bytes
+    chunks: tuple[Chunk, ...]
+    data_bytes: int
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.data_bytes // BLOCK)
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.header) + self.data_bytes + 8 * self.num_blocks
+
+    def record(self, table: bytes) -> FileRecord:
+        return FileRecord(self.nbytes, _file_checksum(self.header, table))
+
+
+def _file_checksum(header: bytes | memoryview, table: bytes | memoryview) -> str:
+    hasher = xxhash.xxh3_128(header)
+    hasher.update(table)
+    return hasher.hexdigest()
+
+
+def layout_shard(
+    chunks: Iterable[tuple[str, str, tuple[int, ...], Box]], metadata: Mapping[str, str]
+) -> ShardLayout:
+    """Lay out (key, dtype, global shape, box) chunks.
+
+    Order: widest dtype first, so that every chunk is aligned to its element; else as given.
+    """
+    items = sorted(chunks, key=lambda item: -itemsize(item[1]))
+    counts: dict[str, int] = {}
+    for key, *_ in items:
+        counts[key] = counts.get(key, 0) + 1
+    placed, at = [], 0
+    for key, dtype, shape, box in items:
+        name = key if counts[key] == 1 else f"{key}@{','.join(map(str, box.offset))}"
+        if name in _RESERVED:
+            raise ValueError(f"a tensor may not be called '{name}'")
+        end = at + box.numel * itemsize(dtype)
+        placed.append(Chunk(name, key, dtype, shape, box, at, end))
+        at = end
+    data_bytes = round_up(at, 8)
+    return ShardLayout(_header(placed, at, data_bytes, metadata), tuple(placed), data_bytes)
+
+
+def _header(chunks: list[Chunk], end: int, data_bytes: int, metadata: Mapping[str, str]) -> bytes:
+    table = {c.name: _place(c) for c in chunks if not _is_plain(c)}
+    entries: dict[str, Any] = {
+        "__metadata__": {
+            "format": "zero_ckpt",
+            "version": str(FORMAT_VERSION),
+            **metadata,
+            "chunks": json.dumps(table, separators=(",", ":")),
+        }
+    }
+    for c in chunks:
+        entries[c.name] = {
+            "dtype": stored_dtype(c.dtype),
+            "shape": stored_shape(c.dtype, c.box.shape),
+            "data_offsets": (c.begin, c.end),
+        }
+    if data_bytes > end:
+        pad = data_bytes - end
+        entries[_PAD] = {"dtype": "U8", "shape": (pad,), "data_offsets": (end, data_bytes)}
+    blocks = -(-data_bytes // BLOCK)
+    stop = data_bytes + 8 * blocks
+    entries[_TABLE] = {"dtype": "U64", "shape": (blocks,), "data_offsets": (data_bytes, stop)}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    length = round_up(8 + len(text)) - 8
+    if length > MAX_HEADER:
+        raise ValueError(
+            f"the header of one shard file would be {length} bytes; safetensors allows {MAX_HEADER}"
+        )
+    return struct.pack("<Q", length) + text.ljust(length)
+
+
+def _is_plain(chunk: Chunk) -> bool:
+    """Whether the safetensors entry alone says all: a whole tensor of a dtype that the format has."""
+    return (
+        chunk.name == chunk.key
+        and chunk.box.shape == chunk.shape
+        and stored_dtype(chunk.dtype) == chunk.dtype
+    )
+
+
+def _place(chunk: Chunk) -> dict[str, Any]:
+    place: dict[str, Any] = {"shape": chunk.shape, "offset": chunk.box.offset}
+    if chunk.name != chunk.key:
+        place["key"] = chunk.key
+    if stored_dtype(chunk.dtype) != chunk.dtype:
+        place["dtype"] = chunk.dtype
+    return place
+
+
+class ShardReader:
+    """An open shard file whose length, header and block table have been verified.
+
+    Raises `CorruptShardError` for anything that differs from the manifest's record or from the format.
+    """
+
+    def __init__(self, file: FileReader, name: str, record: FileRecord | None) -> None:
+        self._file = file
+        self.name = name
+        if record is not None and file.nbytes != record.nbytes:
+            raise CorruptShardError(
+                f"{name}: {record.nbytes} bytes expected, {file.nbytes} found: the file is truncated "
+                f"or was replaced. {_REMEDY}"
+            )
+        header = self._read_header()
+        self.metadata, self.chunks, self.data_bytes = _parse_header(header, name, file.nbytes)
+        self.data_start = len(header)
+        table = self._read(self.data_start + self.data_bytes, 8 * self.num_blocks)
+        self.record = FileRecord(file.nbytes, _file_checksum(header, table))
+        if record is not None and self.record.checksum != record.checksum:
+            raise CorruptShardError(
+                f"{name}: header and block table: checksum {record.checksum} expected, "
+                f"{self.record.checksum} found. {_REMEDY}"
+            )
+        self._table = struct.unpack(f"<{self.num_blocks}Q", table)
+        self._places = {(c.key, c.box.offset): c for c in self.chunks}
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.data_bytes // BLOCK)
+
+    def find(self, key: str, box: Box) -> Chunk:
+        """The chunk of `key` that holds exactly `box`."""
+        chunk = self._places.get((key, box.offset))
+        if chunk is None or chunk.box != box:
+            found = "no such chunk" if chunk is None else f"shape {list(chunk.box.shape)}"
+            raise CorruptShardError(
+                f"{self.name}: tensor '{key}': a chunk at {list(box.offset)} of shape {list(box.shape)} "
+                f"expected by the manifest, {found} found. {_REMEDY}"
+            )
+        return chunk
+
+    def block_bytes(self, index: int) -> int:
+        return min(BLOCK, self.data_bytes - index * BLOCK)
+
+    def read_block(self, index: int, buffer: memoryview, keep: bool = False) -> memoryview:
+        """Block `index` of the data, verified, in `buffer` (aligned, at least `BLOCK` long)."""
+        nbytes = self.block_bytes(index)
+        try:
+            self._file.read_into(self.data_start + index * BLOCK, nbytes, buffer, keep)
+        except EOFError as error:
+            raise CorruptShardError(f"{self.name}: block {index}: {error}. {_REMEDY}") from error
+        data = buffer[:nbytes]
+        found = xxhash.xxh3_64_intdigest(data)
+        if found != self._table[index]:
+            raise CorruptShardError(self._damage(index, found))
+        return data
+
+    def _damage(self, index: int, found: int) -> str:
+        start = index * BLOCK
+        stop = start + self.block_bytes(index)
+        names = [c.key for c in self.chunks if c.begin < stop and c.end > start]
+        tensors = ", ".join(f"'{n}'" for n in names[:2]) + (" ..." if len(names) > 2 else "")
+        return (
+            f"{self.name}: block {index} (bytes {self.data_start + start}-{self.data_start + stop}, "
+            f"tensor {tensors}): checksum {self._table[index]:016x} expected, {found:016x} found. {_REMEDY}"
+        )
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _read_header(self) -> bytes:
+        length = struct.unpack("<Q", self._read(0, 8))[0] if self._file.nbytes >= 8 else 0
+        if (
+            not 0 < length <= min(MAX_HEADER, self._file.nbytes - 8)
+            or (8 + length) % ALIGNMENT != 0
+        ):
+            raise CorruptShardError(
+                f"{self.name}: a header length that fits the file's {self._file.nbytes} bytes expected, "
+                f"{length} found: not a shard file, or damaged. {_REMEDY}"
+            )
+        return self._read(0, 8 + length)
+
+    def _read(self, offset: int, nbytes: int) -> bytes:
+        """Any range. Shard files align only blocks, so this reads from the aligned offset before."""
+        start = offset - offset % ALIGNMENT
+        with aligned_buffer(offset - start + nbytes) as memory, memoryview(memory) as buffer:
+            try:
+                self._file.read_into(start, offset - start + nbytes, buffer)
+            except EOFError as error:
+                raise CorruptShardError(f"{self.name}: {error}. {_REMEDY}") from error
+            return bytes(buffer[offset - start : offset - start + nbytes])
+
+
+_REMEDY = "Run 'zero-ckpt verify' on the folder to list all damage; other tags are not affected."
+
+
+def _parse_header(
+    header: bytes, name: str, file_bytes: int
+) -> tuple[dict[str, str], tuple[Chunk, ...], int]:
+    """(metadata, chunks, bytes of data) of a header, with every number checked."""
+    try:
+        entries = json.loads(header[8:])
+        metadata = entries.pop("__metadata__")
+        places = json.loads(metadata["chunks"])
+        entries.pop(_PAD, None)
+        data_bytes, stop = entries.pop(_TABLE)["data_offsets"]
+        chunks = tuple(_chunk(key, entry, places.get(key)) for key, entry in entries.items())
+        if not all(type(n) is int and n >= 0 for n in (data_bytes, stop)):
+            raise ValueError("the block table has no place")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CorruptShardError(
+            f"{name}: not the header of a zero_ckpt shard file: {error!r}. {_REMEDY}"
+        ) from error
+    expected = len(header) + data_bytes + 8 * -(-data_bytes // BLOCK)
+    if expected != file_bytes or len(header) + stop != file_bytes:
+        raise CorruptShardError(
+            f"{name}: {expected} bytes expected from its header, {file_bytes} found. {_REMEDY}"
+        )
+    at = 0
+    for chunk in chunks:
+        if chunk.begin != at or chunk.end - chunk.begin != chunk.box.numel * itemsize(chunk.dtype):
+            raise CorruptShardError(
+                f"{name}: tensor '{chunk.name}': its bytes {chunk.begin}-{chunk.end} do not follow "
+                f"byte {at} or do not fit shape {list(chunk.box.shape)} of {chunk.dtype}. {_REMEDY}"
+            )
+        at = chunk.end
+    if not 0 <= data_bytes - at < 8:
+        raise CorruptShardError(f"{name}: the chunks end at byte {at} of {data_bytes}. {_REMEDY}")
+    return metadata, chunks, data_bytes
+
+
+def _chunk(name: str, entry: dict[str, Any], place: dict[str, Any] | None) -> Chunk:
+    begin, end = entry["data_offsets"]
+    stored = tuple(entry["shape"])
+    place = place or {}
+    dtype = place.get("dtype", entry["dtype"])
+    box_shape = stored if dtype == entry["dtype"] else stored[:-1]
+    shape = tuple(place.get("shape", box_shape))
+    offset = tuple(place.get("offset", (0,) * len(shape)))
+    numbers = (begin, end, *box_shape, *shape, *offset)
+    if not all(type(n) is int and n >= 0 for n in numbers) or dtype not in ITEMSIZE:
+        raise ValueError(f"entry '{name}' is not made of natural numbers and a known dtype")
+    if not len(shape) == len(offset) == len(box_shape):
+        raise ValueError(f"entry '{name}' has different numbers of dimensions")
+    if prod(box_shape) and any(
+        a + n > s for a, n, s in zip(offset, box_shape, shape, strict=True)
+    ):
+        raise ValueError(f"entry '{name}' reaches outside of its tensor")
+    return Chunk(name, place.get("key", name), dtype, shape, Box(offset, box_shape), begin, end)

@@ -1,0 +1,221 @@
+"""Copies live tensors into aligned host buffers, hashing in the same pass, and writes them as one shard file.
+
+A few block-sized buffers are made once and reused by every save, since fresh memory costs more to touch than the copy
+into it: while one buffer is written, the next is filled. Extra memory of a save is `StagingPool.nbytes`, whatever the
+state's size. Small pieces are hashed while they still lie in the processor's cache.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import queue
+import threading
+from collections.abc import Callable, Sequence
+
+import torch
+import xxhash
+
+from zero_ckpt.core.chunks import Box, flat_range_boxes
+from zero_ckpt.core.shard_file import BLOCK, Chunk, ShardLayout
+from zero_ckpt.core.storage import FileWriter, aligned_buffer, round_up
+
+__all__ = ["Source", "StagingPool", "write_shard"]
+
+_WINDOW = 512 << 10
+"""Bytes copied before they are hashed; fits a core's second-level cache."""
+
+
+class Source:
+    """The bytes of one chunk in live memory: a tensor of the chunk's shape, any strides, any device."""
+
+    __slots__ = ("_address", "_tensor")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+        contiguous = tensor.device.type == "cpu" and tensor.is_contiguous()
+        lazy = tensor.is_neg() or tensor.is_conj()  # the memory holds other bits than the values
+        self._address = tensor.data_ptr() if contiguous and not lazy else 0
+
+    def copy_to(self, address: int, start: int, stop: int) -> None:
+        """Copy bytes `start .. stop` of the chunk, in row-major order, to `address`."""
+        if self._address:
+            ctypes.memmove(address, self._address + start, stop - start)
+        else:
+            self._gather(address, start, stop)
+
+    def _gather(self, address: int, start: int, stop: int) -> None:
+        """Through torch: for strided tensors and those on an accelerator."""
+        tensor, size = self._tensor.detach(), self._tensor.element_size()
+        memory = (ctypes.c_char * (stop - start)).from_address(address)
+        target = torch.frombuffer(memory, dtype=torch.uint8)
+        at = 0
+        for box in flat_range_boxes(tuple(tensor.shape), start // size, stop // size):
+            part = tensor[box.slices()].contiguous().view(-1).view(torch.uint8)
+            target[at : at + part.numel()].copy_(part)
+            at += part.numel()
+
+
+class StagingPool:
+    """`count` reusable aligned buffers of one block each, pinned when the state lies on a CUDA device."""
+
+    def __init__(self, count: int = 4, pinned: bool = False) -> None:
+        self._free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
+        self.nbytes = count * BLOCK
+        self._memory = [aligned_buffer(BLOCK) for _ in range(count)]
+        for memory in self._memory:
+            if pinned:
+                _pin(memory)
+            self._free.put(memoryview(memory))
+
+    def take(self) -> memoryview:
+        return self._free.get()
+
+    def give(self, buffer: memoryview) -> None:
+        self._free.put(buffer)
+
+
+def _pin(memory: object) -> None:
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))  # type: ignore[arg-type]
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, BLOCK, 0))
+
+
+class _WriteThread:
+    """Writes buffers in order on its own thread, so that the next is filled meanwhile."""
+
+    def __init__(self, writer: FileWriter, pool: StagingPool, progress: Callable[[], None]) -> None:
+        self._writer, self._pool, self._progress = writer, pool, progress
+        self._queue: queue.SimpleQueue[tuple[int, memoryview, int] | None] = queue.SimpleQueue()
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="zero_ckpt-write", daemon=True)
+        self._thread.start()
+
+    def put(self, offset: int, buffer: memoryview, nbytes: int) -> None:
+        self._queue.put((offset, buffer, nbytes))
+
+    def join(self) -> None:
+        """Wait until all is written; raises what writing raised."""
+        self._queue.put(None)
+        self._thread.join()
+        if self.error is not None:
+            raise self.error
+
+    def _run(self) -> None:
+        while (item := self._queue.get()) is not None:
+            offset, buffer, nbytes = item
+            try:
+                if self.error is None:
+                    self._writer.write(offset, buffer[: round_up(nbytes)])
+                    self._progress()
+            except BaseException as error:
+                self.error = error
+            finally:
+                self._pool.give(buffer)
+
+
+def write_shard(
+    writer: FileWriter,
+    layout: ShardLayout,
+    sources: Sequence[Source],
+    pool: StagingPool,
+    progress: Callable[[], None],
+) -> bytes:
+    """Write header, data and block table; `sources` are in the layout's order. Returns the table's bytes.
+
+    The file is not finished: the caller syncs it with `writer.finish(layout.nbytes)`. Raises what the storage raised.
+    """
+    thread = _WriteThread(writer, pool, progress)
+    try:
+        table = _stage(thread, layout, sources, pool)
+    finally:
+        thread.join()
+    return table
+
+
+def _stage(
+    thread: _WriteThread, layout: ShardLayout, sources: Sequence[Source], pool: StagingPool
+) -> bytes:
+    head = len(layout.header)
+    for start in range(0, head, BLOCK):
+        part = layout.header[start : start + BLOCK]
+        buffer = pool.take()
+        buffer[: len(part)] = part
+        thread.put(start, buffer, len(part))
+    filler = _Filler(layout, sources)
+    table = bytearray()
+    for start in range(0, layout.data_bytes, BLOCK):
+        if thread.error is not None:
+            break
+        buffer = pool.take()
+        nbytes = min(BLOCK, layout.data_bytes - start)
+        table += filler.fill(buffer, nbytes).to_bytes(8, "little")
+        if nbytes == BLOCK:
+            thread.put(head + start, buffer, nbytes)
+        else:
+            _put_tail(thread, pool, head + start, buffer, nbytes, table)
+    if layout.data_bytes % BLOCK == 0:
+        _put_tail(thread, pool, head + layout.data_bytes, pool.take(), 0, table)
+    return bytes(table)
+
+
+def _put_tail(
+    thread: _WriteThread,
+    pool: StagingPool,
+    offset: int,
+    buffer: memoryview,
+    filled: int,
+    table: bytearray,
+) -> None:
+    """Write the last part: what `buffer` holds already, followed by the block table."""
+    at = 0
+    while True:
+        part = table[at : at + BLOCK - filled]
+        buffer[filled : filled + len(part)] = part
+        thread.put(offset, buffer, filled + len(part))
+        at += len(part)
+        if at >= len(table):
+            return
+        offset, filled, buffer = offset + BLOCK, 0, pool.take()
+
+
+class _Filler:
+    """Walks the chunks in order and fills block after block."""
+
+    def __init__(self, layout: ShardLayout, sources: Sequence[Source]) -> None:
+        self._chunks: Sequence[Chunk] = layout.chunks
+        self._sources = sources
+        self._index = 0
+        self._at = 0
+
+    def fill(self, buffer: memoryview, nbytes: int) -> int:
+        """Fill the first `nbytes` of `buffer` with the next bytes of the data; return their XXH3-64."""
+        address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+        hasher = xxhash.xxh3_64()
+        for start in range(0, nbytes, _WINDOW):
+            stop = min(start + _WINDOW, nbytes)
+            self._fill_window(address + start, stop - start)
+            hasher.update(buffer[start:stop])
+        return hasher.intdigest()
+
+    def _fill_window(self, address: int, nbytes: int) -> None:
+        chunks, stop = self._chunks, self._at + nbytes
+        while self._at < stop and self._index < len(chunks):
+            chunk = chunks[self._index]
+            end = min(chunk.end, stop)
+            if end > self._at:
+                self._sources[self._index].copy_to(
+                    address, self._at - chunk.begin, end - chunk.begin
+                )
+                address, self._at = address + end - self._at, end
+            if end < chunk.end:
+                return
+            self._index += 1
+        if self._at < stop:  # padding behind the last chunk
+            ctypes.memset(address, 0, stop - self._at)
+            self._at = stop
+
+
+def view_of(tensor: torch.Tensor, held: Box, wanted: Box) -> torch.Tensor:
+    """The part `wanted` of a local tensor that holds the box `held`; both in global coordinates."""
+    if held == wanted:
+        return tensor
+    return tensor[wanted.relative_to(held).slices()]

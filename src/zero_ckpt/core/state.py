@@ -1,0 +1,223 @@
+"""Live models and optimizers <-> named tensors. Holds references, copies nothing, touches no file.
+
+A model's keys are its `state_dict` keys without the prefixes that wrappers add (DistributedDataParallel, `torch.compile`,
+activation checkpointing). Tied weights are stored once, under the first of their names. An optimizer's state is named
+after its parameter: `encoder.0.weight/exp_avg`; Python values of the state become small tensors whose names say what
+they were (`#int`, `#float`, `#bool`, `#none`, and `#json` for anything else), because under ZeRO-1 only one rank has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from zero_ckpt.core.objects import encode_objects
+
+__all__ = [
+    "ModelState",
+    "OptimizerState",
+    "Snapshot",
+    "capture_model",
+    "capture_models",
+    "capture_optimizer",
+    "clean_name",
+    "local_states",
+    "parameter_names",
+    "wrapper_prefixes",
+]
+
+EXTRA_STATE = "_extra_state"
+"""The last part of the key under which a module keeps what `get_extra_state` returns."""
+
+
+@dataclass(slots=True)
+class ModelState:
+    """A model's live tensors by key; which of them are buffers or frozen; tied names; and non-tensor entries."""
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    buffers: set[str] = field(default_factory=set)
+    frozen: set[str] = field(default_factory=set)
+    aliases: dict[str, str] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, other: ModelState, prefix: str) -> None:
+        """Take in the state of another model, every key with `prefix` before it."""
+        self.tensors |= {prefix + k: v for k, v in other.tensors.items()}
+        self.buffers |= {prefix + k for k in other.buffers}
+        self.frozen |= {prefix + k for k in other.frozen}
+        self.aliases |= {prefix + k: prefix + v for k, v in other.aliases.items()}
+        self.extra |= {prefix + k: v for k, v in other.extra.items()}
+
+
+@dataclass(slots=True)
+class OptimizerState:
+    """`tensors`: "<prefix><fqn>/<name>" -> live tensor. `record`: class name, and groups of FQNs with their options."""
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    record: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Snapshot:
+    """What one rank hands to a save: references to live state.
+
+    `objects` of rank 0 are stored; tensors inside go with them, and DTensors inside are stored by all their ranks.
+    `rank_objects` are every rank's own. `excluded`: frozen parameters left out on purpose.
+    """
+
+    model: dict[str, torch.Tensor] = field(default_factory=dict)
+    optim: dict[str, torch.Tensor] = field(default_factory=dict)
+    objects: dict[str, Any] = field(default_factory=dict)
+    rank_objects: dict[str, Any] = field(default_factory=dict)
+    buffers: frozenset[str] = frozenset()
+    frozen: frozenset[str] = frozenset()
+    aliases: dict[str, str] = field(default_factory=dict)
+    excluded: frozenset[str] = frozenset()
+
+
+_WRAPPER_CHILDREN = {
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+    "OffloadWrapper": "_checkpoint_wrapped_module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+}
+
+
+def wrapper_prefixes(model: nn.Module) -> list[str]:
+    """Qualified names, inner first, of the children that wrappers hold the real module in: `module.`, `0._orig_mod.`"""
+    found = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        for kind in type(module).__mro__[:-2]:
+            child = _WRAPPER_CHILDREN.get(kind.__name__)
+            if child is not None and kind.__module__.startswith("torch."):
+                found.append(f"{name}.{child}." if name else f"{child}.")
+                break
+    return sorted(found, key=len, reverse=True)
+
+
+def clean_name(name: str, prefixes: Iterable[str]) -> str:
+    """`name` without the wrappers' parts; `prefixes` as `wrapper_prefixes` gives them."""
+    for prefix in prefixes:
+        if name.startswith(prefix):
+            head = prefix[:-1].rpartition(".")[0]
+            name = (f"{head}." if head else "") + name[len(prefix) :]
+    return name
+
+
+def parameter_names(model: nn.Module) -> dict[int, str]:
+    """id(parameter) -> its first FQN, without wrapper prefixes."""
+    prefixes = wrapper_prefixes(model)
+    return {id(p): clean_name(name, prefixes) for name, p in model.named_parameters()}
+
+
+def capture_model(model: nn.Module) -> ModelState:
+    """The model's state by key, as references. Non-persistent buffers are not part of it."""
+    prefixes = wrapper_prefixes(model)
+    buffers = {id(b) for b in model.buffers()}
+    state, owners = ModelState(), {}
+    for raw, value in model.state_dict(keep_vars=True).items():
+        key = clean_name(raw, prefixes)
+        if not isinstance(value, torch.Tensor) or key.rpartition(".")[2] == EXTRA_STATE:
+            state.extra[key] = value
+            continue
+        first = owners.setdefault(_identity(value), key)
+        if first != key:
+            state.aliases[key] = first
+            continue
+        state.tensors[key] = value
+        if id(value) in buffers or not isinstance(value, nn.Parameter):
+            state.buffers.add(key)
+        elif not value.requires_grad:
+            state.frozen.add(key)
+    return state
+
+
+def _identity(tensor: torch.Tensor) -> Any:
+    """Equal for two entries that are one tensor: the same object, or the same view of the same memory."""
+    if type(tensor) not in (torch.Tensor, nn.Parameter) or tensor.numel() == 0 or tensor.is_meta:
+        return id(tensor)
+    if tensor.layout != torch.strided:
+        return id(tensor)
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def capture_models(models: Mapping[str, nn.Module]) -> ModelState:
+    """Several models as one: keys are prefixed with "<name>.", but for a single model called ""."""
+    state = ModelState()
+    for name, model in models.items():
+        state.add(capture_model(model), f"{name}." if name else "")
+    return state
+
+
+def local_states(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Any, dict[str, Any]]]:
+    """(parameter, state) of every parameter whose state this rank holds, in the order of the groups."""
+    inner = getattr(optimizer, "optim", None)  # ZeroRedundancyOptimizer: the local partition's optimizer
+    holder = inner if isinstance(inner, torch.optim.Optimizer) else optimizer
+    for group in holder.param_groups:
+        for parameter in group["params"]:
+            state = holder.state.get(parameter)
+            if state:
+                yield parameter, state
+
+
+def group_names(
+    optimizer: torch.optim.Optimizer, names: Mapping[int, str]
+) -> list[tuple[list[str], dict[str, Any]]]:
+    """(FQNs, options) of every parameter group; a parameter of no known model is called by its place."""
+    groups = []
+    for g, group in enumerate(optimizer.param_groups):
+        fqns = [names.get(id(p), f"param_groups.{g}.{i}") for i, p in enumerate(group["params"])]
+        groups.append((fqns, {k: v for k, v in group.items() if k != "params"}))
+    return groups
+
+
+def capture_optimizer(
+    optimizer: torch.optim.Optimizer, names: Mapping[int, str], prefix: str = ""
+) -> OptimizerState:
+    """The optimizer's state by parameter name. Under ZeroRedundancyOptimizer, the local partition's.
+
+    `names`: id(parameter) -> FQN. `prefix` keeps several optimizers apart.
+    """
+    groups = group_names(optimizer, names)
+    fqn_of = {
+        id(p): fqn
+        for group, (fqns, _) in zip(optimizer.param_groups, groups, strict=True)
+        for p, fqn in zip(group["params"], fqns, strict=True)
+    }
+    inner = getattr(optimizer, "optim", None)
+    kind = type(inner if isinstance(inner, torch.optim.Optimizer) else optimizer).__name__
+    state = OptimizerState(
+        record={
+            "class": kind,
+            "groups": [{"params": fqns, "options": options} for fqns, options in groups],
+        }
+    )
+    for parameter, values in local_states(optimizer):
+        base = f"{prefix}{fqn_of[id(parameter)]}"
+        for name, value in values.items():
+            _add_value(state.tensors, f"{base}/{name}", value)
+    return state
+
+
+def _add_value(tensors: dict[str, torch.Tensor], key: str, value: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        tensors[key] = value
+    elif value is None:
+        tensors[f"{key}#none"] = torch.empty(0, dtype=torch.uint8)
+    elif type(value) is bool:
+        tensors[f"{key}#bool"] = torch.tensor(value)
+    elif type(value) is int and -(1 << 63) <= value < 1 << 63:
+        tensors[f"{key}#int"] = torch.tensor(value, dtype=torch.int64)
+    elif type(value) is float:
+        tensors[f"{key}#float"] = torch.tensor(value, dtype=torch.float64)
+    else:
+        encoded = encode_objects(value, key)
+        tensors[f"{key}#json"] = torch.frombuffer(bytearray(encoded.json), dtype=torch.uint8)
+        tensors |= encoded.entries | encoded.dtensors
+

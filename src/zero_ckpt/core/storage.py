@@ -1,0 +1,336 @@
+"""The one seam between checkpoints and bytes: the `Storage` protocol, and the local disk.
+
+Owns every system call that touches a checkpoint. Promises: a file that `FileWriter.finish` returned for is durable; a
+name that `put` returned for holds all of the new bytes or, after a crash, all of the old. It knows nothing of what the
+bytes mean, and never retries an fsync: after a failed one the kernel may have dropped the data.
+
+The local disk is written and read with direct I/O (`O_DIRECT`), past the page cache, from aligned buffers: on the disks
+that checkpoints go to, buffered write-back is the bottleneck. A file system that refuses it is used through the cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+__all__ = [
+    "ALIGNMENT",
+    "Entry",
+    "FileReader",
+    "FileWriter",
+    "LocalStorage",
+    "Storage",
+    "aligned_buffer",
+    "round_up",
+]
+
+ALIGNMENT = 4096
+"""Bytes. Offsets, lengths and addresses of data I/O are multiples of it."""
+
+
+def round_up(nbytes: int, unit: int = ALIGNMENT) -> int:
+    return -(-nbytes // unit) * unit
+
+
+def aligned_buffer(nbytes: int) -> mmap.mmap:
+    """Anonymous memory of at least `nbytes`, page-aligned, a multiple of `ALIGNMENT` long."""
+    return mmap.mmap(-1, max(round_up(nbytes), ALIGNMENT))
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A name in a folder. A symbolic link is no folder, whatever it names."""
+
+    name: str
+    is_dir: bool
+    nbytes: int
+
+
+class FileWriter(Protocol):
+    """A new file. Parts arrive in order; each is aligned and a multiple of `ALIGNMENT` long."""
+
+    def write(self, offset: int, data: memoryview) -> None: ...
+
+    def finish(self, nbytes: int) -> None:
+        """Cut to `nbytes` (padding of the last part goes away), make durable, close."""
+
+    def abort(self) -> None:
+        """Close and remove what was written. Never raises."""
+
+
+class FileReader(Protocol):
+    """An existing file, opened once. Reads may come from several threads."""
+
+    nbytes: int
+
+    def read_into(self, offset: int, nbytes: int, buffer: memoryview, keep: bool = False) -> None:
+        """Read exactly `nbytes` into the start of the aligned `buffer`, which has room for `round_up(nbytes)`.
+
+        `offset` is aligned. `keep`: the same bytes will be read again soon. Raises EOFError when the file is shorter.
+        """
+
+    def close(self) -> None: ...
+
+
+class Storage(Protocol):
+    """What a place for checkpoints must do. Paths are absolute and `/`-separated. Errors are OSErrors."""
+
+    def create(self, path: str, nbytes: int) -> FileWriter:
+        """A new or emptied file with room for `nbytes` reserved where the file system can; parents are made."""
+
+    def open(self, path: str) -> FileReader: ...
+
+    def put(self, path: str, data: bytes) -> None:
+        """Replace the file at `path` atomically and durably; parents are made."""
+
+    def get(self, path: str, limit: int) -> bytes:
+        """The whole file. Raises ValueError when it is longer than `limit` bytes."""
+
+    def list(self, path: str) -> list[Entry]:
+        """The folder's entries by name. Raises FileNotFoundError or NotADirectoryError."""
+
+    def remove(self, path: str) -> None:
+        """Remove a file, a link (not what it names) or a folder with all in it. Missing is fine."""
+
+    def sync(self, path: str) -> None:
+        """Make the folder's entries, made or removed before, durable."""
+
+    def free_bytes(self, path: str) -> int | None:
+        """Bytes that may still be written below `path`, or None when unknown."""
+
+
+class LocalStorage:
+    """A mounted file system: ext4, xfs, NFS, Lustre, tmpfs and the like."""
+
+    def __init__(self, *, direct: bool = True) -> None:
+        self._direct = direct and hasattr(os, "O_DIRECT")
+
+    def create(self, path: str, nbytes: int) -> FileWriter:
+        self._make_parents(path)
+        return _LocalWriter(path, nbytes, self._direct)
+
+    def open(self, path: str) -> FileReader:
+        return _LocalReader(path, self._direct)
+
+    def put(self, path: str, data: bytes) -> None:
+        self._make_parents(path)
+        temporary = f"{path}.tmp"
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        try:
+            try:
+                _write_all(fd, memoryview(data), 0)
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        self.sync(os.path.dirname(path))
+
+    def get(self, path: str, limit: int) -> bytes:
+        with open(path, "rb") as file:
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise ValueError(f"{path}: longer than the {limit} bytes that such a file may have")
+        return data
+
+    def list(self, path: str) -> list[Entry]:
+        return sorted(_entries(path), key=lambda entry: entry.name)
+
+    def remove(self, path: str) -> None:
+        try:
+            if os.path.isdir(path) and not os.path.islink(path):
+                shutil.rmtree(path)
+            else:
+                os.unlink(path)
+        except FileNotFoundError:
+            pass
+
+    def sync(self, path: str) -> None:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        except OSError as error:
+            # Some network file systems cannot sync a folder; they order metadata on the server.
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
+        finally:
+            os.close(fd)
+
+    def free_bytes(self, path: str) -> int | None:
+        existing = Path(path)
+        while not existing.exists():
+            existing = existing.parent
+        stat = os.statvfs(existing)
+        return stat.f_bavail * stat.f_frsize
+
+    def _make_parents(self, path: str) -> None:
+        """Make the missing parents of `path`, each entry durable before anything is put below it."""
+        parent = os.path.dirname(path)
+        if os.path.isdir(parent):
+            return
+        self._make_parents(parent)
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(parent)
+        self.sync(os.path.dirname(parent))
+
+
+def _entries(path: str) -> Iterator[Entry]:
+    with os.scandir(path) as found:
+        for item in found:
+            try:
+                stat = item.stat(follow_symlinks=True)
+            except FileNotFoundError:
+                continue  # removed since it was listed, or a dangling link
+            yield Entry(item.name, item.is_dir(follow_symlinks=False), stat.st_size)
+
+
+def _write_all(fd: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(fd, data, offset)
+        if written == 0:
+            raise OSError(errno.EIO, "the disk took no bytes")
+        data, offset = data[written:], offset + written
+
+
+class _LocalWriter:
+    def __init__(self, path: str, nbytes: int, direct: bool) -> None:
+        self._path = path
+        self._fd, self._direct = _open_direct(
+            path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, direct
+        )
+        try:
+            _reserve(self._fd, nbytes)
+        except BaseException:
+            self.abort()
+            raise
+
+    def write(self, offset: int, data: memoryview) -> None:
+        try:
+            _write_all(self._fd, data, offset)
+        except OSError as error:
+            if not self._direct or error.errno != errno.EINVAL:
+                raise
+            _clear_direct(self._fd)
+            self._direct = False
+            _write_all(self._fd, data, offset)
+
+    def finish(self, nbytes: int) -> None:
+        try:
+            os.ftruncate(self._fd, nbytes)
+            os.fsync(self._fd)
+        finally:
+            self._close()
+
+    def abort(self) -> None:
+        with contextlib.suppress(OSError):
+            self._close()
+        with contextlib.suppress(OSError):
+            os.unlink(self._path)
+
+    def _close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def _open_direct(path: str, flags: int, direct: bool) -> tuple[int, bool]:
+    """(descriptor, whether it is direct): file systems without `O_DIRECT` refuse it here with EINVAL."""
+    if direct:
+        try:
+            return os.open(path, flags | os.O_DIRECT, 0o666), True
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+    return os.open(path, flags, 0o666), False
+
+
+def _clear_direct(fd: int) -> None:
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+
+
+def _reserve(fd: int, nbytes: int) -> None:
+    """Take the space now, so that a full disk is known before anything is staged."""
+    if not nbytes or not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(fd, 0, round_up(nbytes))
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
+            raise
+
+
+class _LocalReader:
+    def __init__(self, path: str, direct: bool) -> None:
+        self._cached_fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._direct_fd = -1
+        try:
+            self.nbytes = os.fstat(self._cached_fd).st_size
+            if direct and _cached_fraction(self._cached_fd, self.nbytes) < 0.5:
+                fd, is_direct = _open_direct(path, os.O_RDONLY | os.O_CLOEXEC, True)
+                if is_direct:
+                    self._direct_fd = fd
+                else:
+                    os.close(fd)
+        except BaseException:
+            self.close()
+            raise
+
+    def read_into(self, offset: int, nbytes: int, buffer: memoryview, keep: bool = False) -> None:
+        fd = self._cached_fd if keep or self._direct_fd < 0 else self._direct_fd
+        done = 0
+        while done < nbytes:
+            stop = round_up(nbytes) if fd == self._direct_fd else nbytes
+            try:
+                count = os.preadv(fd, [buffer[done:stop]], offset + done)
+            except OSError as error:
+                if fd != self._direct_fd or error.errno != errno.EINVAL:
+                    raise
+                fd = self._cached_fd  # refused here, or an odd remainder at the end of the file
+                continue
+            if count == 0:
+                raise EOFError(f"the file ends at byte {offset + done}")
+            done += count
+
+    def close(self) -> None:
+        for fd in (self._cached_fd, self._direct_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._cached_fd = self._direct_fd = -1
+
+
+_LOW_BIT = bytes(value & 1 for value in range(256))
+
+
+def _cached_fraction(fd: int, nbytes: int) -> float:
+    """How much of the file lies in the page cache, from 0.0 to 1.0 (0.0 where the system cannot tell).
+
+    Bytes that are cached are read fastest from there, all others past it.
+    """
+    import numpy as np
+
+    try:
+        mapping = mmap.mmap(fd, nbytes, prot=mmap.PROT_READ)
+    except (OSError, ValueError):
+        return 0.0
+    pages = -(-nbytes // mmap.PAGESIZE)
+    resident = (ctypes.c_ubyte * pages)()
+    # numpy gives the address of a read-only mapping; ctypes would want a writable one.
+    address = ctypes.c_void_p(np.frombuffer(mapping, dtype=np.uint8).ctypes.data)
+    try:
+        status = ctypes.CDLL(None).mincore(address, ctypes.c_size_t(nbytes), resident)
+    except AttributeError:  # no such call on this system
+        return 0.0
+    return 0.0 if status else bytes(resident).translate(_LOW_BIT).count(1) / pages

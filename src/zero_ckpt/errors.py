@@ -1,0 +1,96 @@
+"""Every exception that zero_ckpt raises on purpose.
+
+    ZeroCkptError
+      + ConfigurationError         (ValueError)         an argument or a combination that cannot work
+      + CheckpointNotFoundError    (FileNotFoundError)  no such directory, tag or `latest`
+      + CorruptCheckpointError     (ValueError)         what lies on disk is not what was saved
+      |   + CorruptManifestError                        manifest.json: missing bytes, bad checksum, lies
+      |   + CorruptShardError                           a shard file: length, header, block table or a block
+      + FormatVersionError         (ValueError)         written by a newer zero_ckpt
+      + StateMismatchError         (ValueError)         the checkpoint does not fit the model or optimizer
+      + UnsafeObjectError          (UnpicklingError)    a pickled object, and the caller did not allow pickles
+      + DisagreementError          (ValueError)         the ranks were given different tags or directories
+      + SaveError                  (OSError)            a save failed on some rank; nothing was committed
+      + RankTimeoutError           (TimeoutError)       a rank did not arrive or stopped making progress
+
+Each also inherits the builtin that fits, so `except FileNotFoundError` works as expected. A message names what
+happened, where (file, tensor, block), what was expected, what was found, and what to do next.
+"""
+
+from __future__ import annotations
+
+import pickle
+
+__all__ = [
+    "CheckpointNotFoundError",
+    "ConfigurationError",
+    "CorruptCheckpointError",
+    "CorruptManifestError",
+    "CorruptShardError",
+    "DisagreementError",
+    "FormatVersionError",
+    "RankTimeoutError",
+    "SaveError",
+    "StateMismatchError",
+    "UnsafeObjectError",
+    "ZeroCkptError",
+]
+
+
+class ZeroCkptError(Exception):
+    """Base of every error that zero_ckpt raises on purpose."""
+
+
+class ConfigurationError(ZeroCkptError, ValueError):
+    """An argument, or a combination of arguments, that cannot work."""
+
+
+class CheckpointNotFoundError(ZeroCkptError, FileNotFoundError):
+    """There is no checkpoint where one was asked for."""
+
+
+class CorruptCheckpointError(ZeroCkptError, ValueError):
+    """What lies on disk is not what was saved."""
+
+
+class CorruptManifestError(CorruptCheckpointError):
+    """`manifest.json` cannot be trusted."""
+
+
+class CorruptShardError(CorruptCheckpointError):
+    """A shard file's length, header, block table or a data block differs from what was saved."""
+
+
+class FormatVersionError(ZeroCkptError, ValueError):
+    """The checkpoint was written in a format that this version does not know."""
+
+
+class StateMismatchError(ZeroCkptError, ValueError):
+    """The checkpoint's keys or shapes do not fit the live model or optimizer."""
+
+
+class UnsafeObjectError(ZeroCkptError, pickle.UnpicklingError):
+    """An object was stored as a pickle, and opening pickles was not allowed."""
+
+
+class DisagreementError(ZeroCkptError, ValueError):
+    """Ranks were given different tags or directories for one collective call."""
+
+
+class SaveError(ZeroCkptError, OSError):
+    """A save failed on some rank. Nothing was committed; earlier checkpoints are intact."""
+
+
+class RankTimeoutError(ZeroCkptError, TimeoutError):
+    """A rank did not arrive in time, or stopped making progress."""
+
+
+def by_name(name: str, message: str) -> ZeroCkptError:
+    """The error class called `name` with `message`; `SaveError` for a class that is not ours.
+
+    Ranks send an error to each other as its class name and text.
+    """
+    kind = globals().get(name)
+    if isinstance(kind, type) and issubclass(kind, ZeroCkptError):
+        return kind(message)
+    return SaveError(f"{name}: {message}" if name else message)
