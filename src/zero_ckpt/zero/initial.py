@@ -1,0 +1,142 @@
+"""The state that a module starts with: real instead of meta, and rank 0's on every rank."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from zero_ckpt.errors import ConfigurationError
+from zero_ckpt.zero.sync import buckets
+
+Initializer = Callable[[], object]
+
+
+def require_initializers(root: nn.Module) -> None:
+    """Raise `ConfigurationError` naming the modules under `root` that `materialize` would
+    refuse."""
+    missing = [
+        f"{name or '(root)'} ({type(module).__name__})"
+        for name, module in root.named_modules()
+        if _is_pending(module) and not _initializers(root, name, module)
+    ]
+    if missing:
+        raise ConfigurationError(
+            f"On the meta device, without a way to be initialized: {', '.join(missing)}. {_REMEDY}"
+        )
+
+
+_REMEDY = (
+    "Define reset_parameters() on their classes, which sets every parameter and buffer that the "
+    "module itself owns, or create the model on a real device."
+)
+
+
+def materialize(root: nn.Module, modules: Iterable[nn.Module], device: torch.device) -> None:
+    """Give the meta tensors that `modules` (of the tree under `root`) own memory and initial
+    values.
+
+    Tied parameters stay tied when all of their owners are in `modules`. Values come from the
+    module's `reset_parameters` (or `_reset_parameters`), and then from the `_init_weights(module)`
+    of the innermost module around it that has one (Hugging Face's convention, and a common one).
+
+    Raises `ConfigurationError` naming the floating-point tensors that these left without a value.
+    """
+    pending = [m for m in modules if _is_pending(m)]
+    if not pending:
+        return
+    names = {module: name for name, module in root.named_modules()}
+    replaced: dict[torch.Tensor, torch.Tensor] = {}
+    fresh = [tensor for module in pending for tensor in _allocate(module, device, replaced)]
+    for module in pending:
+        for initialize in _initializers(root, names[module], module):
+            initialize()
+    if any(bool(torch.isnan(_local(tensor)).any()) for tensor in fresh):
+        kinds = sorted({f"{names[m] or '(root)'} ({type(m).__name__})" for m in pending})
+        raise ConfigurationError(
+            "Initializing meta modules left tensors without a value, in one of: "
+            f"{', '.join(kinds)}. {_REMEDY}"
+        )
+
+
+def _is_pending(module: nn.Module) -> bool:
+    tensors = [*module._parameters.values(), *module._buffers.values()]
+    return any(t is not None and t.is_meta for t in tensors)
+
+
+def _initializers(root: nn.Module, name: str, module: nn.Module) -> list[Initializer]:
+    found: list[Initializer] = []
+    for own in ("reset_parameters", "_reset_parameters"):
+        reset = getattr(module, own, None)
+        if callable(reset):
+            found.append(reset)
+            break
+    path = name.split(".") if name else []
+    for length in range(len(path), -1, -1):
+        around = getattr(root.get_submodule(".".join(path[:length])), "_init_weights", None)
+        if callable(around):
+            found.append(functools.partial(around, module))
+            break
+    return found
+
+
+def _allocate(
+    module: nn.Module, device: torch.device, replaced: dict[torch.Tensor, torch.Tensor]
+) -> list[torch.Tensor]:
+    """Replace a module's own meta tensors; returns the new ones in which NaN stands for "no
+    value"."""
+    fresh: list[torch.Tensor] = []
+
+    def real(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor not in replaced:
+            memory = torch.empty_like(tensor, device=device, requires_grad=False)
+            if memory.is_floating_point() and memory.element_size() > 1:
+                fresh.append(memory.fill_(torch.nan))
+            if isinstance(tensor, nn.Parameter):
+                memory = nn.Parameter(memory, tensor.requires_grad)
+                memory.__dict__.update(tensor.__dict__)
+            replaced[tensor] = memory
+        return replaced[tensor]
+
+    for tensors in (module._parameters, module._buffers):
+        for name, tensor in tensors.items():
+            if tensor is not None and tensor.is_meta:
+                tensors[name] = real(tensor)  # type: ignore[assignment]
+    return fresh
+
+
+@torch.no_grad()
+def broadcast_from_first(tensors: Sequence[torch.Tensor], mesh: DeviceMesh) -> None:
+    """Overwrite tensors with those of the mesh's first rank. Collective over the mesh.
+
+    Works wherever the tensors live: they travel in buckets over the mesh's device. A DTensor (of a
+    mesh with more dimensions, such as tensor parallelism) has its local part broadcast.
+    """
+    for bucket in buckets([_local(t) for t in tensors if t.numel()]):
+        # As bytes: not every backend knows every dtype.
+        parts = [t.contiguous().view(-1).view(torch.uint8) for t in bucket]
+        flat = torch.cat(parts).to(mesh_device(mesh))
+        for dimension in range(mesh.ndim):
+            # First along columns, so that the next pass spreads the very first rank's along rows.
+            group = mesh.get_group(dimension)
+            dist.broadcast(flat, src=dist.get_global_rank(group, 0), group=group)
+        for tensor, part in zip(bucket, torch.split(flat, [p.numel() for p in parts]), strict=True):
+            tensor.copy_(part.view(tensor.dtype).view(tensor.shape))
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    local: torch.Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.detach()
+
+
+def mesh_device(mesh: DeviceMesh) -> torch.device:
+    """The device of this rank on which a mesh communicates and computes."""
+    if mesh.device_type == "cpu":
+        return torch.device("cpu")
+    current = torch.get_device_module(mesh.device_type).current_device()
+    return torch.device(mesh.device_type, current)

@@ -1,0 +1,108 @@
+"""Stage 1: each rank updates a part of the parameters and sends it to the others.
+
+The user's own optimizer, whatever its class, does the updating; `ZeroRedundancyOptimizer` assigns
+whole parameters to ranks and distributes the results.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.optim import LBFGS, Optimizer
+
+from zero_ckpt.errors import ConfigurationError
+
+with warnings.catch_warnings():
+    # The package also defines TorchScript optimizers, which warn on import; none is used here.
+    warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", DeprecationWarning)
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+
+def check_optimizer(optimizer: Optimizer, stage: int) -> None:
+    """Raise `ConfigurationError` when this optimizer cannot be right at this ZeRO stage."""
+    if stage >= 1 and isinstance(optimizer, LBFGS):
+        raise ConfigurationError(
+            "LBFGS cannot be sharded: its search direction couples all parameters, and how often "
+            "it calls the closure would differ between ranks, which hangs. Found it with "
+            f"stage={stage}; use stage=0, or another optimizer."
+        )
+    inner = [name for name, value in vars(optimizer).items() if isinstance(value, Optimizer)]
+    if stage == 1 and inner:
+        raise ConfigurationError(
+            f"{type(optimizer).__name__} wraps another optimizer (in attribute {inner[0]!r}), "
+            "which stage=1 cannot partition. Use stage 0, 2 or 3."
+        )
+
+
+def partition_optimizer(
+    optimizer: Optimizer, process_group: dist.ProcessGroup | None = None
+) -> ZeroRedundancyOptimizer:
+    """Replace an optimizer over whole parameters by one that updates only this rank's part of them.
+
+    Collective over `process_group` (default: all ranks), with the same parameters in the same
+    order on every rank. The result shares the group dicts of `optimizer` (same options, and a
+    change through either object is seen by both), and keeps its defaults, hooks and, for this
+    rank's parameters, state. Every step takes the hyper-parameters from these groups. `optimizer`
+    must not step any more; bind its LR schedulers to the result with `rebind_scheduler`. Given an
+    already partitioned optimizer, returns it.
+
+    Raises `ConfigurationError` for optimizers that cannot be partitioned (see `check_optimizer`).
+    """
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        return optimizer
+    check_optimizer(optimizer, stage=1)
+
+    def local(groups: list[dict[str, Any]], **_: Any) -> Optimizer:
+        return _with_groups(optimizer, groups)
+
+    constructor: Any = local  # documented as a class; only ever called with groups and defaults
+    return PartitionedOptimizer(
+        optimizer.param_groups, constructor, process_group, **optimizer.defaults
+    )
+
+
+class PartitionedOptimizer(ZeroRedundancyOptimizer):
+    """`ZeroRedundancyOptimizer` without its restriction to one dtype.
+
+    That is needed only when parameters are kept in flat buckets, which they are not here.
+    """
+
+    def _verify_same_dense_param_type(self) -> None:
+        pass
+
+
+def _with_groups(optimizer: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:
+    """An optimizer equal to the given one, over other groups of its parameters.
+
+    Made without its constructor, whose arguments need not be among its defaults.
+    """
+    local = object.__new__(type(optimizer))
+    # `step` is there when an LR scheduler has patched it, bound to the other object.
+    local.__dict__.update({k: v for k, v in vars(optimizer).items() if k != "step"})
+    local.param_groups = groups
+    owned = {p for group in groups for p in group["params"]}
+    local.state = defaultdict(dict)
+    local.state.update({p: s for p, s in optimizer.state.items() if p in owned})
+    return local
+
+
+def owned_parameters(optimizer: ZeroRedundancyOptimizer) -> list[torch.Tensor]:
+    """The parameters that this rank updates, whether or not they have state yet."""
+    return [p for group in optimizer.optim.param_groups for p in group["params"]]
+
+
+def owned_state(optimizer: ZeroRedundancyOptimizer) -> dict[torch.Tensor, dict[str, Any]]:
+    """This rank's part of the optimizer state: parameter -> its live state, whole tensors.
+
+    Read hyper-parameters from `optimizer.param_groups`; the inner optimizer's are synchronized only
+    when it steps.
+    """
+    return {
+        p: optimizer.optim.state[p]
+        for p in owned_parameters(optimizer)
+        if p in optimizer.optim.state
+    }

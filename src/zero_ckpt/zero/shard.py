@@ -1,0 +1,274 @@
+"""Stages 2 and 3: shard a module in place with FSDP2, unit by unit.
+
+What FSDP2 cannot shard stays whole on every rank, with averaged gradients: scalars, empty
+parameters, integers, and trainable parameters of another dtype than most of their unit.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from zero_ckpt.errors import ConfigurationError
+from zero_ckpt.zero.initial import (
+    broadcast_from_first,
+    materialize,
+    mesh_device,
+    require_initializers,
+)
+from zero_ckpt.zero.sync import average_gradients_of
+from zero_ckpt.zero.wrap import Root, WrapPolicy, resolve_units
+
+
+@dataclass(frozen=True, slots=True)
+class Sharding:
+    """How a module was sharded."""
+
+    stage: int
+    root: Root
+    units: tuple[str, ...]  # paths of what is gathered together, innermost first; "" is the root
+    replicated: tuple[str, ...]  # paths of parameters that every rank holds whole
+    # The parameter before -> the parameter in its place, for as long as the one before is alive.
+    replaced: WeakTensorKeyDictionary = field(repr=False, compare=False)
+
+
+_shardings: WeakKeyDictionary[nn.Module, Sharding] = WeakKeyDictionary()
+
+
+def shard_module(
+    module: nn.Module,
+    *,
+    stage: int,
+    mesh: DeviceMesh,
+    wrap: WrapPolicy = "auto",
+    mixed_precision: MixedPrecisionPolicy | None = None,
+    cpu_offload: bool = False,
+    root: Root = "shard",
+) -> Sharding:
+    """Shard `module` in place at ZeRO stage 2 or 3. Collective over `mesh`.
+
+    `mesh`: one dimension, or two for hybrid sharding (see `make_mesh`). `wrap`: see
+    `resolve_units`; where the model already has units of its own (`fully_shard` was called on
+    submodules), those are kept and `wrap` is not used. `cpu_offload`: parameters, gradients and
+    optimizer state live in host memory; on a CPU mesh they do anyway.
+
+    `root="shard"`: all parameters are sharded; those outside the units belong to the root's own
+    group, which is whole whenever the root's forward and its backward run: `module` must then be
+    used by calling it, and every backward pass must go through its output. `root="replicate"`:
+    parameters outside the units stay plain and whole on every rank, with averaged gradients, so
+    that `module` may be used in any way, with several backward passes per step (a GAN under manual
+    optimization).
+
+    On return parameters are new objects (DTensors) under the same names, hold what rank 0 held,
+    and no tensor is on the meta device. Calling again with the same stage and root changes
+    nothing.
+
+    Raises `ConfigurationError` for a wrong stage, a module that another engine has wrapped, an
+    uninitialized lazy module, or meta modules that nothing can initialize.
+    """
+    known = _shardings.get(module)
+    if known is None:
+        _validate(module, stage, root)
+        options: dict[str, Any] = {
+            "mesh": mesh,
+            # With several backward passes per step, "whole until the backward pass" has no clear
+            # end.
+            "reshard_after_forward": stage == 3 or root == "replicate",
+            "mp_policy": mixed_precision or MixedPrecisionPolicy(),
+        }
+        if cpu_offload and mesh.device_type != "cpu":
+            options["offload_policy"] = CPUOffloadPolicy()
+        known = _shardings[module] = _shard(
+            module, stage, root, _units(module, wrap, root), options
+        )
+    elif (known.stage, known.root) != (stage, root):
+        raise ConfigurationError(
+            f"{type(module).__name__} is already sharded with stage={known.stage}, "
+            f"root={known.root!r}; it cannot become stage={stage}, root={root!r}. "
+            "Shard a fresh model."
+        )
+    return known
+
+
+def reshard(module: nn.Module) -> None:
+    """Free whatever is gathered under `module`, so that its parameters are the sharded ones.
+
+    No communication. Needed before parameters are read or written outside of forward and backward.
+    """
+    for submodule in module.modules():
+        if isinstance(submodule, FSDPModule):
+            submodule.reshard()
+
+
+def _validate(module: nn.Module, stage: int, root: str) -> None:
+    if stage not in (2, 3):
+        raise ConfigurationError(
+            f"shard_module() is for stages 2 and 3, not {stage}. Stages 0 and 1 wrap the model in "
+            "DistributedDataParallel; stage 1 adds partition_optimizer()."
+        )
+    if root not in ("shard", "replicate"):
+        raise ConfigurationError(f"root={root!r}: expected 'shard' or 'replicate'.")
+    for name, submodule in module.named_modules():
+        if isinstance(submodule, (DistributedDataParallel, FullyShardedDataParallel)):
+            raise ConfigurationError(
+                f"{name or '(root)'} is already wrapped in {type(submodule).__name__}. "
+                f"Give shard_module() the module inside it."
+            )
+    lazy = [n for n, p in module.named_parameters() if nn.parameter.is_lazy(p)]
+    if lazy:
+        raise ConfigurationError(
+            f"Parameters of lazy modules have no shape yet: {', '.join(lazy)}. Run the model once "
+            "on an example input before it is sharded."
+        )
+    require_initializers(module)
+
+
+def _units(module: nn.Module, wrap: WrapPolicy, root: Root) -> dict[str, nn.Module]:
+    """What to call `fully_shard` on, in this order."""
+    units: dict[str, nn.Module] = {}
+    if not any(isinstance(m, FSDPModule) for m in module.modules()):
+        units = resolve_units(module, wrap, root=root)
+    if root == "shard" and not isinstance(module, FSDPModule):
+        units[""] = module
+    return units
+
+
+def _shard(
+    module: nn.Module,
+    stage: int,
+    root: Root,
+    units: dict[str, nn.Module],
+    options: dict[str, Any],
+) -> Sharding:
+    mesh: DeviceMesh = options["mesh"]
+    replaced = WeakTensorKeyDictionary()
+    whole: set[nn.Parameter] = set()
+    for unit in units.values():
+        members = _members(unit)
+        with _tracking(members, replaced):
+            parameters = _start(module, members, mesh)
+            kept = _unshardable(parameters)
+            # torch 2.6 knows no ignored parameters, so they are named only when there are any.
+            ignored: dict[str, Any] = {"ignored_params": kept} if kept else {}
+            fully_shard(unit, **options, **ignored)
+        whole |= kept
+    if root == "replicate":
+        members = _members(module)
+        with _tracking(members, replaced):
+            whole.update(_start(module, members, mesh))
+    names = {p: name for name, p in module.named_parameters() if p in whole}
+    average_gradients_of(module, list(names), mesh)
+    if not options["reshard_after_forward"]:
+        _guard_gathered(module)
+    return Sharding(stage, root, tuple(units), tuple(names.values()), replaced)
+
+
+def _members(unit: nn.Module) -> list[nn.Module]:
+    """The modules under `unit` that no unit within it holds; the unit itself first."""
+    members = {unit: None}
+
+    def visit(module: nn.Module) -> None:
+        for child in module.children():
+            if child not in members and not isinstance(child, FSDPModule):
+                members[child] = None
+                visit(child)
+
+    visit(unit)
+    return list(members)
+
+
+@contextmanager
+def _tracking(members: Sequence[nn.Module], replaced: WeakTensorKeyDictionary) -> Iterator[None]:
+    """Record which parameter objects of `members` were replaced inside by which."""
+    before = [(m, name, p) for m in members for name, p in m._parameters.items() if p is not None]
+    yield
+    for module, name, parameter in before:
+        now = module._parameters[name]
+        if now is not parameter:
+            replaced[parameter] = now
+
+
+def _start(root: nn.Module, members: Sequence[nn.Module], mesh: DeviceMesh) -> list[nn.Parameter]:
+    """Make what `members` own real, contiguous and equal to rank 0's; returns the parameters."""
+    device = mesh_device(mesh)
+    materialize(root, members, device)
+    parameters = dict.fromkeys(p for m in members for p in m._parameters.values() if p is not None)
+    buffers = dict.fromkeys(b for m in members for b in m._buffers.values() if b is not None)
+    for tensor in (*parameters, *buffers):
+        if not isinstance(tensor, DTensor):
+            tensor.data = tensor.data.to(device).contiguous()
+    broadcast_from_first([*parameters, *buffers], mesh)
+    return list(parameters)
+
+
+def _unshardable(parameters: Sequence[nn.Parameter]) -> set[nn.Parameter]:
+    """What FSDP2 refuses, or would cast to a compute dtype although it is not a number to compute
+    with."""
+    sizes: Counter[torch.dtype] = Counter()
+    for p in parameters:
+        if p.requires_grad:
+            sizes[p.dtype] += p.numel()
+    main = max(sizes, key=lambda dtype: sizes[dtype], default=None)
+    return {
+        p
+        for p in parameters
+        if p.ndim == 0
+        or p.numel() == 0
+        or not p.is_floating_point()
+        or (p.requires_grad and p.dtype != main)
+    }
+
+
+# --- stage 2 --------------------------------------------------------------------------------------
+#
+# Between a forward and its backward pass parameters are gathered, and the module shows the
+# gathered ones. When no backward pass follows, they would stay: a later step, load or weight swap
+# changes the sharded ones, and the next forward would silently run on the old values.
+
+_gathering: WeakSet[nn.Module] = WeakSet()
+
+
+def _guard_gathered(root: nn.Module) -> None:
+    """Gathered parameters outlive neither a forward pass without gradients nor an optimizer
+    step."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.register_forward_hook(_reshard_without_grad)
+    _gathering.add(root)
+    _watch_steps()
+
+
+@functools.cache
+def _watch_steps() -> None:
+    register_optimizer_step_post_hook(_reshard_after_step)
+
+
+def _reshard_after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for root in _gathering:
+        reshard(root)
+
+
+def _reshard_without_grad(module: nn.Module, args: Any, output: Any) -> None:
+    if not torch.is_grad_enabled():
+        eager: Any = torch.compiler.disable  # untyped in torch
+        eager(FSDPModule.reshard)(module)

@@ -1,0 +1,127 @@
+"""When gradients are averaged across ranks, and the averaging of parameters that are not sharded.
+
+FSDP2 reduces the gradients of what it shards. `ReplicatedGradients` does for the other parameters
+of a sharded module what DDP would: at the end of a backward pass, the gradients that it produced
+are averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.autograd import Variable
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
+
+BUCKET_BYTES = 64 << 20
+
+
+class ReplicatedGradients:
+    """Averages the gradients of plain parameters over a mesh, once per backward pass.
+
+    What is averaged is a parameter's whole `.grad`: with what unsynchronized passes left there, as
+    DDP does; and a part averaged before is equal on all ranks, so averaging it again changes
+    nothing. Collective: a backward pass must reach the same of these parameters on every rank.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], mesh: DeviceMesh) -> None:
+        self.enabled = True
+        self._parameters = list(parameters)
+        self._mesh = mesh
+        self._ready: set[int] = set()
+        for index, parameter in enumerate(self._parameters):
+            if parameter.is_floating_point() or parameter.is_complex():
+                self._watch(index, parameter)
+
+    def _watch(self, index: int, parameter: nn.Parameter) -> None:
+        def on_gradient(_: torch.Tensor) -> None:
+            if not self.enabled:
+                return
+            if not self._ready:
+                Variable._execution_engine.queue_callback(self._average)
+            self._ready.add(index)
+
+        # Frozen parameters too: they may be unfrozen later, and torch takes no hook while frozen.
+        trainable = parameter.requires_grad
+        parameter.requires_grad_(True)
+        register: Any = parameter.register_post_accumulate_grad_hook  # untyped in torch
+        register(on_gradient)
+        parameter.requires_grad_(trainable)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        # In the parameters' order: hooks fire in an order that may differ between ranks.
+        ready = [self._parameters[index] for index in sorted(self._ready)]
+        self._ready.clear()
+        grads = [p.grad for p in ready if p.grad is not None]
+        for bucket in buckets(grads):
+            flat = torch.cat([grad.reshape(-1) for grad in bucket])
+            flat.div_(self._mesh.size())
+            for dimension in range(self._mesh.ndim):
+                dist.all_reduce(flat, group=self._mesh.get_group(dimension))
+            for grad, mean in zip(
+                bucket, torch.split(flat, [g.numel() for g in bucket]), strict=True
+            ):
+                grad.copy_(mean.view(grad.shape))
+
+
+# Kept beside the modules, so that nothing of it shows in their attributes, state or pickles.
+_replicated: WeakKeyDictionary[nn.Module, ReplicatedGradients] = WeakKeyDictionary()
+
+
+def average_gradients_of(
+    root: nn.Module, parameters: Sequence[nn.Parameter], mesh: DeviceMesh
+) -> None:
+    """From now on average the gradients of these parameters of `root`, unless switched off."""
+    if parameters:
+        _replicated[root] = ReplicatedGradients(parameters, mesh)
+
+
+def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
+    """Whether backward passes reduce gradients across ranks; for gradient accumulation.
+
+    Off: gradients accumulate on each rank, nothing is sent. The first backward pass after it is on
+    again reduces all that has accumulated. `module` is what `shard_module` was given, or one
+    wrapped in `DistributedDataParallel`; any other module is left alone. Call it alike on every
+    rank, before the forward pass that it is meant for.
+    """
+    if isinstance(module, DistributedDataParallel):
+        module.require_backward_grad_sync = enabled
+        return
+    for submodule in module.modules():
+        if submodule in _replicated:
+            _replicated[submodule].enabled = enabled
+        if isinstance(submodule, FSDPModule):
+            submodule.set_requires_gradient_sync(enabled, recurse=False)
+
+
+@contextmanager
+def gradient_sync_disabled(module: nn.Module) -> Iterator[None]:
+    """Accumulate without communication inside; see `set_gradient_sync`."""
+    set_gradient_sync(module, False)
+    try:
+        yield
+    finally:
+        set_gradient_sync(module, True)
+
+
+def buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
+    """Consecutive tensors of one dtype and device, of about `BUCKET_BYTES` together, in order."""
+    bucket: list[torch.Tensor] = []
+    size = 0
+    for tensor in tensors:
+        alike = bucket and (tensor.dtype, tensor.device) == (bucket[0].dtype, bucket[0].device)
+        if bucket and (not alike or size >= BUCKET_BYTES):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.numel() * tensor.element_size()
+    if bucket:
+        yield bucket
