@@ -37,9 +37,7 @@ class Box:
 
     def relative_to(self, outer: Box) -> Box:
         """The same elements, with the offset counted from `outer`'s origin."""
-        return Box(
-            tuple(a - b for a, b in zip(self.offset, outer.offset, strict=True)), self.shape
-        )
+        return Box(tuple(a - b for a, b in zip(self.offset, outer.offset, strict=True)), self.shape)
 
     def shifted(self, origin: Sequence[int]) -> Box:
         """The same shape, moved by `origin`."""
@@ -84,9 +82,7 @@ def flat_range_boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:
     if whole > first:
         boxes.append(_in_rows(full_box(shape[1:]), first, whole - first))
     if stop % row:
-        boxes += [
-            _in_rows(b, whole, 1) for b in flat_range_boxes(shape[1:], 0, stop - whole * row)
-        ]
+        boxes += [_in_rows(b, whole, 1) for b in flat_range_boxes(shape[1:], 0, stop - whole * row)]
     return boxes
 
 

@@ -141,12 +141,11 @@ def _tag_notice(proposals: Sequence[Proposal], tag_validation: str) -> str:
     if not odd or tag_validation == "ignore":
         return ""
     shown = ", ".join(f"rank {rank}: '{path}'" for rank, path in list(odd.items())[:4])
-    message = (
-        f"ranks were given different tags or directories: rank 0: '{first.directory}/{first.tag}', {shown}. "
-    )
+    message = f"ranks were given different tags or directories: rank 0: '{first.directory}/{first.tag}', {shown}. "
     if tag_validation == "fail":
         raise DisagreementError(
-            message + "Nothing was written. Pass the same on every rank, or tag_validation='warn' for rank 0's."
+            message
+            + "Nothing was written. Pass the same on every rank, or tag_validation='warn' for rank 0's."
         )
     return message + "All ranks save to rank 0's."
 

@@ -16,7 +16,15 @@ from zero_ckpt.core.chunks import Box, full_box
 from zero_ckpt.core.layout import Layout, Mesh, local_box
 from zero_ckpt.errors import StateMismatchError
 
-__all__ = ["DTYPE_NAMES", "TORCH_DTYPES", "layout_of", "live_box", "local_tensor", "mesh_of"]
+__all__ = [
+    "DTYPE_NAMES",
+    "TORCH_DTYPES",
+    "layout_of",
+    "live_box",
+    "local_shape",
+    "local_tensor",
+    "mesh_of",
+]
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
     getattr(torch, attribute): name
@@ -92,7 +100,9 @@ def layout_of(key: str, tensor: torch.Tensor, whole: bool = False) -> Layout:
     if dtype is None:
         raise StateMismatchError(f"tensor '{key}' has dtype {tensor.dtype}, which cannot be stored")
     if tensor.layout != torch.strided:
-        raise StateMismatchError(f"tensor '{key}' is {tensor.layout}; only dense tensors can be stored")
+        raise StateMismatchError(
+            f"tensor '{key}' is {tensor.layout}; only dense tensors can be stored"
+        )
     if tensor.is_meta:
         raise StateMismatchError(f"tensor '{key}' is on the meta device: it has no values to store")
     shape = tuple(tensor.shape)
@@ -141,3 +151,14 @@ def live_box(key: str, tensor: torch.Tensor, layout: Layout, rank: int) -> Box |
             "Was it built with DTensor.from_local from uneven shards? Give it the true global shape and stride."
         )
     return box
+
+
+def local_shape(
+    shape: tuple[int, ...], device_mesh: Any, placements: tuple[Placement, ...]
+) -> tuple[int, ...]:
+    """The shape of this rank's part of a tensor of `shape`; all zeros for a rank outside of the mesh."""
+    coordinate = device_mesh.get_coordinate()
+    if coordinate is None:
+        return (0,) * len(shape)
+    names = tuple(_placement_name(p) for p in placements)
+    return local_box(shape, mesh_of(device_mesh).shape, names, tuple(coordinate)).shape

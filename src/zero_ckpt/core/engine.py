@@ -83,7 +83,9 @@ class SyncEngine:
         """
         timeout = DEFAULT_TIMEOUT if timeout is None else timeout
         begin = time.perf_counter()
-        session = self._prepare(os.path.abspath(os.fspath(directory)), tag, snapshot, tag_validation, timeout)
+        session = self._prepare(
+            os.path.abspath(os.fspath(directory)), tag, snapshot, tag_validation, timeout
+        )
         planned = time.perf_counter()
         vote = self._write(session, step)
         timings = {"plan": planned - begin, **vote.timings}
@@ -95,7 +97,9 @@ class SyncEngine:
             "excluded": sorted(snapshot.excluded),
             "aliases": snapshot.aliases,
         }
-        request = commit.CommitRequest(session.agreement, session.plan, header, save_latest, keep_last)
+        request = commit.CommitRequest(
+            session.agreement, session.plan, header, save_latest, keep_last
+        )
         voted = time.perf_counter()
         self._vote(request, vote, timeout)
         timings["commit"] = time.perf_counter() - voted
@@ -156,7 +160,9 @@ class SyncEngine:
                 metadata,
             )
             pool = self._staging_pool(session.captured)
-            files, timings = write_shards(self.storage, agreement.folder, shards, pool, control.beat)
+            files, timings = write_shards(
+                self.storage, agreement.folder, shards, pool, control.beat
+            )
         except Exception as error:
             return commit.Vote(error=[type(error).__name__, _describe(error)])
         return commit.Vote(files, timings)

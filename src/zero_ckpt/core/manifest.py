@@ -244,7 +244,8 @@ def _index(keys: Any, layouts: list[Placed]) -> dict[str, Placed]:
 
 def _names(value: Any) -> list[str]:
     _expect(
-        isinstance(value, list) and all(isinstance(v, str) for v in value), "expected a list of names"
+        isinstance(value, list) and all(isinstance(v, str) for v in value),
+        "expected a list of names",
     )
     return list(value)
 

@@ -204,4 +204,3 @@ def needed_chunks(placed: Placed, wanted: Box) -> Iterator[tuple[int, Box]]:
     """(rank, box) of the stored chunks that share elements with `wanted`."""
     for run in placed.runs:
         yield from run.overlapping(wanted)
-

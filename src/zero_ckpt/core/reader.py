@@ -261,7 +261,10 @@ def _copy_strided(data: memoryview, begin: int, part: _Part) -> None:
         stored = box.shifted(chunk.box.offset)
         wanted = stored.intersect(part.overlap)
         if wanted is not None:
-            source = flat[at : at + nbytes].view(dtype).view(box.shape)[wanted.relative_to(stored).slices()]
+            source = (
+                flat[at : at + nbytes]
+                .view(dtype)
+                .view(box.shape)[wanted.relative_to(stored).slices()]
+            )
             request.target[wanted.relative_to(request.box).slices()].copy_(source)
         at += nbytes
-

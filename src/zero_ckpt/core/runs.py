@@ -138,7 +138,9 @@ def _extends(row: Sequence[tuple[int, Box]], item: tuple[int, Box]) -> bool:
     if len(moved) != 1 or rank2 <= rank1 or previous.shape != first.shape:
         return False
     dim = moved[0]
-    same = all(d == dim or n == m for d, (n, m) in enumerate(zip(first.shape, box.shape, strict=True)))
+    same = all(
+        d == dim or n == m for d, (n, m) in enumerate(zip(first.shape, box.shape, strict=True))
+    )
     step = box.offset[dim] - previous.offset[dim]
     if not same or box.shape[dim] > first.shape[dim] or step < first.shape[dim]:
         return False

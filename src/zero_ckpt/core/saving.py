@@ -24,7 +24,15 @@ from zero_ckpt.core.state import Snapshot
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.errors import StateMismatchError
 
-__all__ = ["OBJECTS", "RANK_OBJECTS", "Captured", "ShardPlan", "capture", "plan_shards", "write_shards"]
+__all__ = [
+    "OBJECTS",
+    "RANK_OBJECTS",
+    "Captured",
+    "ShardPlan",
+    "capture",
+    "plan_shards",
+    "write_shards",
+]
 
 OBJECTS, RANK_OBJECTS = "objects", "rank_objects"
 """Names of the two trees in a state file; `<name>.json` is the entry that holds the tree itself."""
@@ -98,7 +106,9 @@ def plan_shards(
             layout, tensor = layouts[key], live[key]
             held = live_box(key, tensor, layout, rank)
             if held is None:
-                raise AssertionError(f"the plan gives '{key}' to rank {rank}, which does not hold it")
+                raise AssertionError(
+                    f"the plan gives '{key}' to rank {rank}, which does not hold it"
+                )
             items.append((key, layout, box, view_of(local_tensor(tensor), held, box)))
         if role == "state":
             items += [_private_item(key, tensor) for key, tensor in captured.private.items()]

@@ -295,8 +295,6 @@ def _chunk(name: str, entry: dict[str, Any], place: dict[str, Any] | None) -> Ch
         raise ValueError(f"entry '{name}' is not made of natural numbers and a known dtype")
     if not len(shape) == len(offset) == len(box_shape):
         raise ValueError(f"entry '{name}' has different numbers of dimensions")
-    if prod(box_shape) and any(
-        a + n > s for a, n, s in zip(offset, box_shape, shape, strict=True)
-    ):
+    if prod(box_shape) and any(a + n > s for a, n, s in zip(offset, box_shape, shape, strict=True)):
         raise ValueError(f"entry '{name}' reaches outside of its tensor")
     return Chunk(name, place.get("key", name), dtype, shape, Box(offset, box_shape), begin, end)

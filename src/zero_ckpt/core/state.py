@@ -157,7 +157,9 @@ def capture_models(models: Mapping[str, nn.Module]) -> ModelState:
 
 def local_states(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Any, dict[str, Any]]]:
     """(parameter, state) of every parameter whose state this rank holds, in the order of the groups."""
-    inner = getattr(optimizer, "optim", None)  # ZeroRedundancyOptimizer: the local partition's optimizer
+    inner = getattr(
+        optimizer, "optim", None
+    )  # ZeroRedundancyOptimizer: the local partition's optimizer
     holder = inner if isinstance(inner, torch.optim.Optimizer) else optimizer
     for group in holder.param_groups:
         for parameter in group["params"]:
@@ -220,4 +222,3 @@ def _add_value(tensors: dict[str, torch.Tensor], key: str, value: Any) -> None:
         encoded = encode_objects(value, key)
         tensors[f"{key}#json"] = torch.frombuffer(bytearray(encoded.json), dtype=torch.uint8)
         tensors |= encoded.entries | encoded.dtensors
-

@@ -51,7 +51,11 @@ class TagInfo:
 def check_tag(tag: object) -> str:
     """The tag as a string. Raises `ConfigurationError` for one that a path or a file system would misread."""
     name = str(tag)
-    bad = set(name) & set('/\\\0\n\r') or name in ("", ".", "..", LATEST_NAME) or len(name.encode()) > 200
+    bad = (
+        set(name) & set("/\\\0\n\r")
+        or name in ("", ".", "..", LATEST_NAME)
+        or len(name.encode()) > 200
+    )
     if bad or name != name.strip() or name.startswith("-"):
         raise ConfigurationError(
             f"tag {name!r} cannot be a folder's name: expected 1 to 200 bytes without slashes, line breaks, "
@@ -118,7 +122,9 @@ def _inspect(storage: Storage, directory: str, name: str) -> TagInfo | None:
     try:
         return TagInfo(name, read_manifest(storage, folder))
     except CheckpointNotFoundError:
-        names = [entry.name for entry in storage.list(folder)] if not _is_gone(storage, folder) else []
+        names = (
+            [entry.name for entry in storage.list(folder)] if not _is_gone(storage, folder) else []
+        )
         shards = any(n.endswith(".safetensors") and "-of-" in n for n in names)
         return TagInfo(name, None, "not committed") if shards else None
     except (ZeroCkptError, OSError) as error:
@@ -167,7 +173,9 @@ def prune(storage: Storage, directory: str, keep_last: int, protected: str) -> l
     """Remove the oldest committed checkpoints beyond `keep_last`; never `protected`, nor what `latest` names."""
     infos = [info for info in list_tags(storage, directory) if info.manifest is not None]
     spared = {protected, read_latest(storage, directory)}
-    doomed = [info.name for info in infos[: max(0, len(infos) - keep_last)] if info.name not in spared]
+    doomed = [
+        info.name for info in infos[: max(0, len(infos) - keep_last)] if info.name not in spared
+    ]
     for name in doomed:
         remove_tag(storage, directory, name)
     return doomed

@@ -1,0 +1,330 @@
+"""`Checkpointer`: a model, its optimizers and schedulers, bound to the core. For training loops without a framework.
+
+    checkpointer = zero_ckpt.Checkpointer(model, optimizer, scheduler)
+    checkpointer.save_checkpoint("checkpoints", client_state={"epoch": 3})
+    path, client_state = checkpointer.load_checkpoint("checkpoints")
+
+Models, optimizers and schedulers may each be one object, a list, or a dict by name. Saving and loading are collective:
+every rank of the default process group calls them with the same arguments, whatever shards the model (FSDP2, DDP with
+or without ZeroRedundancyOptimizer, nothing at all). The process groups of the training are never used.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, Union
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from zero_ckpt.core import rng
+from zero_ckpt.core.checkpoint import Checkpoint
+from zero_ckpt.core.commit import check_tag_validation
+from zero_ckpt.core.engine import SaveHandle, SyncEngine
+from zero_ckpt.core.loading import load_together
+from zero_ckpt.core.restoring import Restoration, plan_model, plan_optimizer
+from zero_ckpt.core.state import (
+    EXTRA_STATE,
+    Snapshot,
+    capture_models,
+    capture_optimizer,
+    clean_name,
+    parameter_names,
+    wrapper_prefixes,
+)
+from zero_ckpt.core.storage import Storage
+from zero_ckpt.core.tags import check_tag
+from zero_ckpt.errors import ConfigurationError, StateMismatchError
+
+__all__ = ["Checkpointer", "load_checkpoint", "save_checkpoint"]
+
+T = TypeVar("T")
+Some = Union[T, Sequence[T], Mapping[str, T]]  # noqa: UP007 - a generic alias at run time
+
+
+def _named(given: Any, what: str) -> dict[str, Any]:
+    """One object is called "", several are called by their place or name."""
+    if given is None:
+        return {}
+    if isinstance(given, Mapping):
+        bad = [name for name in given if not isinstance(name, str) or not name or "/" in name]
+        if bad:
+            raise ConfigurationError(
+                f"names of {what} must be non-empty strings without '/', found {bad}"
+            )
+        return dict(given)
+    if isinstance(given, (list, tuple)):
+        return {"": given[0]} if len(given) == 1 else {str(i): x for i, x in enumerate(given)}
+    return {"": given}
+
+
+class Checkpointer:
+    """Saves and loads checkpoints of the objects that it is given.
+
+    `zero_stage`: recorded in the manifest; found out from the objects when None. `keep_last`: committed checkpoints to
+    keep, older ones are removed after each commit; None keeps all. `tag_validation`: what to do when ranks are given
+    different tags or directories: `ignore` or `warn` (rank 0's counts), or `fail`. `timeout`: seconds of silence after
+    which another rank counts as lost. `rng`: also save and restore random number generators, per rank.
+    """
+
+    def __init__(
+        self,
+        model: Some[nn.Module],
+        optimizer: Some[torch.optim.Optimizer] | None = None,
+        lr_scheduler: Some[Any] | None = None,
+        *,
+        zero_stage: int | None = None,
+        keep_last: int | None = None,
+        tag_validation: str = "warn",
+        timeout: float | None = None,
+        rng: bool = True,
+        storage: Storage | None = None,
+    ) -> None:
+        self.models: dict[str, nn.Module] = _named(model, "models")
+        self.optimizers: dict[str, torch.optim.Optimizer] = _named(optimizer, "optimizers")
+        self.lr_schedulers: dict[str, Any] = _named(lr_scheduler, "schedulers")
+        if keep_last is not None and keep_last < 1:
+            raise ConfigurationError(f"keep_last must be at least 1 or None, found {keep_last}")
+        self._zero_stage, self._keep_last = zero_stage, keep_last
+        self._tag_validation = check_tag_validation(tag_validation)
+        self._timeout, self._rng = timeout, rng
+        self._engine = SyncEngine(storage=storage)
+        self.global_step = 0
+        self._hook = self._count_steps()
+
+    def _count_steps(self) -> Any:
+        """Count the first optimizer's steps: `tag=None` means `global_step{N}`."""
+        if not self.optimizers:
+            return None
+        first = next(iter(self.optimizers.values()))
+
+        def stepped(*_: Any) -> None:
+            self.global_step += 1
+
+        return first.register_step_post_hook(stepped)
+
+    def save_checkpoint(
+        self,
+        save_dir: str | os.PathLike[str],
+        tag: str | int | None = None,
+        client_state: Any = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+        *,
+        step: int | None = None,
+    ) -> SaveHandle:
+        """Save everything as `<save_dir>/<tag>/`, committed and durable on return.
+
+        `tag` None: `global_step{N}`, N being the optimizer steps made (or `step`). `client_state`: any nested Python
+        state; rank 0's is stored and given back by `load_checkpoint`. `save_latest`: move `latest` to this tag.
+        `exclude_frozen_parameters`: leave out what has `requires_grad=False`; a load keeps the model's own values.
+
+        Raises the same error on every rank (see `zero_ckpt.errors`); then nothing was committed.
+        """
+        step = self.global_step if step is None else step
+        name = f"global_step{step}" if tag is None else check_tag(tag)
+        return self._engine.save(
+            save_dir,
+            name,
+            self._snapshot(client_state, step, exclude_frozen_parameters),
+            step=step,
+            zero_stage=self.zero_stage,
+            save_latest=save_latest,
+            keep_last=self._keep_last,
+            tag_validation=self._tag_validation,
+            timeout=self._timeout,
+        )
+
+    def _snapshot(self, client_state: Any, step: int, exclude_frozen: bool) -> Snapshot:
+        state = capture_models(self.models)
+        names = self._names()
+        optimizers = {
+            name: capture_optimizer(optimizer, names, _prefix(name))
+            for name, optimizer in self.optimizers.items()
+        }
+        excluded = frozenset(state.frozen) if exclude_frozen else frozenset()
+        return Snapshot(
+            model={key: t for key, t in state.tensors.items() if key not in excluded},
+            optim={key: t for o in optimizers.values() for key, t in o.tensors.items()},
+            objects={
+                "client_state": client_state,
+                "global_step": step,
+                "optimizers": {name: o.record for name, o in optimizers.items()},
+                "lr_schedulers": {n: s.state_dict() for n, s in self.lr_schedulers.items()},
+                "extra_state": state.extra,
+            },
+            rank_objects={"rng": rng.capture(self._device())} if self._rng else {},
+            buffers=frozenset(state.buffers),
+            frozen=frozenset(state.frozen) - excluded,
+            aliases={k: v for k, v in state.aliases.items() if v not in excluded},
+            excluded=excluded,
+        )
+
+    def load_checkpoint(
+        self,
+        load_dir: str | os.PathLike[str],
+        tag: str | int | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        *,
+        weights_only: bool = True,
+    ) -> tuple[str, Any]:
+        """Load into the live objects; returns (path of the tag's folder, client state).
+
+        `load_dir`: a checkpoint directory, or a tag's folder itself. `tag` None: what `latest` names, or, when that is
+        missing or damaged, the newest checkpoint that verifies, with a warning. Any world size, stage and mesh loads
+        any other. All or nothing: on an error nothing has changed on any rank. `weights_only=False` allows
+        pickled values in the client state, whose opening can run code.
+
+        Raises the same error on every rank: `CheckpointNotFoundError`, `CorruptCheckpointError`, `StateMismatchError`
+        (all missing, unexpected and misshapen keys at once), `FormatVersionError` or `UnsafeObjectError`.
+        """
+        with_optimizers = load_optimizer_states and not load_module_only
+        with_schedulers = load_lr_scheduler_states and not load_module_only
+
+        def prepare(checkpoint: Checkpoint) -> tuple[Restoration, dict[str, Any]]:
+            objects = checkpoint.objects(weights_only)
+            plan = self._plan(checkpoint, objects, load_module_strict, with_optimizers)
+            if with_schedulers:
+                plan.installs.append(self._scheduler_install(checkpoint, objects))
+            return plan, objects
+
+        loaded = load_together(
+            self._engine.storage,
+            self._engine.control,
+            load_dir,
+            None if tag is None else check_tag(tag),
+            prepare,
+            timeout=self._timeout,
+        )
+        with loaded.checkpoint as checkpoint:
+            if with_optimizers:
+                self.global_step = checkpoint.manifest.step
+                if self._rng:
+                    control = self._engine.control
+                    rng.restore_for_rank(
+                        checkpoint, control.rank, control.world_size, self._device()
+                    )
+            return checkpoint.path, loaded.prepared.get("client_state")
+
+    def _plan(
+        self, checkpoint: Checkpoint, objects: dict[str, Any], strict: bool, with_optimizers: bool
+    ) -> Restoration:
+        rank = self._engine.control.rank
+        state = capture_models(self.models)
+        plan = plan_model(checkpoint, state, rank, strict=strict)
+        plan.installs.append(lambda: self._set_extra_state(objects.get("extra_state", {})))
+        if with_optimizers:
+            names = self._names()
+            records = objects.get("optimizers", {})
+            _same_names(checkpoint.path, "optimizers", self.optimizers, records)
+            for name, optimizer in self.optimizers.items():
+                part = plan_optimizer(
+                    checkpoint, optimizer, names, records[name], rank, _prefix(name)
+                )
+                plan.fresh += part.fresh
+                plan.installs += part.installs
+        return plan
+
+    def _scheduler_install(self, checkpoint: Checkpoint, objects: dict[str, Any]) -> Any:
+        saved = objects.get("lr_schedulers", {})
+        _same_names(checkpoint.path, "schedulers", self.lr_schedulers, saved)
+        return lambda: [s.load_state_dict(saved[n]) for n, s in self.lr_schedulers.items()]
+
+    def _set_extra_state(self, extra: Mapping[str, Any]) -> None:
+        for name, model in self.models.items():
+            prefixes = wrapper_prefixes(model)
+            for path, module in model.named_modules():
+                raw = f"{path}.{EXTRA_STATE}" if path else EXTRA_STATE
+                key = (f"{name}." if name else "") + clean_name(raw, prefixes)
+                if key in extra:
+                    module.set_extra_state(extra[key])
+
+    @property
+    def zero_stage(self) -> int:
+        """What shards the state: 3 for DTensor parameters, 1 for ZeroRedundancyOptimizer, else 0."""
+        if self._zero_stage is not None:
+            return self._zero_stage
+        if any(isinstance(p, DTensor) for m in self.models.values() for p in m.parameters()):
+            return 3
+        sharded = any(hasattr(o, "consolidate_state_dict") for o in self.optimizers.values())
+        return 1 if sharded else 0
+
+    def wait(self) -> None:
+        """Wait until every save is committed. The sync engine has nothing pending."""
+
+    def close(self) -> None:
+        """Stop counting steps. Further saves and loads still work."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _names(self) -> dict[int, str]:
+        """id(parameter) -> FQN over all models."""
+        return {
+            key: (f"{name}." if name else "") + fqn
+            for name, model in self.models.items()
+            for key, fqn in parameter_names(model).items()
+        }
+
+    def _device(self) -> torch.device | None:
+        return next((p.device for m in self.models.values() for p in m.parameters()), None)
+
+
+def _prefix(name: str) -> str:
+    return f"{name}/" if name else ""
+
+
+def _same_names(path: str, what: str, live: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    if set(live) != set(saved):
+        raise StateMismatchError(
+            f"{path} holds the {what} {sorted(saved)}, and the job has {sorted(live)} ('' is a single one without a "
+            f"name). Nothing was loaded. Bind the same {what}, or load with load_module_only=True."
+        )
+
+
+def save_checkpoint(
+    save_dir: str | os.PathLike[str],
+    model: Some[nn.Module],
+    optimizer: Some[torch.optim.Optimizer] | None = None,
+    lr_scheduler: Some[Any] | None = None,
+    *,
+    tag: str | int | None = None,
+    step: int | None = None,
+    client_state: Any = None,
+    save_latest: bool = True,
+    exclude_frozen_parameters: bool = False,
+) -> SaveHandle:
+    """One save without a `Checkpointer`. Steps are not counted, so `tag` or `step` must be given."""
+    if tag is None and step is None:
+        raise ConfigurationError(
+            "save_checkpoint needs tag= or step=; a Checkpointer counts steps by itself"
+        )
+    with Checkpointer(model, optimizer, lr_scheduler) as checkpointer:
+        return checkpointer.save_checkpoint(
+            save_dir, tag, client_state, save_latest, exclude_frozen_parameters, step=step or 0
+        )
+
+
+def load_checkpoint(
+    load_dir: str | os.PathLike[str],
+    model: Some[nn.Module],
+    optimizer: Some[torch.optim.Optimizer] | None = None,
+    lr_scheduler: Some[Any] | None = None,
+    *,
+    tag: str | int | None = None,
+    **options: Any,
+) -> tuple[str, Any]:
+    """One load without a `Checkpointer`; `options` as those of `Checkpointer.load_checkpoint`."""
+    with Checkpointer(model, optimizer, lr_scheduler) as checkpointer:
+        return checkpointer.load_checkpoint(load_dir, tag, **options)

@@ -1,0 +1,193 @@
+"""One committed checkpoint, opened for reading: its manifest, its objects, its tensors.
+
+Opening verifies the manifest; a shard file's header is verified when it is first needed, a data block whenever it is
+read. Nothing here communicates: each rank opens for itself, and `loading` makes ranks agree.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from zero_ckpt.core.chunks import Box, full_box
+from zero_ckpt.core.dtensors import TORCH_DTYPES
+from zero_ckpt.core.lazy import LazyTensor
+from zero_ckpt.core.manifest import Manifest
+from zero_ckpt.core.objects import decode_objects
+from zero_ckpt.core.planner import Placed
+from zero_ckpt.core.reader import Request, ShardSet, read_requests, verify_requests
+from zero_ckpt.core.runs import Run
+from zero_ckpt.core.saving import OBJECTS, RANK_OBJECTS
+from zero_ckpt.core.shard_file import ShardReader
+from zero_ckpt.core.storage import LocalStorage, Storage
+from zero_ckpt.core.tags import candidates, locate, read_manifest
+from zero_ckpt.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    CorruptShardError,
+    StateMismatchError,
+)
+
+__all__ = ["Checkpoint", "check_files", "open_checkpoint"]
+
+
+class Checkpoint:
+    """Reads one checkpoint. Close it, or use it in a `with` statement; lazy tensors reopen what they need."""
+
+    def __init__(self, storage: Storage, folder: str, manifest: Manifest | None = None) -> None:
+        self.storage = storage
+        self.path = folder
+        self.manifest = manifest or read_manifest(storage, folder)
+        self.shards = ShardSet(storage, folder, self.manifest)
+
+    @property
+    def tag(self) -> str:
+        return self.manifest.tag
+
+    def keys(self, role: str) -> list[str]:
+        """Stored tensors of `role` (`model`, `optim` or `state`), in the order of the save."""
+        return list(self.manifest.tensors[role])
+
+    def resolve(self, key: str) -> str | None:
+        """The stored model tensor that `key` names, directly or as a tied name; None when there is none."""
+        if key in self.manifest.tensors["model"]:
+            return key
+        return self.manifest.aliases.get(key)
+
+    def placed(self, role: str, key: str) -> Placed:
+        """Raises `StateMismatchError` for a tensor that is not in the checkpoint."""
+        try:
+            return self.manifest.tensors[role][key]
+        except KeyError:
+            raise StateMismatchError(f"{self.path}: no {role} tensor '{key}'") from None
+
+    def request(self, role: str, key: str, target: torch.Tensor, box: Box | None = None) -> Request:
+        """A read of `box` (default: all) of a stored tensor into the local tensor `target`."""
+        placed = self.placed(role, key)
+        return Request(role, key, placed, box or full_box(placed.shape), target)
+
+    def read(
+        self, requests: Sequence[Request], progress: Callable[[], None] = lambda: None
+    ) -> None:
+        """Fill every target with verified bytes."""
+        read_requests(self.shards, requests, progress)
+
+    def verify(
+        self, requests: Sequence[Request], progress: Callable[[], None] = lambda: None
+    ) -> None:
+        """Read and verify what `requests` need, and change nothing."""
+        verify_requests(self.shards, requests, progress)
+
+    def tensor(self, role: str, key: str, box: Box | None = None) -> torch.Tensor:
+        """A stored tensor, or a box of it, as a new plain tensor on the CPU."""
+        placed = self.placed(role, key)
+        wanted = box or full_box(placed.shape)
+        target = torch.empty(wanted.shape, dtype=TORCH_DTYPES[placed.dtype])
+        self.read([Request(role, key, placed, wanted, target)])
+        return target
+
+    def lazy(self, role: str, key: str) -> LazyTensor:
+        """A stand-in that reads on first use."""
+        placed = self.placed(role, key)
+        dtype = TORCH_DTYPES[placed.dtype]
+        return LazyTensor(role, key, placed.shape, dtype, lambda box: self.tensor(role, key, box))
+
+    def objects(self, weights_only: bool | None = True) -> dict[str, Any]:
+        """The tree that rank 0 stored. Tensors that ranks held in parts are lazy. See `objects.decode_objects`."""
+        return self._tree(OBJECTS, 0, weights_only)
+
+    def rank_objects(self, rank: int, weights_only: bool | None = True) -> dict[str, Any]:
+        """The tree that `rank` stored for itself."""
+        return self._tree(RANK_OBJECTS, rank, weights_only)
+
+    def _tree(self, name: str, rank: int, weights_only: bool | None) -> dict[str, Any]:
+        reader = self.shards.get("state", rank)
+        private = {chunk.key: chunk for chunk in reader.chunks}
+
+        def entry(key: str) -> torch.Tensor:
+            if key not in private:
+                raise CorruptShardError(f"{reader.name}: no entry '{key}', which its objects name")
+            return self._private(reader, rank, key)
+
+        return decode_objects(
+            entry(f"{name}.json").numpy().tobytes(),
+            entry,
+            dtensor=lambda key: self.lazy("state", key),
+            weights_only=weights_only,
+            where=f"{reader.name}: {name}",
+        )
+
+    def _private(self, reader: ShardReader, rank: int, key: str) -> torch.Tensor:
+        """An entry that only this file knows of: the manifest does not list it."""
+        (chunk,) = (c for c in reader.chunks if c.key == key)
+        placed = Placed(chunk.dtype, chunk.shape, (Run(rank, chunk.box.offset, chunk.box.shape),))
+        target = torch.empty(chunk.shape, dtype=TORCH_DTYPES[chunk.dtype])
+        self.read([Request("state", key, placed, full_box(chunk.shape), target)])
+        return target
+
+    def close(self) -> None:
+        self.shards.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def check_files(storage: Storage, folder: str, manifest: Manifest) -> None:
+    """Every listed file is there and has its length. Raises `CorruptShardError`; reads no data."""
+    there = {entry.name: entry.nbytes for entry in storage.list(folder)}
+    for name, record in manifest.files.items():
+        found = there.get(name)
+        if found != record.nbytes:
+            text = "it is missing" if found is None else f"{found} bytes found"
+            raise CorruptShardError(
+                f"{folder}/{name}: {record.nbytes} bytes expected, {text}. Restore the file, or load another tag."
+            )
+
+
+def open_checkpoint(
+    path: str | os.PathLike[str], tag: str | None = None, *, storage: Storage | None = None
+) -> Checkpoint:
+    """Open a checkpoint directory's `tag`, or a tag folder given directly.
+
+    Without a tag: what `latest` names; when that is missing or damaged, the newest one whose manifest and file lengths
+    verify, with a warning. Raises `CheckpointNotFoundError`, `CorruptCheckpointError` or `FormatVersionError`.
+    """
+    storage = storage or LocalStorage()
+    directory, named = locate(storage, os.path.abspath(os.fspath(path)), tag)
+    if named is not None:
+        return _open_whole(storage, f"{directory}/{named}")
+    problems: list[str] = []
+    for name in candidates(storage, directory):
+        try:
+            found = _open_whole(storage, f"{directory}/{name}")
+        except (CorruptCheckpointError, CheckpointNotFoundError) as error:
+            problems.append(str(error))
+            continue
+        if problems:
+            warnings.warn(fallback_notice(problems, found.path), stacklevel=2)
+        return found
+    raise no_checkpoint(directory, problems)
+
+
+def fallback_notice(problems: Sequence[str], path: str) -> str:
+    return f"falling back to {path}, because newer checkpoints are unusable: {'; '.join(problems)}"
+
+
+def no_checkpoint(directory: str, problems: Sequence[str]) -> CheckpointNotFoundError:
+    why = f" Tried: {'; '.join(problems)}" if problems else ""
+    return CheckpointNotFoundError(
+        f"{directory}: no committed checkpoint here. Give the checkpoint directory or a tag's folder.{why}"
+    )
+
+
+def _open_whole(storage: Storage, folder: str) -> Checkpoint:
+    manifest = read_manifest(storage, folder)
+    check_files(storage, folder, manifest)
+    return Checkpoint(storage, folder, manifest)

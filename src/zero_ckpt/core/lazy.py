@@ -1,0 +1,129 @@
+"""Stand-ins for stored tensors: shape and dtype at once, bytes read and verified on first use.
+
+A `LazyTensor` is a `torch.Tensor` for whoever only asks what it is. Any operation on it (`.contiguous()`, indexing,
+arithmetic, `copy_` from it) first reads the stored values; indexing with integers and slices reads only the bytes
+that the result needs. Pickling or deep-copying one gives the values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map
+
+from zero_ckpt.core.chunks import Box, full_box
+
+__all__ = ["LazyTensor"]
+
+_Read = Callable[[Box], torch.Tensor]
+
+_METADATA = frozenset(
+    {
+        torch.Tensor.size,
+        torch.Tensor.dim,
+        torch.Tensor.ndimension,
+        torch.Tensor.numel,
+        torch.Tensor.nelement,
+        torch.Tensor.element_size,
+        torch.Tensor.stride,
+        torch.Tensor.is_contiguous,
+        torch.Tensor.is_floating_point,
+        torch.Tensor.is_complex,
+        torch.Tensor.__len__,
+        torch.Tensor.__hash__,
+        *(
+            getattr(torch.Tensor, name).__get__
+            for name in (
+                "shape dtype device layout ndim requires_grad is_leaf grad_fn nbytes itemsize grad is_meta "
+                "is_sparse is_quantized is_cuda is_cpu is_nested"
+            ).split()
+        ),
+    }
+)
+
+
+class LazyTensor(torch.Tensor):
+    """Shape and dtype of a stored tensor, on the CPU. `role` and `key` say where it is stored."""
+
+    role: str
+    key: str
+    _read: _Read
+    _value: torch.Tensor | None
+
+    @staticmethod
+    def __new__(
+        cls, role: str, key: str, shape: tuple[int, ...], dtype: torch.dtype, read: _Read
+    ) -> LazyTensor:
+        self: LazyTensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)
+        self.role, self.key, self._read, self._value = role, key, read, None
+        return self
+
+    def materialize(self) -> torch.Tensor:
+        """The values, as a plain tensor; read once. Raises `CorruptShardError` for damaged bytes."""
+        if self._value is None:
+            self._value = self._read(full_box(tuple(self.shape)))
+        return self._value
+
+    def read_box(self, box: Box) -> torch.Tensor:
+        """The values of `box` only."""
+        return self._value[box.slices()] if self._value is not None else self._read(box)
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"LazyTensor({self.key!r}, shape={list(self.shape)}, dtype={self.dtype})"
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        box = _box_of(index, tuple(self.shape))
+        if box is None:
+            return self.materialize()[index]
+        squeezed = tuple(0 if isinstance(item, int) else slice(None) for item in _as_tuple(index))
+        return self.read_box(box)[squeezed]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.materialize().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        return self.materialize().clone()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        args, kwargs = tree_map(_value_of, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(_value_of, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _value_of(value: Any) -> Any:
+    return value.materialize() if isinstance(value, LazyTensor) else value
+
+
+def _as_tuple(index: Any) -> tuple[Any, ...]:
+    return index if isinstance(index, tuple) else (index,)
+
+
+def _box_of(index: Any, shape: tuple[int, ...]) -> Box | None:
+    """The box that plain integers and unit-step slices select; None for any other index."""
+    items = _as_tuple(index)
+    if len(items) > len(shape):
+        return None
+    offset, extent = [], []
+    for item, size in zip(items, shape, strict=False):
+        if isinstance(item, slice) and item.step in (None, 1):
+            start, stop, _ = item.indices(size)
+            offset.append(start)
+            extent.append(max(0, stop - start))
+        elif type(item) is int and -size <= item < size:
+            offset.append(item % size)
+            extent.append(1)
+        else:
+            return None
+    rest = shape[len(items) :]
+    box = Box((*offset, *(0 for _ in rest)), (*extent, *rest))
+    return box if box.numel else None

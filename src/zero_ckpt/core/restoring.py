@@ -1,0 +1,337 @@
+"""What a load must read, for a live model and its optimizers: pure bookkeeping between stored keys and live tensors.
+
+Nothing is read or changed here. Parameters are filled in place (`live` requests); optimizer state is created from the
+manifest with the stored dtypes (`fresh` requests), without a dummy step, and installed by `install` when all bytes
+have arrived. Everything is matched by name, so order and grouping may differ between the runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
+
+from zero_ckpt.core.checkpoint import Checkpoint
+from zero_ckpt.core.dtensors import (
+    TORCH_DTYPES,
+    layout_of,
+    live_box,
+    local_shape,
+    local_tensor,
+)
+from zero_ckpt.core.objects import decode_objects
+from zero_ckpt.core.planner import Placed
+from zero_ckpt.core.reader import Request
+from zero_ckpt.core.state import ModelState, group_names
+from zero_ckpt.errors import StateMismatchError
+
+__all__ = ["Restoration", "plan_model", "plan_optimizer"]
+
+
+@dataclass(slots=True)
+class Restoration:
+    """Reads to make, what to do afterwards, and what did not match."""
+
+    live: list[Request] = field(default_factory=list)
+    fresh: list[Request] = field(default_factory=list)
+    installs: list[Callable[[], None]] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+
+    def install(self) -> None:
+        for action in self.installs:
+            action()
+
+
+def plan_model(
+    checkpoint: Checkpoint, state: ModelState, rank: int, *, strict: bool = True
+) -> Restoration:
+    """Fill every live tensor from the stored one of its name.
+
+    Raises `StateMismatchError` for other shapes, and when `strict` for missing or unexpected keys: all of them at once.
+    Frozen parameters that were left out of the save on purpose keep their live values.
+    """
+    plan, wrong = Restoration(), []
+    used: set[str] = set()
+    for key, tensor in state.tensors.items():
+        stored = _stored_name(checkpoint, key, state.aliases)
+        if stored is None:
+            if key not in checkpoint.manifest.excluded:
+                plan.missing.append(key)
+            continue
+        used.add(stored)
+        placed = checkpoint.placed("model", stored)
+        if placed.shape != tuple(tensor.shape):
+            wrong.append(
+                f"'{key}': {list(placed.shape)} in the checkpoint, {list(tensor.shape)} in the model"
+            )
+            continue
+        box = live_box(key, tensor, layout_of(key, tensor), rank)
+        if box is not None and box.numel:
+            plan.live.append(Request("model", stored, placed, box, local_tensor(tensor)))
+    plan.unexpected = [key for key in checkpoint.keys("model") if key not in used]
+    _raise_mismatch(checkpoint.path, plan, wrong, strict)
+    return plan
+
+
+def _stored_name(checkpoint: Checkpoint, key: str, aliases: Mapping[str, str]) -> str | None:
+    found = checkpoint.resolve(key)
+    if found is not None:
+        return found
+    tied = (alias for alias, first in aliases.items() if first == key)
+    return next((name for alias in tied if (name := checkpoint.resolve(alias))), None)
+
+
+def _raise_mismatch(path: str, plan: Restoration, wrong: Sequence[str], strict: bool) -> None:
+    parts = []
+    if wrong:
+        parts.append("other shapes: " + "; ".join(wrong))
+    if strict and plan.missing:
+        parts.append("missing in the checkpoint: " + _names(plan.missing))
+    if strict and plan.unexpected:
+        parts.append("in the checkpoint but not in the model: " + _names(plan.unexpected))
+    if parts:
+        hint = "" if wrong else " To load what matches, turn strict loading off."
+        raise StateMismatchError(
+            f"{path} does not fit the model. {'. '.join(parts)}. Nothing was loaded.{hint}"
+        )
+
+
+def _names(keys: Sequence[str]) -> str:
+    return ", ".join(f"'{key}'" for key in keys)
+
+
+def plan_optimizer(
+    checkpoint: Checkpoint,
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[int, str],
+    record: Mapping[str, Any],
+    rank: int,
+    prefix: str = "",
+) -> Restoration:
+    """Create the state of every parameter that this rank holds state for, and take over the groups' options.
+
+    `record` is what `capture_optimizer` recorded, `prefix` and `names` as there. Raises `StateMismatchError` when the
+    parameters of the groups, or the kind of optimizer, are not those of the checkpoint.
+    """
+    groups = group_names(optimizer, names)
+    _check_kind(checkpoint.path, optimizer, record)
+    options = _matched_options(checkpoint.path, groups, record["groups"])
+    fqn_of = {
+        id(p): fqn
+        for group, (fqns, _) in zip(optimizer.param_groups, groups, strict=True)
+        for p, fqn in zip(group["params"], fqns, strict=True)
+    }
+    stored = _by_parameter(checkpoint.keys("optim"), prefix, set(fqn_of.values()))
+    plan, states = Restoration(), {}
+    holder = _holder(optimizer)
+    for group in holder.param_groups:
+        cpu_step = not (group.get("capturable") or group.get("fused"))
+        for parameter in group["params"]:
+            builder = _StateBuilder(checkpoint, parameter, rank, cpu_step)
+            for name, key in stored.get(fqn_of[id(parameter)], {}).items():
+                builder.add(name, key)
+            plan.fresh += builder.requests
+            states[parameter] = builder
+    plan.installs.append(lambda: _install(optimizer, holder, states, options))
+    return plan
+
+
+def _holder(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer whose `state` this rank steps with: ZeroRedundancyOptimizer's local one, or itself."""
+    inner = getattr(optimizer, "optim", None)
+    return inner if isinstance(inner, torch.optim.Optimizer) else optimizer
+
+
+def _check_kind(path: str, optimizer: torch.optim.Optimizer, record: Mapping[str, Any]) -> None:
+    mine, saved = type(_holder(optimizer)).__name__, record["class"]
+    if mine != saved and not ({mine, saved} <= {"Adam", "AdamW"}):
+        raise StateMismatchError(
+            f"{path}: the optimizer was {saved} when it was saved and is {mine} now; their states are not the same "
+            "thing. Use the same class, or load with load_optimizer_states=False."
+        )
+
+
+def _matched_options(
+    path: str,
+    groups: Sequence[tuple[list[str], dict[str, Any]]],
+    saved: Sequence[Mapping[str, Any]],
+) -> list[Mapping[str, Any]]:
+    """For each live group the saved options of its parameters, matched by name."""
+    home = {fqn: index for index, group in enumerate(saved) for fqn in group["params"]}
+    live = {fqn for fqns, _ in groups for fqn in fqns}
+    new, gone = sorted(live - home.keys()), sorted(home.keys() - live)
+    if new or gone:
+        parts = [f"not in the checkpoint: {_names(new)}"] if new else []
+        parts += [f"only in the checkpoint: {_names(gone)}"] if gone else []
+        raise StateMismatchError(
+            f"{path}: the optimizer has other parameters than when it was saved: {'; '.join(parts)}. Nothing was "
+            "loaded. Give it the same parameters, or load with load_optimizer_states=False."
+        )
+    matched = []
+    for index, (fqns, options) in enumerate(groups):
+        homes = sorted({home[fqn] for fqn in fqns})
+        found = [saved[i]["options"] for i in homes] or (
+            [saved[index]["options"]] if index < len(saved) else [options]
+        )
+        if any(not _same(found[0], other) for other in found[1:]):
+            raise StateMismatchError(
+                f"{path}: parameter group {index} joins parameters of the saved groups {homes}, whose options "
+                "differ. Group the parameters as they were, or load with load_optimizer_states=False."
+            )
+        matched.append(found[0])
+    return matched
+
+
+def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    return a.keys() == b.keys() and all(_equal(a[name], b[name]) for name in a)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+    return bool(a == b)
+
+
+def _by_parameter(keys: Iterable[str], prefix: str, fqns: set[str]) -> dict[str, dict[str, str]]:
+    """FQN -> state name -> stored key. FQNs and state names may hold slashes: the longest known FQN wins."""
+    found: dict[str, dict[str, str]] = {}
+    for key in keys:
+        if not key.startswith(prefix):
+            continue
+        rest = key[len(prefix) :]
+        end = rest.rfind("/")
+        while end > 0 and rest[:end] not in fqns:
+            end = rest.rfind("/", 0, end)
+        if end > 0:
+            found.setdefault(rest[:end], {})[rest[end + 1 :]] = key
+    return found
+
+
+_PYTHON: dict[str, Callable[[torch.Tensor], Any]] = {
+    "int": lambda t: int(t.item()),
+    "float": lambda t: float(t.item()),
+    "bool": lambda t: bool(t.item()),
+    "none": lambda t: None,
+}
+
+
+class _StateBuilder:
+    """Allocates one parameter's state tensors, and turns them into its state when they are filled."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, parameter: torch.Tensor, rank: int, cpu_step: bool
+    ) -> None:
+        self.requests: list[Request] = []
+        self._checkpoint, self._parameter = checkpoint, parameter
+        self._rank, self._cpu_step = rank, cpu_step
+        self._tensors: dict[str, torch.Tensor] = {}
+
+    def add(self, name: str, key: str) -> None:
+        placed = self._checkpoint.placed("optim", key)
+        base, mark, _ = name.partition("#")
+        tensor = self._empty(placed, base, python=bool(mark))
+        self._tensors[name] = tensor
+        box = live_box(key, tensor, layout_of(key, tensor), self._rank)
+        if box is not None and box.numel:
+            self.requests.append(Request("optim", key, placed, box, local_tensor(tensor)))
+
+    def state(self) -> dict[str, Any]:
+        """The state, once every request is filled."""
+        values: dict[str, Any] = {}
+        for name, tensor in self._tensors.items():
+            base, mark, kind = name.partition("#")
+            if not mark:
+                values[base] = tensor
+            elif kind == "json":
+                values[base] = self._decoded(tensor)
+            else:
+                values[base] = _PYTHON[kind](tensor)
+        nested = {name.rpartition("#json")[0] for name in self._tensors if name.endswith("#json")}
+        return {k: v for k, v in values.items() if not any(k.startswith(f"{n}/") for n in nested)}
+
+    def _decoded(self, tensor: torch.Tensor) -> Any:
+        by_key = {request.key: request for request in self.requests}
+        entries = {key: self._tensors[_last(key, self._tensors)] for key in by_key}
+        data = tensor.numpy().tobytes()
+        return decode_objects(data, entries.__getitem__, dtensor=entries.__getitem__)
+
+    def _empty(self, placed: Placed, name: str, *, python: bool) -> torch.Tensor:
+        """A tensor of the stored dtype that lies where the optimizer wants it: like its parameter, where it can."""
+        dtype = TORCH_DTYPES[placed.dtype]
+        parameter = self._parameter
+        if python:
+            return torch.empty(placed.shape, dtype=dtype)
+        sharded = placed.placements is not None or (bool(placed.shape) and name != "step")
+        if isinstance(parameter, DTensor) and sharded:
+            return _empty_dtensor(placed, dtype, parameter)
+        device = torch.device("cpu") if name == "step" and self._cpu_step else parameter.device
+        return torch.empty(placed.shape, dtype=dtype, device=device)
+
+
+def _last(key: str, names: Mapping[str, Any]) -> str:
+    """The state name that a stored key ends with."""
+    return next(name for name in names if key.endswith(f"/{name}"))
+
+
+def _empty_dtensor(placed: Placed, dtype: torch.dtype, like: DTensor) -> DTensor:
+    """On the mesh of `like`; split as it is where shapes are equal, else along the dimensions that were split."""
+    placements = tuple(
+        p if placed.shape == tuple(like.shape) else _split(p, placed) for p in like.placements
+    )
+    local = torch.empty(
+        local_shape(placed.shape, like.device_mesh, placements),
+        dtype=dtype,
+        device=local_tensor(like).device,
+    )
+    return DTensor.from_local(
+        local,
+        like.device_mesh,
+        placements,
+        run_check=False,
+        shape=torch.Size(placed.shape),
+        stride=torch.empty(placed.shape, device="meta").stride(),
+    )
+
+
+def _split(placement: Placement, placed: Placed) -> Placement:
+    dim = getattr(placement, "dim", None)
+    names = placed.placements or ()
+    if dim is not None and dim < len(placed.shape) and f"S{dim}" in names:
+        return Shard(dim)
+    return Replicate()
+
+
+def _install(
+    optimizer: torch.optim.Optimizer,
+    holder: torch.optim.Optimizer,
+    states: Mapping[torch.Tensor, _StateBuilder],
+    options: Sequence[Mapping[str, Any]],
+) -> None:
+    for parameter, builder in states.items():
+        holder.state.pop(parameter, None)
+        values = builder.state()
+        if values:
+            holder.state[parameter] = values
+    for group, saved in zip(optimizer.param_groups, options, strict=True):
+        _take_options(group, saved)
+    if holder is not optimizer and len(holder.param_groups) == len(optimizer.param_groups):
+        for group, saved in zip(holder.param_groups, options, strict=True):
+            _take_options(group, saved)
+
+
+def _take_options(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
+    """Options of the checkpoint; a live tensor (a capturable learning rate) keeps its identity and device."""
+    for name, value in saved.items():
+        live = group.get(name)
+        if isinstance(live, torch.Tensor) and not isinstance(live, nn.Parameter):
+            live.fill_(float(value))
+        elif isinstance(value, torch.Tensor) and isinstance(live, (int, float)):
+            group[name] = type(live)(value.item())
+        else:
+            group[name] = value

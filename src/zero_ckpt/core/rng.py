@@ -1,0 +1,115 @@
+"""One rank's random number generators as plain tensors and numbers, and back.
+
+Owns: torch's CPU generator, the rank's CUDA generator, NumPy's legacy global generator and Python's
+`random`. Promises: `restore(capture())` continues the four streams bitwise. May not touch a
+generator that a user created.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from zero_ckpt.core.checkpoint import Checkpoint
+
+__all__ = ["capture", "derive", "restore", "restore_for_rank"]
+
+
+def capture(device: torch.device | None = None) -> dict[str, Any]:
+    """The state of this process's generators; with a CUDA `device`, that device's too.
+
+    Values are uint8 and int64 tensors, numbers and strings, so that they are stored without a
+    pickle.
+    """
+    version, words, gauss = random.getstate()
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": {
+            "version": version,
+            "words": torch.tensor(words, dtype=torch.int64),
+            "gauss": gauss,
+        },
+    }
+    if "numpy" in sys.modules:
+        state["numpy"] = _numpy_state()
+    if device is not None and device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def restore(state: Mapping[str, Any], device: torch.device | None = None) -> None:
+    """Put the generators back to what `capture` saw. A stream that was not captured is left
+    alone.
+    """
+    torch.set_rng_state(state["torch"].cpu())
+    python = state["python"]
+    words = tuple(int(word) for word in python["words"].tolist())
+    random.setstate((int(python["version"]), words, python["gauss"]))
+    if "numpy" in state and "numpy" in sys.modules:
+        _set_numpy_state(state["numpy"])
+    if "cuda" in state and device is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+
+
+def derive(state: Mapping[str, Any], rank: int, device: torch.device | None = None) -> None:
+    """Seed this rank's generators from another rank's `state`: for a world size that the checkpoint
+    has not.
+
+    Ranks that derive from the same state get different streams, and the same ones on every resume.
+    """
+    generator = torch.Generator()
+    generator.set_state(state["torch"].cpu())
+    seeds = torch.randint(2**32, (rank + 1,), generator=generator, dtype=torch.int64)
+    seed = int(seeds[rank])
+    random.seed(seed)
+    torch.default_generator.manual_seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
+    if device is not None and device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
+def _numpy_state() -> dict[str, Any]:
+    name, keys, position, has_gauss, cached = sys.modules["numpy"].random.get_state()
+    return {
+        "name": name,
+        "keys": torch.from_numpy(keys.astype("int64")),
+        "position": int(position),
+        "has_gauss": int(has_gauss),
+        "cached_gaussian": float(cached),
+    }
+
+
+def _set_numpy_state(state: Mapping[str, Any]) -> None:
+    keys = state["keys"].numpy().astype("uint32")
+    gauss = (state["position"], state["has_gauss"], state["cached_gaussian"])
+    sys.modules["numpy"].random.set_state((state["name"], keys, *gauss))
+
+
+def restore_for_rank(
+    checkpoint: Checkpoint, rank: int, world_size: int, device: torch.device | None = None
+) -> None:
+    """This rank's generators from a checkpoint: its own at the same world size, else derived, with a warning."""
+    saved = checkpoint.manifest.world_size
+    if saved == world_size:
+        state = checkpoint.rank_objects(rank).get("rng")
+        if state is not None:
+            restore(state, device)
+        return
+    state = checkpoint.rank_objects(0).get("rng")
+    if state is None:
+        return
+    if rank == 0:
+        warnings.warn(
+            f"{checkpoint.path} was saved by {saved} ranks and is loaded by {world_size}: random number generators "
+            "are derived from rank 0's, so random draws differ from an uninterrupted run's.",
+            stacklevel=3,
+        )
+    derive(state, rank, device)
