@@ -113,13 +113,14 @@ class Checkpoint:
                 raise CorruptShardError(f"{reader.name}: no entry '{key}', which its objects name")
             return self._private(reader, rank, key)
 
-        return decode_objects(
+        tree: dict[str, Any] = decode_objects(
             entry(f"{name}.json").numpy().tobytes(),
             entry,
             dtensor=lambda key: self.lazy("state", key),
             weights_only=weights_only,
             where=f"{reader.name}: {name}",
         )
+        return tree
 
     def _private(self, reader: ShardReader, rank: int, key: str) -> torch.Tensor:
         """An entry that only this file knows of: the manifest does not list it."""

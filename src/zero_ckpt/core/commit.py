@@ -225,7 +225,8 @@ def _check_visible(storage: Storage, folder: str, files: Mapping[str, FileRecord
     for name, record in files.items():
         if there.get(name) != record.nbytes:
             raise SaveError(
-                f"{folder}/{name}: its rank wrote {record.nbytes} bytes, rank 0 sees {there.get(name, 'no such file')}. "
+                f"{folder}/{name}: its rank wrote {record.nbytes} bytes, rank 0 sees "
+                f"{there.get(name, 'no such file')}. "
                 "The directory must be one file system that all ranks share."
             )
 

@@ -17,6 +17,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Protocol
 
 from zero_ckpt.errors import RankTimeoutError, SaveError, ZeroCkptError, by_name
@@ -64,7 +65,7 @@ def control_for_process_group() -> ControlPlane:
 
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return LocalControl()
-    store = dist.distributed_c10d._get_default_store()
+    store: Any = dist.distributed_c10d._get_default_store()
     with suppress(AttributeError, RuntimeError):
         store = store.clone()  # a connection of our own: others may block in theirs
     return StoreControl(store, dist.get_rank(), dist.get_world_size())
@@ -236,8 +237,7 @@ def _lost_message(phase: str, dead: list[int], silent: list[int], timeout: float
     if dead:
         parts.append(f"{_ranks(dead)} died")
     if silent:
-        verb = "did" if len(silent) > 1 else "did"
-        parts.append(f"{_ranks(silent)} {verb} not arrive or make progress for {timeout:g} s")
+        parts.append(f"{_ranks(silent)} did not arrive or make progress for {timeout:g} s")
     return (
         f"{phase}: {' and '.join(parts)}. Every rank must make this call; look at the log of the rank named here. "
         "Nothing was committed by this call, and earlier checkpoints are intact."
@@ -263,14 +263,14 @@ def _pauses() -> Iterable[float]:
 
 
 def _identity() -> list[str | int]:
-    """Host, process namespace, process and its start, so that another process on this host can tell whether it lives."""
+    """Host, process namespace, process and its start: enough for a process on this host to tell whether it lives."""
     return [*_host(), os.getpid(), _start_time(os.getpid()) or ""]
 
 
 def _host() -> tuple[str, str]:
     with suppress(OSError):
-        with open("/proc/sys/kernel/random/boot_id") as file:
-            return file.read().strip(), os.readlink("/proc/self/ns/pid")
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return boot, os.readlink("/proc/self/ns/pid")
     return "", ""
 
 
@@ -288,4 +288,4 @@ def _has_died(who: list[Any]) -> bool:
     boot, namespace, pid, started = who
     if not boot or not started or (boot, namespace) != _host():
         return False
-    return _start_time(pid) != started
+    return bool(_start_time(pid) != started)

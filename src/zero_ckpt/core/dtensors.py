@@ -87,8 +87,9 @@ def _placement_name(placement: Placement) -> str:
     if isinstance(placement, Replicate):
         return "R"
     # A strided shard is not a Shard to `isinstance` in every torch version; it always has a dimension to split.
-    if hasattr(placement, "split_factor"):
-        return f"T{placement.dim}"
+    split: Any = placement
+    if hasattr(split, "split_factor"):
+        return f"T{split.dim}"
     if isinstance(placement, Shard):
         return f"S{placement.dim}"
     raise TypeError(f"placement {placement}")

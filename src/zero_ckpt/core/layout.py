@@ -22,7 +22,6 @@ import xxhash
 
 from zero_ckpt.core.chunks import Box, split_evenly
 from zero_ckpt.core.dtypes import itemsize
-from zero_ckpt.errors import StateMismatchError
 
 __all__ = ["ROLES", "Layout", "Mesh", "Table", "local_box"]
 
@@ -130,16 +129,3 @@ class Table:
 
     def digest(self) -> str:
         return xxhash.xxh3_128_hexdigest(self.to_bytes())
-
-    def disagreement(self, other: Table) -> StateMismatchError | None:
-        """The first tensor that two ranks describe differently in dtype or shape, or None."""
-        for role, keys in self.roles.items():
-            theirs = other.roles[role]
-            for key in keys.keys() & theirs.keys():
-                mine, its = keys[key], theirs[key]
-                if (mine.dtype, mine.shape) != (its.dtype, its.shape):
-                    return StateMismatchError(
-                        f"{role} tensor '{key}' is {mine.dtype} {list(mine.shape)} on one rank and "
-                        f"{its.dtype} {list(its.shape)} on another. Give them different names, or make them a DTensor."
-                    )
-        return None

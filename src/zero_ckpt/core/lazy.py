@@ -35,10 +35,25 @@ _METADATA = frozenset(
         torch.Tensor.__hash__,
         *(
             getattr(torch.Tensor, name).__get__
-            for name in (
-                "shape dtype device layout ndim requires_grad is_leaf grad_fn nbytes itemsize grad is_meta "
-                "is_sparse is_quantized is_cuda is_cpu is_nested"
-            ).split()
+            for name in [
+                "shape",
+                "dtype",
+                "device",
+                "layout",
+                "ndim",
+                "requires_grad",
+                "is_leaf",
+                "grad_fn",
+                "nbytes",
+                "itemsize",
+                "grad",
+                "is_meta",
+                "is_sparse",
+                "is_quantized",
+                "is_cuda",
+                "is_cpu",
+                "is_nested",
+            ]
         ),
     }
 )
@@ -70,7 +85,7 @@ class LazyTensor(torch.Tensor):
         """The values of `box` only."""
         return self._value[box.slices()] if self._value is not None else self._read(box)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LazyTensor({self.key!r}, shape={list(self.shape)}, dtype={self.dtype})"
 
     def __getitem__(self, index: Any) -> torch.Tensor:
@@ -81,7 +96,7 @@ class LazyTensor(torch.Tensor):
         return self.read_box(box)[squeezed]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.materialize().__reduce_ex__(protocol)
+        return self.materialize().__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
         return self.materialize().clone()
@@ -95,7 +110,9 @@ class LazyTensor(torch.Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         args, kwargs = tree_map(_value_of, (args, kwargs or {}))
         return func(*args, **kwargs)
 

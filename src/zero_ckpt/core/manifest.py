@@ -1,7 +1,7 @@
 """The commit record: which files and tensors form a checkpoint. Pure: records <-> bytes, no files, no torch.
 
 `manifest.json` is written last; without it there is no checkpoint. It is one JSON object whose first line is the
-format version and the XXH3-128 of the body's bytes, so that a flipped bit anywhere is found before anything is believed:
+format version and the XXH3-128 of the body's bytes, so that a flipped bit is found before anything is believed:
 
     {"zero_ckpt": 1, "checksum": "<32 hex digits>", "manifest":
     {...body...}

@@ -190,7 +190,9 @@ class _Encoder:
         return name
 
 
-_TORCH_ARRAYS = frozenset("f2 f4 f8 i1 i2 i4 i8 u1 u2 u4 u8 b1 c8 c16".split())
+_TORCH_ARRAYS = frozenset(
+    ["f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1", "c8", "c16"]
+)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -293,7 +295,7 @@ class _Decoder:
         if kind == "$parameter":
             return _parameter(self._entry(content))
         if kind == "$pickle":
-            return self._unpickle(*content, path)
+            return self._unpickle(content[0], content[1], path)
         raise ValueError(f"unknown type {kind!r} at {'/'.join(path)}")
 
     def _unpickle(self, name: str, type_name: str, path: tuple[str, ...]) -> Any:

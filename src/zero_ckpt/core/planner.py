@@ -63,9 +63,6 @@ def plan_save(tables: Sequence[tuple[Table, Sequence[int]]]) -> SavePlan:
 
     Raises `StateMismatchError` when two ranks describe one key differently.
     """
-    for (first, _), (other, _) in zip(tables, tables[1:], strict=False):
-        if error := first.disagreement(other):
-            raise error
     return _Planner(tables).plan()
 
 
@@ -187,6 +184,12 @@ def _stacked(key: str, layouts: tuple[Layout, ...]) -> Layout:
     """Layouts of one tensor on several meshes of equal shape, as replicas on one mesh of one more dimension."""
     distinct = list(dict.fromkeys(layouts))
     first = distinct[0]
+    kinds = sorted({f"{item.dtype} {list(item.shape)}" for item in distinct})
+    if len(kinds) > 1:
+        raise StateMismatchError(
+            f"tensor '{key}' is {' on one rank and '.join(kinds)} on another: make it a DTensor, or give the "
+            "parts different names"
+        )
     meshes = [item.mesh for item in distinct if item.mesh is not None]
     alike = {(item.mesh and item.mesh.shape, item.placements) for item in distinct}
     if len(alike) > 1 or len(meshes) < len(distinct):

@@ -1,7 +1,7 @@
 """Resharding reads: stored chunks into live local tensors, whatever the world size was. Every byte is verified.
 
-A `Request` names a stored tensor and the box of it that a live local tensor wants. The wanted boxes are intersected with
-the stored ones, the blocks that they touch are read once each, verified, and copied to where they belong, by a few
+A `Request` names a stored tensor and the box of it that a live local tensor wants. The wanted boxes are intersected
+with the stored ones, the blocks that they touch are read once each, verified, and copied to where they belong, by a few
 threads. Extra memory is `READ_THREADS` blocks, whatever the state's size.
 
 Nothing unverified reaches a target. `verify` reads the same blocks and copies nothing, so that a caller that overwrites

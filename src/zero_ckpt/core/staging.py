@@ -76,7 +76,8 @@ class StagingPool:
 
 def _pin(memory: object) -> None:
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))  # type: ignore[arg-type]
-    torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, BLOCK, 0))
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    torch.cuda.check_error(runtime.cudaHostRegister(address, BLOCK, 0))
 
 
 class _WriteThread:

@@ -1,9 +1,9 @@
 """Live models and optimizers <-> named tensors. Holds references, copies nothing, touches no file.
 
-A model's keys are its `state_dict` keys without the prefixes that wrappers add (DistributedDataParallel, `torch.compile`,
-activation checkpointing). Tied weights are stored once, under the first of their names. An optimizer's state is named
+A model's keys are its `state_dict` keys without the prefixes that wrappers add (DistributedDataParallel,
+`torch.compile`, activation checkpointing). Tied weights are stored once, under the first of their names. An optimizer's state is named
 after its parameter: `encoder.0.weight/exp_avg`; Python values of the state become small tensors whose names say what
-they were (`#int`, `#float`, `#bool`, `#none`, and `#json` for anything else), because under ZeRO-1 only one rank has them.
+they were (`#int`, `#float`, `#bool`, `#none`, and `#json` for anything else): under ZeRO-1 only one rank has them.
 """
 
 from __future__ import annotations
@@ -120,7 +120,8 @@ def capture_model(model: nn.Module) -> ModelState:
     """The model's state by key, as references. Non-persistent buffers are not part of it."""
     prefixes = wrapper_prefixes(model)
     buffers = {id(b) for b in model.buffers()}
-    state, owners = ModelState(), {}
+    state = ModelState()
+    owners: dict[Any, str] = {}
     for raw, value in model.state_dict(keep_vars=True).items():
         key = clean_name(raw, prefixes)
         if not isinstance(value, torch.Tensor) or key.rpartition(".")[2] == EXTRA_STATE:
