@@ -56,4 +56,4 @@ bench: $(READY) ## measure against raw disk and torch's own checkpoints
 	$(BIN)/python -m benchmarks
 
 clean: ## remove what the targets made, .venv included
-	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
+	rm -rf .venv build dist runs/demo .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
