@@ -1,0 +1,27 @@
+"""The cases of the suite by name, in the order in which they run.
+
+A case takes a `Bench`, launches ranks as often as it needs, leaves its scratch folder empty, and
+returns rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from benchmarks.bench import Bench
+from benchmarks.cases.collapse import collapse
+from benchmarks.cases.first import first
+from benchmarks.cases.load import load
+from benchmarks.cases.reshard import reshard
+from benchmarks.cases.save import save
+from benchmarks.cases.small import small
+from benchmarks.table import Row
+
+CASES: dict[str, Callable[[Bench], list[Row]]] = {
+    "save": save,
+    "first": first,
+    "load": load,
+    "small": small,
+    "reshard": reshard,
+    "collapse": collapse,
+}

@@ -1,0 +1,86 @@
+"""A verified load into the live large model: from the disk (cold), from the page cache (warm)."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from benchmarks.bench import Bench
+from benchmarks.job import Act, Job
+from benchmarks.limits import RawFiles, Way
+from benchmarks.measure import interleave, make_cold, make_warm, remove_and_settle
+from benchmarks.peers import dcp_load, dcp_save, torch_load, torch_save
+from benchmarks.ranks import Measured, Rank
+from benchmarks.table import Row, at_least, bounded, faster
+from benchmarks.workload import build_large
+
+RANKS = 2
+WARM_WAY = Way(block=1 << 20, streams=1, direct=False)
+
+
+def load(bench: Bench) -> list[Row]:
+    measured = bench.launch(RANKS, _measure)
+    cold, warm = (f"load {kind}, {measured.labels['size']}" for kind in ("cold", "warm"))
+    memory = "memory of a load, per rank"
+    return [
+        faster("load", cold, measured, "cold ours", "cold raw", at_least(0.85)),
+        faster("load", cold, measured, "cold ours", "cold dcp"),
+        faster("load", cold, measured, "cold ours", "cold torch"),
+        faster("load", warm, measured, "warm ours", "warm raw"),
+        faster("load", warm, measured, "warm ours", "warm dcp", at_least(3)),
+        faster("load", warm, measured, "warm ours", "warm torch"),
+        bounded("load", memory, measured, "ours memory", "dcp memory", None),
+        bounded("load", memory, measured, "ours memory", "torch memory", None),
+    ]
+
+
+def _measure(rank: Rank) -> Measured:
+    job = Job(rank, build_large)
+    raw = RawFiles(rank, job.local_bytes)
+    _save(job, raw)
+    loads: dict[str, Act] = {
+        "ours": job.ours.load,
+        "dcp": lambda directory: dcp_load(job.state, directory),
+        "torch": lambda directory: torch_load(job.parts, directory, rank.rank),
+    }
+    measured = Measured()
+    for name, act in loads.items():
+        measured.add(f"{name} memory", job.checked_load(name, rank.scratch / name, act))
+    way = raw.best_way_to_read(raw.file(rank.scratch / "raw"))
+    for kind, raw_way, bring in (("cold", way, make_cold), ("warm", WARM_WAY, make_warm)):
+        acts: dict[str, Act] = {"raw": partial(_read, raw, raw_way), **loads}
+        contestants = [
+            job.loading(f"{kind} {name}", rank.scratch / name, act, bring)
+            for name, act in acts.items()
+        ]
+        measured.extend(interleave(rank, contestants, warm_up=0))
+    measured.labels = _labels(way, raw.size * rank.world_size)
+    rank.on_first(lambda: remove_and_settle(*(rank.scratch / name for name in ("raw", *loads))))
+    return measured
+
+
+def _read(raw: RawFiles, way: Way, directory: Path) -> None:
+    raw.read(raw.file(directory), way)
+
+
+def _save(job: Job, raw: RawFiles) -> None:
+    scratch, rank = job.rank.scratch, job.rank.rank
+    raw.write(scratch / "raw", Way(block=4 << 20, streams=1))
+    job.ours.save(scratch / "ours")
+    dcp_save(job.state, scratch / "dcp", threads=1)
+    torch_save(job.parts, scratch / "torch", rank)
+    job.rank.barrier()
+
+
+def _labels(way: Way, size: int) -> dict[str, str]:
+    return {
+        "size": f"{size / 1e9:.2f} GB",
+        "cold raw": f"raw read, {way}",
+        "cold dcp": "DCP",
+        "cold torch": "torch.load",
+        "warm raw": f"raw read, {WARM_WAY}",
+        "warm dcp": "DCP",
+        "warm torch": "torch.load",
+        "dcp memory": "DCP",
+        "torch memory": "torch.load",
+    }

@@ -1,0 +1,33 @@
+"""The one place that names zero_ckpt's API: the rest of the suite calls these functions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import zero_ckpt
+
+TAG = "global_step100"
+STEP = 100
+
+
+class Ours:
+    """One Checkpointer for all saves and loads of a rank."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._checkpointer = zero_ckpt.Checkpointer(model, optimizer)
+
+    def save(self, directory: Path) -> None:
+        """Collective; durable when it returns."""
+        self._checkpointer.save_checkpoint(str(directory), tag=TAG, step=STEP)
+
+    def load(self, directory: Path) -> None:
+        """Collective; every byte verified."""
+        self._checkpointer.load_checkpoint(str(directory), tag=TAG)
+
+
+def collapse(directory: Path, output: Path) -> None:
+    """One process, offline: the checkpoint in `directory` into one durable fp32 file."""
+    zero_ckpt.export_fp32(str(directory / TAG), str(output))
