@@ -17,11 +17,10 @@ from zero_ckpt.core.chunks import Box, full_box
 from zero_ckpt.core.dtensors import TORCH_DTYPES
 from zero_ckpt.core.lazy import LazyTensor
 from zero_ckpt.core.manifest import Manifest
-from zero_ckpt.core.objects import decode_objects
+from zero_ckpt.core.objects import OBJECTS, RANK_OBJECTS, decode_objects
 from zero_ckpt.core.planner import Placed
-from zero_ckpt.core.reader import Request, ShardSet, read_requests, verify_requests
+from zero_ckpt.core.reader import ReadPlan, Request, ShardSet, plan_reads
 from zero_ckpt.core.runs import Run
-from zero_ckpt.core.saving import OBJECTS, RANK_OBJECTS
 from zero_ckpt.core.shard_file import ShardReader
 from zero_ckpt.core.storage import LocalStorage, Storage
 from zero_ckpt.core.tags import candidates, locate, read_manifest
@@ -74,13 +73,11 @@ class Checkpoint:
         self, requests: Sequence[Request], progress: Callable[[], None] = lambda: None
     ) -> None:
         """Fill every target with verified bytes."""
-        read_requests(self.shards, requests, progress)
+        plan_reads(self.shards, requests).fill(progress)
 
-    def verify(
-        self, requests: Sequence[Request], progress: Callable[[], None] = lambda: None
-    ) -> None:
-        """Read and verify what `requests` need, and change nothing."""
-        verify_requests(self.shards, requests, progress)
+    def plan_reads(self, requests: Sequence[Request]) -> ReadPlan:
+        """The reads that `requests` need, to be verified and filled in two steps."""
+        return plan_reads(self.shards, requests)
 
     def tensor(self, role: str, key: str, box: Box | None = None) -> torch.Tensor:
         """A stored tensor, or a box of it, as a new plain tensor on the CPU."""
@@ -96,15 +93,15 @@ class Checkpoint:
         dtype = TORCH_DTYPES[placed.dtype]
         return LazyTensor(role, key, placed.shape, dtype, lambda box: self.tensor(role, key, box))
 
-    def objects(self, weights_only: bool | None = True) -> dict[str, Any]:
+    def objects(self, weights_only: bool = True) -> dict[str, Any]:
         """The tree that rank 0 stored. Tensors that ranks held in parts are lazy. See `objects.decode_objects`."""
         return self._tree(OBJECTS, 0, weights_only)
 
-    def rank_objects(self, rank: int, weights_only: bool | None = True) -> dict[str, Any]:
+    def rank_objects(self, rank: int, weights_only: bool = True) -> dict[str, Any]:
         """The tree that `rank` stored for itself."""
         return self._tree(RANK_OBJECTS, rank, weights_only)
 
-    def _tree(self, name: str, rank: int, weights_only: bool | None) -> dict[str, Any]:
+    def _tree(self, name: str, rank: int, weights_only: bool) -> dict[str, Any]:
         reader = self.shards.get("state", rank)
         private = {chunk.key: chunk for chunk in reader.chunks}
 
@@ -114,7 +111,7 @@ class Checkpoint:
             return self._private(reader, rank, key)
 
         tree: dict[str, Any] = decode_objects(
-            entry(f"{name}.json").numpy().tobytes(),
+            reader.read_entry(f"{name}.json"),
             entry,
             dtensor=lambda key: self.lazy("state", key),
             weights_only=weights_only,

@@ -1,7 +1,8 @@
 """The sync engine: one save from live state to a committed checkpoint, before it returns.
 
 agree -> plan -> write (staging and hashing under way) -> vote and commit. Every rank gets the same outcome: a
-handle, or the same error naming the rank that failed. Plans are reused while the tensors and their layouts stay as they are.
+handle, or the same error naming the rank that failed. Plans are reused while the tensors and their layouts stay as
+they are.
 """
 
 from __future__ import annotations

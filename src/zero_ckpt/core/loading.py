@@ -95,14 +95,15 @@ class _Session:
         problem: list[str] = []
         try:
             plan, prepared = prepare(checkpoint)
-            checkpoint.verify(plan.live, self._control.beat)
+            live = checkpoint.plan_reads(plan.live)
+            live.verify(self._control.beat)
             checkpoint.read(plan.fresh, self._control.beat)
         except Exception as error:
             problem = _problem(error)
         if self._meet("load: verified", problem, self._judge)["next"]:
             return None
         try:
-            checkpoint.read(plan.live, self._control.beat)
+            live.fill(self._control.beat)
         except Exception as error:
             problem = _problem(error)
         self._meet("load: done", problem, _raise_first)

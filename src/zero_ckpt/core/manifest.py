@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from json.encoder import encode_basestring_ascii as quote
 from typing import Any
 
 import xxhash
@@ -145,15 +146,21 @@ def _body(m: Manifest) -> str:
     files = {name: [r.nbytes, r.checksum] for name, r in sorted(m.files.items())}
     parts.append(f'"files": {_lines(files)}')
     parts.append(f'"layouts": {json.dumps([_placed_json(p) for p in layouts])}')
-    roles = ",\n".join(f"{json.dumps(role)}: {_lines(keys)}" for role, keys in index.items())
+    roles = ",\n".join(f"{quote(role)}: {_index_lines(keys)}" for role, keys in index.items())
     parts.append(f'"tensors": {{{roles}}}')
     return "{" + ",\n".join(parts) + "}"
 
 
 def _lines(mapping: Mapping[str, Any]) -> str:
     """A JSON object with one entry a line."""
-    rows = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in mapping.items())
+    rows = [f"{quote(key)}: {json.dumps(value)}" for key, value in mapping.items()]
     return "{\n" + ",\n".join(rows) + "\n}" if mapping else "{}"
+
+
+def _index_lines(index: Mapping[str, int]) -> str:
+    """The same for numbers, of which there may be very many."""
+    rows = [f"{quote(key)}: {at}" for key, at in index.items()]
+    return "{\n" + ",\n".join(rows) + "\n}" if rows else "{}"
 
 
 def _placed_json(placed: Placed) -> dict[str, Any]:

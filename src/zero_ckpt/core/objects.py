@@ -34,7 +34,18 @@ from zero_ckpt.errors import ConfigurationError, CorruptShardError, UnsafeObject
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["EncodedObjects", "Pickled", "decode_objects", "encode_objects"]
+__all__ = [
+    "OBJECTS",
+    "RANK_OBJECTS",
+    "EncodedObjects",
+    "Shown",
+    "decode_objects",
+    "encode_objects",
+    "show_objects",
+]
+
+OBJECTS, RANK_OBJECTS = "objects", "rank_objects"
+"""Names of the two trees in a state file; `<name>.json` is the entry that holds the tree itself."""
 
 _FACTORIES: dict[str, type] = {
     t.__name__: t for t in (list, dict, set, int, float, str, bool, tuple)
@@ -53,14 +64,16 @@ class EncodedObjects:
         self.dtensors: dict[str, torch.Tensor] = {}
 
 
-class Pickled:
-    """Stands for a pickled value where values are only shown."""
+class Shown:
+    """Stands for a value of which only a description is wanted."""
 
-    def __init__(self, type_name: str) -> None:
-        self.type_name = type_name
+    __slots__ = ("text",)
+
+    def __init__(self, text: str) -> None:
+        self.text = text
 
     def __repr__(self) -> str:
-        return f"<pickled {self.type_name}>"
+        return self.text
 
 
 def encode_objects(tree: Any, prefix: str) -> EncodedObjects:
@@ -231,16 +244,32 @@ def decode_objects(
     entry: Callable[[str], Any],
     *,
     dtensor: Callable[[str], Any],
-    weights_only: bool | None = True,
+    weights_only: bool = True,
     where: str = "objects",
 ) -> Any:
     """The tree that `data` encodes.
 
     `entry(name)` gives the numpy array or torch tensor stored beside it, `dtensor(name)` what stands for a tensor held
-    in parts. `weights_only` True refuses pickled values with `UnsafeObjectError`, False opens them, None shows them as
-    `Pickled`. Raises `CorruptShardError` for what is no such tree.
+    in parts. `weights_only` True refuses pickled values with `UnsafeObjectError`, False opens them. Raises
+    `CorruptShardError` for what is no such tree.
     """
-    decoder = _Decoder(entry, dtensor, weights_only, where)
+    return _decode(_Decoder(entry, dtensor, weights_only, where), data, where)
+
+
+def show_objects(data: bytes, entry: Callable[[str], str], where: str = "objects") -> Any:
+    """The tree that `data` encodes, for people: needs no torch, reads no entry, runs no code.
+
+    Whatever is not plain Python or numpy is a `Shown`; `entry(name)` describes a stored tensor. Raises
+    `CorruptShardError` for what is no such tree.
+    """
+
+    def describe(name: str) -> Shown:
+        return Shown(entry(name))
+
+    return _decode(_Viewer(describe, describe, True, where), data, where)
+
+
+def _decode(decoder: _Decoder, data: bytes, where: str) -> Any:
     try:
         return decoder.decode(json.loads(data), ())
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
@@ -254,7 +283,7 @@ class _Decoder:
         self,
         entry: Callable[[str], Any],
         dtensor: Callable[[str], Any],
-        weights_only: bool | None,
+        weights_only: bool,
         where: str,
     ) -> None:
         self._entry, self._dtensor = entry, dtensor
@@ -299,14 +328,27 @@ class _Decoder:
         raise ValueError(f"unknown type {kind!r} at {'/'.join(path)}")
 
     def _unpickle(self, name: str, type_name: str, path: tuple[str, ...]) -> Any:
-        if self._weights_only is None:
-            return Pickled(type_name)
         if self._weights_only:
             raise UnsafeObjectError(
                 f"{self._where}: '{'/'.join(path)}' is a pickled {type_name}; opening it can run code. If you trust "
                 "this checkpoint, load it with weights_only=False; or store plain values, tensors and arrays there."
             )
         return pickle.loads(np.asarray(self._entry(name)).tobytes())
+
+
+class _Viewer(_Decoder):
+    def _typed(self, kind: str, content: Any, path: tuple[str, ...]) -> Any:
+        if kind in ("$dtype", "$device", "$size"):
+            name = {"$dtype": "torch.", "$device": "device ", "$size": "torch.Size "}[kind]
+            return Shown(f"{name}{content}")
+        return super()._typed(kind, content, path)
+
+    def _stored(self, kind: str, content: Any, path: tuple[str, ...]) -> Any:
+        if kind == "$pickle":
+            return Shown(f"<pickled {content[1]}>")
+        if kind in ("$tensor", "$array", "$parameter"):
+            return self._entry(content)
+        return super()._stored(kind, content, path)
 
 
 def _parameter(value: Any) -> Any:

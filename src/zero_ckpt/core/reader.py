@@ -29,7 +29,7 @@ from zero_ckpt.core.shard_file import BLOCK, Chunk, ShardReader
 from zero_ckpt.core.storage import Storage, aligned_buffer
 from zero_ckpt.errors import CorruptShardError
 
-__all__ = ["Request", "ShardSet", "read_requests", "verify_requests"]
+__all__ = ["ReadPlan", "Request", "ShardSet", "plan_reads"]
 
 READ_THREADS = 3
 """Blocks in flight of one rank."""
@@ -107,27 +107,52 @@ class _FilePlan:
     blocks: dict[int, list[_Part]] = field(default_factory=dict)
 
 
-def _plan(shards: ShardSet, requests: Iterable[Request]) -> list[_FilePlan]:
+@dataclass(slots=True)
+class ReadPlan:
+    """The blocks to read for some requests, and what goes where from each; made once, run once or twice."""
+
+    files: list[_FilePlan]
+
+    def verify(self, progress: Callable[[], None]) -> None:
+        """Read and verify every block, and change nothing."""
+        _run(self.files, None, progress, keep=True)
+
+    def fill(self, progress: Callable[[], None]) -> None:
+        """Fill every target. Raises `CorruptShardError` or OSError; targets may then be partly filled."""
+        _run(self.files, _copy_block, progress, keep=False)
+
+
+def plan_reads(shards: ShardSet, requests: Iterable[Request]) -> ReadPlan:
+    """Open what is needed, and find every chunk and block. Raises `CorruptShardError`; reads no data."""
     plans: dict[tuple[str, int], _FilePlan] = {}
+    overlaps: dict[tuple[int, Box], list[tuple[int, Box, Box]]] = {}
     for request in requests:
-        for rank, box in needed_chunks(request.placed, request.box):
+        known = (id(request.placed), request.box)
+        found = overlaps.get(known)
+        if found is None:
+            found = overlaps[known] = list(_overlaps(request.placed, request.box))
+        for rank, box, overlap in found:
             plan = plans.get((request.role, rank))
             if plan is None:
                 plan = plans[request.role, rank] = _FilePlan(shards.get(request.role, rank))
-            _add_part(plan, request, box)
-    return list(plans.values())
+            _add_part(plan, request, box, overlap)
+    return ReadPlan(list(plans.values()))
 
 
-def _add_part(plan: _FilePlan, request: Request, box: Box) -> None:
+def _overlaps(placed: Placed, wanted: Box) -> Iterable[tuple[int, Box, Box]]:
+    for rank, box in needed_chunks(placed, wanted):
+        overlap = box.intersect(wanted)
+        if overlap is not None:
+            yield rank, box, overlap
+
+
+def _add_part(plan: _FilePlan, request: Request, box: Box, overlap: Box) -> None:
     chunk = plan.reader.find(request.key, box)
     if (chunk.dtype, chunk.shape) != (request.placed.dtype, request.placed.shape):
         raise CorruptShardError(
             f"{plan.reader.name}: tensor '{request.key}': {request.placed.dtype} {list(request.placed.shape)} "
             f"expected by the manifest, {chunk.dtype} {list(chunk.shape)} found"
         )
-    overlap = box if box == request.box else box.intersect(request.box)
-    if overlap is None:
-        return
     part = _Part(request, chunk, overlap)
     first, last = _byte_span(chunk, overlap)
     for index in range(first // BLOCK, (last - 1) // BLOCK + 1):
@@ -144,20 +169,6 @@ def _byte_span(chunk: Chunk, overlap: Box) -> tuple[int, int]:
         first, last = first * size + offset, last * size + offset + extent - 1
     size = itemsize(chunk.dtype)
     return chunk.begin + first * size, chunk.begin + (last + 1) * size
-
-
-def verify_requests(
-    shards: ShardSet, requests: Sequence[Request], progress: Callable[[], None]
-) -> None:
-    """Read and verify every block that `requests` need, and change nothing."""
-    _run(_plan(shards, requests), None, progress, keep=True)
-
-
-def read_requests(
-    shards: ShardSet, requests: Sequence[Request], progress: Callable[[], None]
-) -> None:
-    """Fill every target. Raises `CorruptShardError` or OSError; targets may then be partly filled."""
-    _run(_plan(shards, requests), _copy_block, progress, keep=False)
 
 
 _CopyBlock = Callable[[memoryview, int, Sequence[_Part]], None]

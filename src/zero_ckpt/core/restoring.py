@@ -20,7 +20,7 @@ from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.dtensors import (
     TORCH_DTYPES,
     layout_of,
-    live_box,
+    local_part,
     local_shape,
     local_tensor,
 )
@@ -71,9 +71,9 @@ def plan_model(
                 f"'{key}': {list(placed.shape)} in the checkpoint, {list(tensor.shape)} in the model"
             )
             continue
-        box = live_box(key, tensor, layout_of(key, tensor), rank)
+        local, box = local_part(key, tensor, layout_of(key, tensor), rank)
         if box is not None and box.numel:
-            plan.live.append(Request("model", stored, placed, box, local_tensor(tensor)))
+            plan.live.append(Request("model", stored, placed, box, local.detach()))
     plan.unexpected = [key for key in checkpoint.keys("model") if key not in used]
     _raise_mismatch(checkpoint.path, plan, wrong, strict)
     return plan
@@ -237,9 +237,9 @@ class _StateBuilder:
         base, mark, _ = name.partition("#")
         tensor = self._empty(placed, base, python=bool(mark))
         self._tensors[name] = tensor
-        box = live_box(key, tensor, layout_of(key, tensor), self._rank)
+        local, box = local_part(key, tensor, layout_of(key, tensor), self._rank)
         if box is not None and box.numel:
-            self.requests.append(Request("optim", key, placed, box, local_tensor(tensor)))
+            self.requests.append(Request("optim", key, placed, box, local))
 
     def state(self) -> dict[str, Any]:
         """The state, once every request is filled."""

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 import torch
 
 from zero_ckpt.core.chunks import Box, full_box
-from zero_ckpt.core.dtensors import layout_of, live_box, local_tensor
+from zero_ckpt.core.dtensors import layout_of, local_part
 from zero_ckpt.core.layout import ROLES, Layout, Table
 from zero_ckpt.core.manifest import FileRecord, shard_name
-from zero_ckpt.core.objects import encode_objects
+from zero_ckpt.core.objects import OBJECTS, RANK_OBJECTS, encode_objects
 from zero_ckpt.core.planner import SavePlan
 from zero_ckpt.core.shard_file import ShardLayout, layout_shard
 from zero_ckpt.core.staging import Source, StagingPool, view_of, write_shard
@@ -25,17 +25,12 @@ from zero_ckpt.core.storage import Storage
 from zero_ckpt.errors import StateMismatchError
 
 __all__ = [
-    "OBJECTS",
-    "RANK_OBJECTS",
     "Captured",
     "ShardPlan",
     "capture",
     "plan_shards",
     "write_shards",
 ]
-
-OBJECTS, RANK_OBJECTS = "objects", "rank_objects"
-"""Names of the two trees in a state file; `<name>.json` is the entry that holds the tree itself."""
 
 
 @dataclass(slots=True)
@@ -103,13 +98,11 @@ def plan_shards(
         layouts = captured.table.roles[role]
         items: list[tuple[str, Layout, Box, torch.Tensor]] = []
         for key, box in plan.chunks_of(rank, role):
-            layout, tensor = layouts[key], live[key]
-            held = live_box(key, tensor, layout, rank)
+            layout = layouts[key]
+            local, held = local_part(key, live[key], layout, rank)
             if held is None:
-                raise AssertionError(
-                    f"the plan gives '{key}' to rank {rank}, which does not hold it"
-                )
-            items.append((key, layout, box, view_of(local_tensor(tensor), held, box)))
+                raise AssertionError(f"the plan gives '{key}' to rank {rank}, which has none of it")
+            items.append((key, layout, box, view_of(local, held, box)))
         if role == "state":
             items += [_private_item(key, tensor) for key, tensor in captured.private.items()]
         if items:

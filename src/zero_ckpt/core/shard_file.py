@@ -27,7 +27,7 @@ from zero_ckpt.core.manifest import FORMAT_VERSION, FileRecord
 from zero_ckpt.core.storage import ALIGNMENT, FileReader, aligned_buffer, round_up
 from zero_ckpt.errors import CorruptShardError
 
-__all__ = ["BLOCK", "Chunk", "ShardLayout", "ShardReader", "layout_shard"]
+__all__ = ["BLOCK", "REMEDY", "Chunk", "ShardLayout", "ShardReader", "layout_shard"]
 
 BLOCK = 4 << 20
 """Bytes that one checksum covers, and the size of one read or write."""
@@ -162,7 +162,7 @@ class ShardReader:
         if record is not None and file.nbytes != record.nbytes:
             raise CorruptShardError(
                 f"{name}: {record.nbytes} bytes expected, {file.nbytes} found: the file is truncated "
-                f"or was replaced. {_REMEDY}"
+                f"or was replaced. {REMEDY}"
             )
         header = self._read_header()
         self.metadata, self.chunks, self.data_bytes = _parse_header(header, name, file.nbytes)
@@ -172,7 +172,7 @@ class ShardReader:
         if record is not None and self.record.checksum != record.checksum:
             raise CorruptShardError(
                 f"{name}: header and block table: checksum {record.checksum} expected, "
-                f"{self.record.checksum} found. {_REMEDY}"
+                f"{self.record.checksum} found. {REMEDY}"
             )
         self._table = struct.unpack(f"<{self.num_blocks}Q", table)
         self._places = {(c.key, c.box.offset): c for c in self.chunks}
@@ -188,7 +188,7 @@ class ShardReader:
             found = "no such chunk" if chunk is None else f"shape {list(chunk.box.shape)}"
             raise CorruptShardError(
                 f"{self.name}: tensor '{key}': a chunk at {list(box.offset)} of shape {list(box.shape)} "
-                f"expected by the manifest, {found} found. {_REMEDY}"
+                f"expected by the manifest, {found} found. {REMEDY}"
             )
         return chunk
 
@@ -201,12 +201,25 @@ class ShardReader:
         try:
             self._file.read_into(self.data_start + index * BLOCK, nbytes, buffer, keep)
         except EOFError as error:
-            raise CorruptShardError(f"{self.name}: block {index}: {error}. {_REMEDY}") from error
+            raise CorruptShardError(f"{self.name}: block {index}: {error}. {REMEDY}") from error
         data = buffer[:nbytes]
         found = xxhash.xxh3_64_intdigest(data)
         if found != self._table[index]:
             raise CorruptShardError(self._damage(index, found))
         return data
+
+    def read_entry(self, key: str) -> bytes:
+        """All bytes of the chunk `key`, verified. For small entries: it copies, and keeps them in memory."""
+        chunk = next((c for c in self.chunks if c.key == key), None)
+        if chunk is None:
+            raise CorruptShardError(f"{self.name}: no entry '{key}', which its objects name")
+        buffer = memoryview(aligned_buffer(BLOCK))
+        parts = []
+        for index in range(chunk.begin // BLOCK, -(-chunk.end // BLOCK)):
+            data = self.read_block(index, buffer)
+            start = max(chunk.begin - index * BLOCK, 0)
+            parts.append(bytes(data[start : chunk.end - index * BLOCK]))
+        return b"".join(parts)
 
     def _damage(self, index: int, found: int) -> str:
         start = index * BLOCK
@@ -215,7 +228,7 @@ class ShardReader:
         tensors = ", ".join(f"'{n}'" for n in names[:2]) + (" ..." if len(names) > 2 else "")
         return (
             f"{self.name}: block {index} (bytes {self.data_start + start}-{self.data_start + stop}, "
-            f"tensor {tensors}): checksum {self._table[index]:016x} expected, {found:016x} found. {_REMEDY}"
+            f"tensor {tensors}): checksum {self._table[index]:016x} expected, {found:016x} found. {REMEDY}"
         )
 
     def close(self) -> None:
@@ -229,7 +242,7 @@ class ShardReader:
         ):
             raise CorruptShardError(
                 f"{self.name}: a header length that fits the file's {self._file.nbytes} bytes expected, "
-                f"{length} found: not a shard file, or damaged. {_REMEDY}"
+                f"{length} found: not a shard file, or damaged. {REMEDY}"
             )
         return self._read(0, 8 + length)
 
@@ -240,11 +253,11 @@ class ShardReader:
             try:
                 self._file.read_into(start, offset - start + nbytes, buffer)
             except EOFError as error:
-                raise CorruptShardError(f"{self.name}: {error}. {_REMEDY}") from error
+                raise CorruptShardError(f"{self.name}: {error}. {REMEDY}") from error
             return bytes(buffer[offset - start : offset - start + nbytes])
 
 
-_REMEDY = "Run 'zero-ckpt verify' on the folder to list all damage; other tags are not affected."
+REMEDY = "Run 'zero-ckpt verify' on the folder to list all damage; other tags are not affected."
 
 
 def _parse_header(
@@ -262,23 +275,23 @@ def _parse_header(
             raise ValueError("the block table has no place")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CorruptShardError(
-            f"{name}: not the header of a zero_ckpt shard file: {error!r}. {_REMEDY}"
+            f"{name}: not the header of a zero_ckpt shard file: {error!r}. {REMEDY}"
         ) from error
     expected = len(header) + data_bytes + 8 * -(-data_bytes // BLOCK)
     if expected != file_bytes or len(header) + stop != file_bytes:
         raise CorruptShardError(
-            f"{name}: {expected} bytes expected from its header, {file_bytes} found. {_REMEDY}"
+            f"{name}: {expected} bytes expected from its header, {file_bytes} found. {REMEDY}"
         )
     at = 0
     for chunk in chunks:
         if chunk.begin != at or chunk.end - chunk.begin != chunk.box.numel * itemsize(chunk.dtype):
             raise CorruptShardError(
                 f"{name}: tensor '{chunk.name}': its bytes {chunk.begin}-{chunk.end} do not follow "
-                f"byte {at} or do not fit shape {list(chunk.box.shape)} of {chunk.dtype}. {_REMEDY}"
+                f"byte {at} or do not fit shape {list(chunk.box.shape)} of {chunk.dtype}. {REMEDY}"
             )
         at = chunk.end
     if not 0 <= data_bytes - at < 8:
-        raise CorruptShardError(f"{name}: the chunks end at byte {at} of {data_bytes}. {_REMEDY}")
+        raise CorruptShardError(f"{name}: the chunks end at byte {at} of {data_bytes}. {REMEDY}")
     return metadata, chunks, data_bytes
 
 
@@ -291,7 +304,7 @@ def _chunk(name: str, entry: dict[str, Any], place: dict[str, Any] | None) -> Ch
     shape = tuple(place.get("shape", box_shape))
     offset = tuple(place.get("offset", (0,) * len(shape)))
     numbers = (begin, end, *box_shape, *shape, *offset)
-    if not all(type(n) is int and n >= 0 for n in numbers) or dtype not in ITEMSIZE:
+    if {*map(type, numbers)} != {int} or min(numbers) < 0 or dtype not in ITEMSIZE:
         raise ValueError(f"entry '{name}' is not made of natural numbers and a known dtype")
     if not len(shape) == len(offset) == len(box_shape):
         raise ValueError(f"entry '{name}' has different numbers of dimensions")

@@ -1,9 +1,10 @@
 """Live models and optimizers <-> named tensors. Holds references, copies nothing, touches no file.
 
 A model's keys are its `state_dict` keys without the prefixes that wrappers add (DistributedDataParallel,
-`torch.compile`, activation checkpointing). Tied weights are stored once, under the first of their names. An optimizer's state is named
-after its parameter: `encoder.0.weight/exp_avg`; Python values of the state become small tensors whose names say what
-they were (`#int`, `#float`, `#bool`, `#none`, and `#json` for anything else): under ZeRO-1 only one rank has them.
+`torch.compile`, activation checkpointing). Tied weights are stored once, under the first of their names. An
+optimizer's state is named after its parameter: `encoder.0.weight/exp_avg`; Python values of the state become small
+tensors whose names say what they were (`#int`, `#float`, `#bool`, `#none`, and `#json` for anything else): under
+ZeRO-1 only one rank has them.
 """
 
 from __future__ import annotations
