@@ -23,15 +23,10 @@ from zero_ckpt.core.reader import ReadPlan, Request, ShardSet, plan_reads
 from zero_ckpt.core.runs import Run
 from zero_ckpt.core.shard_file import ShardReader
 from zero_ckpt.core.storage import LocalStorage, Storage
-from zero_ckpt.core.tags import candidates, locate, read_manifest
-from zero_ckpt.errors import (
-    CheckpointNotFoundError,
-    CorruptCheckpointError,
-    CorruptShardError,
-    StateMismatchError,
-)
+from zero_ckpt.core.tags import fallback_notice, find_checkpoint, read_manifest
+from zero_ckpt.errors import CorruptShardError, StateMismatchError
 
-__all__ = ["Checkpoint", "check_files", "open_checkpoint"]
+__all__ = ["Checkpoint", "open_checkpoint"]
 
 
 class Checkpoint:
@@ -137,18 +132,6 @@ class Checkpoint:
         self.close()
 
 
-def check_files(storage: Storage, folder: str, manifest: Manifest) -> None:
-    """Every listed file is there and has its length. Raises `CorruptShardError`; reads no data."""
-    there = {entry.name: entry.nbytes for entry in storage.list(folder)}
-    for name, record in manifest.files.items():
-        found = there.get(name)
-        if found != record.nbytes:
-            text = "it is missing" if found is None else f"{found} bytes found"
-            raise CorruptShardError(
-                f"{folder}/{name}: {record.nbytes} bytes expected, {text}. Restore the file, or load another tag."
-            )
-
-
 def open_checkpoint(
     path: str | os.PathLike[str], tag: str | None = None, *, storage: Storage | None = None
 ) -> Checkpoint:
@@ -158,34 +141,7 @@ def open_checkpoint(
     verify, with a warning. Raises `CheckpointNotFoundError`, `CorruptCheckpointError` or `FormatVersionError`.
     """
     storage = storage or LocalStorage()
-    directory, named = locate(storage, os.path.abspath(os.fspath(path)), tag)
-    if named is not None:
-        return _open_whole(storage, f"{directory}/{named}")
-    problems: list[str] = []
-    for name in candidates(storage, directory):
-        try:
-            found = _open_whole(storage, f"{directory}/{name}")
-        except (CorruptCheckpointError, CheckpointNotFoundError) as error:
-            problems.append(str(error))
-            continue
-        if problems:
-            warnings.warn(fallback_notice(problems, found.path), stacklevel=2)
-        return found
-    raise no_checkpoint(directory, problems)
-
-
-def fallback_notice(problems: Sequence[str], path: str) -> str:
-    return f"falling back to {path}, because newer checkpoints are unusable: {'; '.join(problems)}"
-
-
-def no_checkpoint(directory: str, problems: Sequence[str]) -> CheckpointNotFoundError:
-    why = f" Tried: {'; '.join(problems)}" if problems else ""
-    return CheckpointNotFoundError(
-        f"{directory}: no committed checkpoint here. Give the checkpoint directory or a tag's folder.{why}"
-    )
-
-
-def _open_whole(storage: Storage, folder: str) -> Checkpoint:
-    manifest = read_manifest(storage, folder)
-    check_files(storage, folder, manifest)
-    return Checkpoint(storage, folder, manifest)
+    found = find_checkpoint(storage, os.path.abspath(os.fspath(path)), tag)
+    if found.problems:
+        warnings.warn(fallback_notice(found.problems, found.folder), stacklevel=2)
+    return Checkpoint(storage, found.folder, found.manifest)

@@ -17,11 +17,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from zero_ckpt.core.checkpoint import Checkpoint, check_files, fallback_notice, no_checkpoint
+from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.control import DEFAULT_TIMEOUT, ControlPlane
 from zero_ckpt.core.restoring import Restoration
 from zero_ckpt.core.storage import Storage
-from zero_ckpt.core.tags import candidates, locate, read_manifest
+from zero_ckpt.core.tags import (
+    candidates,
+    check_files,
+    fallback_notice,
+    locate,
+    no_checkpoint,
+    read_manifest,
+)
 from zero_ckpt.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,

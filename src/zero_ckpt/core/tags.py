@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from zero_ckpt.core.manifest import MANIFEST_NAME, Manifest
@@ -16,18 +16,25 @@ from zero_ckpt.core.storage import Storage
 from zero_ckpt.errors import (
     CheckpointNotFoundError,
     ConfigurationError,
+    CorruptCheckpointError,
     CorruptManifestError,
+    CorruptShardError,
     ZeroCkptError,
 )
 
 __all__ = [
     "LATEST_NAME",
+    "Found",
     "TagInfo",
     "candidates",
+    "check_files",
     "check_tag",
+    "fallback_notice",
+    "find_checkpoint",
     "is_tag_folder",
     "list_tags",
     "locate",
+    "no_checkpoint",
     "prune",
     "read_latest",
     "read_manifest",
@@ -156,6 +163,62 @@ def candidates(storage: Storage, directory: str) -> Iterator[str]:
     for info in reversed(list_tags(storage, directory)):
         if info.name != latest:
             yield info.name
+
+
+def check_files(storage: Storage, folder: str, manifest: Manifest) -> None:
+    """Every listed file is there and has its length. Raises `CorruptShardError`; reads no data."""
+    there = {entry.name: entry.nbytes for entry in storage.list(folder)}
+    for name, record in manifest.files.items():
+        found = there.get(name)
+        if found != record.nbytes:
+            text = "it is missing" if found is None else f"{found} bytes found"
+            raise CorruptShardError(
+                f"{folder}/{name}: {record.nbytes} bytes expected, {text}. Restore the file, or load another tag."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A committed checkpoint whose files have their lengths. `problems`: why newer ones were passed over."""
+
+    folder: str
+    manifest: Manifest
+    problems: tuple[str, ...] = ()
+
+
+def find_checkpoint(storage: Storage, path: str, tag: str | None = None) -> Found:
+    """A checkpoint directory's `tag`, or a tag folder given directly; `path` is absolute.
+
+    Without a tag: what `latest` names; when that is missing or damaged, the newest one whose manifest and file lengths
+    verify. Raises `CheckpointNotFoundError`, `CorruptCheckpointError` or `FormatVersionError`.
+    """
+    directory, named = locate(storage, path, tag)
+    if named is not None:
+        return _check(storage, f"{directory}/{named}", [])
+    problems: list[str] = []
+    for name in candidates(storage, directory):
+        try:
+            return _check(storage, f"{directory}/{name}", problems)
+        except (CorruptCheckpointError, CheckpointNotFoundError) as error:
+            problems.append(str(error))
+    raise no_checkpoint(directory, problems)
+
+
+def _check(storage: Storage, folder: str, problems: Sequence[str]) -> Found:
+    manifest = read_manifest(storage, folder)
+    check_files(storage, folder, manifest)
+    return Found(folder, manifest, tuple(problems))
+
+
+def fallback_notice(problems: Sequence[str], path: str) -> str:
+    return f"falling back to {path}, because newer checkpoints are unusable: {'; '.join(problems)}"
+
+
+def no_checkpoint(directory: str, problems: Sequence[str]) -> CheckpointNotFoundError:
+    why = f" Tried: {'; '.join(problems)}" if problems else ""
+    return CheckpointNotFoundError(
+        f"{directory}: no committed checkpoint here. Give the checkpoint directory or a tag's folder.{why}"
+    )
 
 
 def remove_tag(storage: Storage, directory: str, tag: str) -> None:
