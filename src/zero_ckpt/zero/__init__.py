@@ -14,6 +14,7 @@ rank uses are fine at every stage; parameters that only some ranks use are not.
 from __future__ import annotations
 
 from zero_ckpt.zero.clip import clip_grad_norm_, clip_grad_value_
+from zero_ckpt.zero.gathered import reshard
 from zero_ckpt.zero.mesh import make_mesh
 from zero_ckpt.zero.partition import (
     check_optimizer,
@@ -23,7 +24,7 @@ from zero_ckpt.zero.partition import (
 )
 from zero_ckpt.zero.precision import ShardedGradScaler, mixed_precision_policy
 from zero_ckpt.zero.rebind import rebind_optimizer, rebind_scheduler
-from zero_ckpt.zero.shard import Sharding, reshard, shard_module
+from zero_ckpt.zero.shard import Sharding, shard_module
 from zero_ckpt.zero.sync import gradient_sync_disabled, set_gradient_sync
 from zero_ckpt.zero.wrap import WrapPolicy, resolve_units
 

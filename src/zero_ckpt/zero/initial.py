@@ -9,10 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
 from zero_ckpt.errors import ConfigurationError
-from zero_ckpt.zero.sync import buckets
+from zero_ckpt.zero.sync import buckets, local_part
 
 Initializer = Callable[[], object]
 
@@ -23,7 +22,9 @@ def require_initializers(root: nn.Module) -> None:
     missing = [
         f"{name or '(root)'} ({type(module).__name__})"
         for name, module in root.named_modules()
-        if _is_pending(module) and not _initializers(root, name, module)
+        if _is_pending(module)
+        and not _own_initializer(module)
+        and not _initializer_around(root, name, module)
     ]
     if missing:
         raise ConfigurationError(
@@ -53,10 +54,15 @@ def materialize(root: nn.Module, modules: Iterable[nn.Module], device: torch.dev
     names = {module: name for name, module in root.named_modules()}
     replaced: dict[torch.Tensor, torch.Tensor] = {}
     fresh = [tensor for module in pending for tensor in _allocate(module, device, replaced)]
-    for module in pending:
-        for initialize in _initializers(root, names[module], module):
+    # As when the model was built: children before parents, all of that before the model's own
+    # convention. And backwards, so that among tied layers the model's first has the last word.
+    backwards = list(reversed(pending))
+    own = [_own_initializer(module) for module in backwards]
+    around = [_initializer_around(root, names[module], module) for module in backwards]
+    for initialize in (*own, *around):
+        if initialize is not None:
             initialize()
-    if any(bool(torch.isnan(_local(tensor)).any()) for tensor in fresh):
+    if any(bool(torch.isnan(local_part(tensor)).any()) for tensor in fresh):
         kinds = sorted({f"{names[m] or '(root)'} ({type(m).__name__})" for m in pending})
         raise ConfigurationError(
             "Initializing meta modules left tensors without a value, in one of: "
@@ -69,20 +75,21 @@ def _is_pending(module: nn.Module) -> bool:
     return any(t is not None and t.is_meta for t in tensors)
 
 
-def _initializers(root: nn.Module, name: str, module: nn.Module) -> list[Initializer]:
-    found: list[Initializer] = []
-    for own in ("reset_parameters", "_reset_parameters"):
-        reset = getattr(module, own, None)
+def _own_initializer(module: nn.Module) -> Initializer | None:
+    for name in ("reset_parameters", "_reset_parameters"):
+        reset: Initializer | None = getattr(module, name, None)
         if callable(reset):
-            found.append(reset)
-            break
+            return reset
+    return None
+
+
+def _initializer_around(root: nn.Module, name: str, module: nn.Module) -> Initializer | None:
     path = name.split(".") if name else []
     for length in range(len(path), -1, -1):
         around = getattr(root.get_submodule(".".join(path[:length])), "_init_weights", None)
         if callable(around):
-            found.append(functools.partial(around, module))
-            break
-    return found
+            return functools.partial(around, module)
+    return None
 
 
 def _allocate(
@@ -117,7 +124,7 @@ def broadcast_from_first(tensors: Sequence[torch.Tensor], mesh: DeviceMesh) -> N
     Works wherever the tensors live: they travel in buckets over the mesh's device. A DTensor (of a
     mesh with more dimensions, such as tensor parallelism) has its local part broadcast.
     """
-    for bucket in buckets([_local(t) for t in tensors if t.numel()]):
+    for bucket in buckets([local_part(t) for t in tensors if t.numel()]):
         # As bytes: not every backend knows every dtype.
         parts = [t.contiguous().view(-1).view(torch.uint8) for t in bucket]
         flat = torch.cat(parts).to(mesh_device(mesh))
@@ -127,11 +134,6 @@ def broadcast_from_first(tensors: Sequence[torch.Tensor], mesh: DeviceMesh) -> N
             dist.broadcast(flat, src=dist.get_global_rank(group, 0), group=group)
         for tensor, part in zip(bucket, torch.split(flat, [p.numel() for p in parts]), strict=True):
             tensor.copy_(part.view(tensor.dtype).view(tensor.shape))
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    local: torch.Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.detach()
 
 
 def mesh_device(mesh: DeviceMesh) -> torch.device:

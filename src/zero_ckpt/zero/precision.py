@@ -30,15 +30,15 @@ _ALIASES = {"32": "32-true", "64": "64-true", "16": "16-mixed", "bf16": "bf16-mi
 def mixed_precision_policy(precision: str | int, *, autocast: bool = True) -> MixedPrecisionPolicy:
     """The FSDP2 policy for a precision by Lightning's name (`"32-true"`, `"bf16-mixed"`, ...).
 
-    Mixed: parameters are stored, updated and saved in float32; they are gathered and used in the
-    low dtype, and gradients are reduced in float32. True: everything stays in the weights' own
-    dtype.
+    Always: parameters are stored, updated and saved in the dtype that the module has, and gradients
+    are reduced in it. For mixed precision that is float32.
 
-    `autocast`: the forward pass runs under `torch.autocast` of the same dtype (as Lightning and
-    Accelerate do). Then inputs keep their dtype, as under DDP: autocast casts where an operation
-    wants it, and a float32 residual stream, batch or target is not rounded at every unit's
-    boundary. Without autocast, a unit's floating-point inputs are cast to the low dtype, since its
-    weights are in it.
+    `autocast`: the forward pass runs under `torch.autocast`, as Lightning's and Accelerate's do for
+    mixed precision. Then parameters are gathered as they are stored, and autocast casts where an
+    operation wants it, so that results equal those of DDP. (Low-precision parameters under autocast are
+    not the same: a residual stream or a target is rounded, and some operations refuse a float32 input
+    with a bfloat16 weight.) Without autocast, mixed precision gathers parameters in the low dtype,
+    casts the floating-point inputs of every unit to it, and reduces gradients in float32.
 
     Raises `ConfigurationError` for another name.
     """
@@ -49,11 +49,9 @@ def mixed_precision_policy(precision: str | int, *, autocast: bool = True) -> Mi
             f"{', '.join(map(repr, _COMPUTE_DTYPES))}, or pass a MixedPrecisionPolicy."
         )
     compute = _COMPUTE_DTYPES[name]
-    if compute is None:
+    if autocast or compute is None:
         return MixedPrecisionPolicy()
-    return MixedPrecisionPolicy(
-        param_dtype=compute, reduce_dtype=torch.float32, cast_forward_inputs=not autocast
-    )
+    return MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
 
 
 class ShardedGradScaler(torch.amp.GradScaler):

@@ -6,13 +6,12 @@ parameters, integers, and trainable parameters of another dtype than most of the
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -26,10 +25,10 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from zero_ckpt.errors import ConfigurationError
+from zero_ckpt.zero.gathered import keep_gathered
 from zero_ckpt.zero.initial import (
     broadcast_from_first,
     materialize,
@@ -91,9 +90,6 @@ def shard_module(
         _validate(module, stage, root)
         options: dict[str, Any] = {
             "mesh": mesh,
-            # With several backward passes per step, "whole until the backward pass" has no clear
-            # end.
-            "reshard_after_forward": stage == 3 or root == "replicate",
             "mp_policy": mixed_precision or MixedPrecisionPolicy(),
         }
         if cpu_offload and mesh.device_type != "cpu":
@@ -108,16 +104,6 @@ def shard_module(
             "Shard a fresh model."
         )
     return known
-
-
-def reshard(module: nn.Module) -> None:
-    """Free whatever is gathered under `module`, so that its parameters are the sharded ones.
-
-    No communication. Needed before parameters are read or written outside of forward and backward.
-    """
-    for submodule in module.modules():
-        if isinstance(submodule, FSDPModule):
-            submodule.reshard()
 
 
 def _validate(module: nn.Module, stage: int, root: str) -> None:
@@ -170,7 +156,10 @@ def _shard(
             kept = _unshardable(parameters)
             # torch 2.6 knows no ignored parameters, so they are named only when there are any.
             ignored: dict[str, Any] = {"ignored_params": kept} if kept else {}
-            fully_shard(unit, **options, **ignored)
+            kept_gathered = unit is module or (stage == 2 and root == "shard")
+            fully_shard(unit, reshard_after_forward=not kept_gathered, **options, **ignored)
+        if kept_gathered:
+            keep_gathered(unit)
         whole |= kept
     if root == "replicate":
         members = _members(module)
@@ -178,9 +167,20 @@ def _shard(
             whole.update(_start(module, members, mesh))
     names = {p: name for name, p in module.named_parameters() if p in whole}
     average_gradients_of(module, list(names), mesh)
-    if not options["reshard_after_forward"]:
-        _guard_gathered(module)
+    _settle(module)
     return Sharding(stage, root, tuple(units), tuple(names.values()), replaced)
+
+
+def _settle(module: nn.Module) -> None:
+    """Let every outermost unit know the units in it, which the first forward pass would do.
+
+    Otherwise the first to be called takes itself for the outermost, and those around it fail later.
+    """
+    if isinstance(module, FSDPModule):
+        module._get_fsdp_state()._lazy_init()
+    else:
+        for child in module.children():
+            _settle(child)
 
 
 def _members(unit: nn.Module) -> list[nn.Module]:
@@ -237,38 +237,3 @@ def _unshardable(parameters: Sequence[nn.Parameter]) -> set[nn.Parameter]:
         or not p.is_floating_point()
         or (p.requires_grad and p.dtype != main)
     }
-
-
-# --- stage 2 --------------------------------------------------------------------------------------
-#
-# Between a forward and its backward pass parameters are gathered, and the module shows the
-# gathered ones. When no backward pass follows, they would stay: a later step, load or weight swap
-# changes the sharded ones, and the next forward would silently run on the old values.
-
-_gathering: WeakSet[nn.Module] = WeakSet()
-
-
-def _guard_gathered(root: nn.Module) -> None:
-    """Gathered parameters outlive neither a forward pass without gradients nor an optimizer
-    step."""
-    for module in root.modules():
-        if isinstance(module, FSDPModule):
-            module.register_forward_hook(_reshard_without_grad)
-    _gathering.add(root)
-    _watch_steps()
-
-
-@functools.cache
-def _watch_steps() -> None:
-    register_optimizer_step_post_hook(_reshard_after_step)
-
-
-def _reshard_after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    for root in _gathering:
-        reshard(root)
-
-
-def _reshard_without_grad(module: nn.Module, args: Any, output: Any) -> None:
-    if not torch.is_grad_enabled():
-        eager: Any = torch.compiler.disable  # untyped in torch
-        eager(FSDPModule.reshard)(module)

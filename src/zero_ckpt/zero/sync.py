@@ -18,7 +18,10 @@ from torch import nn
 from torch.autograd import Variable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+
+from zero_ckpt.zero.gathered import is_kept_gathered
 
 BUCKET_BYTES = 64 << 20
 
@@ -60,7 +63,7 @@ class ReplicatedGradients:
         # In the parameters' order: hooks fire in an order that may differ between ranks.
         ready = [self._parameters[index] for index in sorted(self._ready)]
         self._ready.clear()
-        grads = [p.grad for p in ready if p.grad is not None]
+        grads = [local_part(p.grad) for p in ready if p.grad is not None]
         for bucket in buckets(grads):
             flat = torch.cat([grad.reshape(-1) for grad in bucket])
             flat.div_(self._mesh.size())
@@ -100,6 +103,9 @@ def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
             _replicated[submodule].enabled = enabled
         if isinstance(submodule, FSDPModule):
             submodule.set_requires_gradient_sync(enabled, recurse=False)
+            if is_kept_gathered(submodule):
+                # Nothing changes the parameters until gradients are reduced and a step follows.
+                submodule.set_reshard_after_backward(enabled, recurse=False)
 
 
 @contextmanager
@@ -125,3 +131,10 @@ def buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         size += tensor.numel() * tensor.element_size()
     if bucket:
         yield bucket
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor, without gradient, sharing memory; a plain tensor is whole."""
+    with torch.no_grad():
+        part: torch.Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return part.detach()
