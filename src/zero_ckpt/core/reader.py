@@ -121,6 +121,12 @@ class ReadPlan:
         """Fill every target. Raises `CorruptShardError` or OSError; targets may then be partly filled."""
         _run(self.files, _copy_block, progress, keep=False)
 
+    def fill_from(self, read_block: Callable[[ShardReader, int], memoryview]) -> None:
+        """Fill every target on this thread, with verified blocks that `read_block(file, index)` gives."""
+        for plan in self.files:
+            for index, parts in sorted(plan.blocks.items()):
+                _copy_block(read_block(plan.reader, index), index * BLOCK, parts)
+
 
 def plan_reads(shards: ShardSet, requests: Iterable[Request]) -> ReadPlan:
     """Open what is needed, and find every chunk and block. Raises `CorruptShardError`; reads no data."""

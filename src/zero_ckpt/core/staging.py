@@ -19,7 +19,7 @@ from zero_ckpt.core.chunks import Box, flat_range_boxes
 from zero_ckpt.core.shard_file import BLOCK, Chunk, ShardLayout
 from zero_ckpt.core.storage import FileWriter, aligned_buffer, round_up
 
-__all__ = ["Source", "StagingPool", "write_shard"]
+__all__ = ["Source", "StagingPool", "WriteThread", "write_shard"]
 
 _WINDOW = 512 << 10
 """Bytes copied before they are hashed; fits a core's second-level cache."""
@@ -80,7 +80,7 @@ def _pin(memory: object) -> None:
     torch.cuda.check_error(runtime.cudaHostRegister(address, BLOCK, 0))
 
 
-class _WriteThread:
+class WriteThread:
     """Writes buffers in order on its own thread, so that the next is filled meanwhile."""
 
     def __init__(self, writer: FileWriter, pool: StagingPool, progress: Callable[[], None]) -> None:
@@ -124,7 +124,7 @@ def write_shard(
 
     The file is not finished: the caller syncs it with `writer.finish(layout.nbytes)`. Raises what the storage raised.
     """
-    thread = _WriteThread(writer, pool, progress)
+    thread = WriteThread(writer, pool, progress)
     try:
         table = _stage(thread, layout, sources, pool)
     finally:
@@ -133,7 +133,7 @@ def write_shard(
 
 
 def _stage(
-    thread: _WriteThread, layout: ShardLayout, sources: Sequence[Source], pool: StagingPool
+    thread: WriteThread, layout: ShardLayout, sources: Sequence[Source], pool: StagingPool
 ) -> bytes:
     head = len(layout.header)
     for start in range(0, head, BLOCK):
@@ -159,7 +159,7 @@ def _stage(
 
 
 def _put_tail(
-    thread: _WriteThread,
+    thread: WriteThread,
     pool: StagingPool,
     offset: int,
     buffer: memoryview,

@@ -84,8 +84,11 @@ class FileReader(Protocol):
 class Storage(Protocol):
     """What a place for checkpoints must do. Paths are absolute and `/`-separated. Errors are OSErrors."""
 
-    def create(self, path: str, nbytes: int) -> FileWriter:
-        """A new or emptied file with room for `nbytes` reserved where the file system can; parents are made."""
+    def create(self, path: str, nbytes: int, *, shared: bool = False) -> FileWriter:
+        """A new or emptied file with room for `nbytes` reserved where the file system can; parents are made.
+
+        `shared`: the file is there already; this writer and those of other ranks each write their own parts of it.
+        """
 
     def open(self, path: str) -> FileReader: ...
 
@@ -114,9 +117,10 @@ class LocalStorage:
     def __init__(self, *, direct: bool = True) -> None:
         self._direct = direct and hasattr(os, "O_DIRECT")
 
-    def create(self, path: str, nbytes: int) -> FileWriter:
-        self._make_parents(path)
-        return _LocalWriter(path, nbytes, self._direct)
+    def create(self, path: str, nbytes: int, *, shared: bool = False) -> FileWriter:
+        if not shared:
+            self._make_parents(path)
+        return _LocalWriter(path, nbytes, self._direct, shared)
 
     def open(self, path: str) -> FileReader:
         return _LocalReader(path, self._direct)
@@ -205,13 +209,13 @@ def _write_all(fd: int, data: memoryview, offset: int) -> None:
 
 
 class _LocalWriter:
-    def __init__(self, path: str, nbytes: int, direct: bool) -> None:
+    def __init__(self, path: str, nbytes: int, direct: bool, shared: bool) -> None:
         self._path = path
-        self._fd, self._direct = _open_direct(
-            path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, direct
-        )
+        new = 0 if shared else os.O_CREAT | os.O_TRUNC
+        self._fd, self._direct = _open_direct(path, os.O_WRONLY | os.O_CLOEXEC | new, direct)
         try:
-            _reserve(self._fd, nbytes)
+            if not shared:
+                _reserve(self._fd, nbytes)
         except BaseException:
             self.abort()
             raise
