@@ -9,7 +9,7 @@
       + FormatVersionError         (ValueError)         written by a newer zero_ckpt
       + StateMismatchError         (ValueError)         the checkpoint does not fit the model or optimizer
       + UnsafeObjectError          (UnpicklingError)    a pickled object, and the caller did not allow pickles
-      + DisagreementError          (ValueError)         the ranks were given different tags or directories
+      + DisagreementError          (ValueError)         ranks were given different tags or directories, or other calls
       + SaveError                  (OSError)            a save failed on some rank; nothing was committed
       + RankTimeoutError           (TimeoutError)       a rank did not arrive or stopped making progress
 
@@ -74,7 +74,7 @@ class UnsafeObjectError(ZeroCkptError, pickle.UnpicklingError):
 
 
 class DisagreementError(ZeroCkptError, ValueError):
-    """Ranks were given different tags or directories for one collective call."""
+    """Ranks were given different tags or directories for one collective call, or made different calls."""
 
 
 class SaveError(ZeroCkptError, OSError):
@@ -82,15 +82,33 @@ class SaveError(ZeroCkptError, OSError):
 
 
 class RankTimeoutError(ZeroCkptError, TimeoutError):
-    """A rank did not arrive in time, or stopped making progress."""
+    """A rank did not arrive in time, or stopped making progress.
 
-
-def by_name(name: str, message: str) -> ZeroCkptError:
-    """The error class called `name` with `message`; `SaveError` for a class that is not ours.
-
-    Ranks send an error to each other as its class name and text.
+    `outcome_unknown`: the other ranks may have completed the call, or not; this one cannot tell.
     """
+
+    outcome_unknown = False
+
+
+def describe(error: BaseException) -> str:
+    """One line for a person, also of errors that are not ours: `/path/file: No space left on device`."""
+    if isinstance(error, ZeroCkptError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    text = str(error)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def to_record(error: BaseException) -> list[str]:
+    """An error as ranks send it to each other: the name of its class, "" for one that is not ours, and its text."""
+    ours = isinstance(error, ZeroCkptError)
+    return [type(error).__name__ if ours else "", describe(error)]
+
+
+def by_name(name: str, message: str, default: type[ZeroCkptError] = SaveError) -> ZeroCkptError:
+    """The error class called `name` with `message`; `default` for a class that is not ours."""
     kind = globals().get(name)
     if isinstance(kind, type) and issubclass(kind, ZeroCkptError):
         return kind(message)
-    return SaveError(f"{name}: {message}" if name else message)
+    return default(f"{name}: {message}" if name else message)

@@ -12,20 +12,31 @@ seconds. So the time limit bounds silence, not the length of a save on a slow di
 from __future__ import annotations
 
 import json
-import os
 import time
 import uuid
-from collections.abc import Callable, Iterable
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Protocol
 
-from zero_ckpt.errors import RankTimeoutError, SaveError, ZeroCkptError, by_name
+from zero_ckpt.core.watch import Watch, identity, name_ranks
+from zero_ckpt.errors import (
+    DisagreementError,
+    RankTimeoutError,
+    SaveError,
+    ZeroCkptError,
+    by_name,
+    describe,
+)
 
 __all__ = ["ControlPlane", "LocalControl", "StoreControl", "control_for_process_group"]
 
 DEFAULT_TIMEOUT = 300.0
 """Seconds of silence after which a rank counts as lost."""
+
+_STORE_TIMEOUT = timedelta(seconds=10)
+"""For reading a key that was there a moment ago, and may just have been withdrawn."""
 
 Decide = Callable[[list[bytes]], bytes]
 
@@ -39,7 +50,8 @@ class ControlPlane(Protocol):
     def meet(self, phase: str, record: bytes, decide: Decide, timeout: float) -> bytes:
         """Hand `record` to rank 0, whose `decide(records by rank)` gives the answer that every rank gets.
 
-        An error that `decide` raises is raised on every rank. Raises `RankTimeoutError` naming lost ranks.
+        An error that `decide` raises is raised on every rank, of the same class and text. Raises `RankTimeoutError`
+        naming lost ranks, and `DisagreementError` when another rank is in another phase.
         """
 
     def beat(self) -> None:
@@ -53,7 +65,12 @@ class LocalControl:
     world_size = 1
 
     def meet(self, phase: str, record: bytes, decide: Decide, timeout: float) -> bytes:
-        return decide([record])
+        try:
+            return decide([record])
+        except ZeroCkptError:
+            raise
+        except Exception as error:
+            raise _shared(phase, error) from error
 
     def beat(self) -> None:
         pass
@@ -68,14 +85,26 @@ def control_for_process_group() -> ControlPlane:
     store: Any = dist.distributed_c10d._get_default_store()
     with suppress(AttributeError, RuntimeError):
         store = store.clone()  # a connection of our own: others may block in theirs
+        store.set_timeout(_STORE_TIMEOUT)
     return StoreControl(store, dist.get_rank(), dist.get_world_size())
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What a rank brings to a meeting; its answer is filed under `nonce`."""
+
+    rank: int
+    nonce: str
+    phase: str
+    record: bytes
 
 
 class StoreControl:
     """Meetings through a torch `Store`: each rank leaves a request, rank 0 answers every one.
 
-    A request carries a random nonce that its answer is filed under, so answers never meet the wrong call, and a
-    rank that gave up withdraws its request.
+    A request carries a random nonce that its answer is filed under, so answers never meet the wrong call. Deleting a
+    request is what decides whose it is: rank 0 claims it so, and a rank that gave up withdraws it so. What was
+    withdrawn is never decided on.
     """
 
     def __init__(self, store: Any, rank: int, world_size: int, name: str = "main") -> None:
@@ -85,19 +114,13 @@ class StoreControl:
         self._prefix = f"zero_ckpt/{name}"
         self._last_beat = 0.0
         self._beats = 0
-        self._put(f"who/{rank}", json.dumps(_identity()).encode())
+        with self._reaching_store("start"):
+            self._put(f"who/{rank}", json.dumps(identity()).encode())
 
     def meet(self, phase: str, record: bytes, decide: Decide, timeout: float) -> bytes:
-        try:
-            if self.rank == 0:
-                return self._lead(phase, record, decide, timeout)
-            return self._follow(phase, record, timeout)
-        except RuntimeError as error:  # every c10d store error is one
-            if isinstance(error, ZeroCkptError):
-                raise
-            raise RankTimeoutError(
-                f"{phase}: rank {self.rank} lost the rendezvous store, which rank 0 or the launcher holds: {error}"
-            ) from error
+        if self.rank == 0:
+            return self._lead(phase, record, decide, timeout)
+        return self._follow(phase, record, timeout)
 
     def beat(self) -> None:
         now = time.monotonic()
@@ -107,77 +130,113 @@ class StoreControl:
             with suppress(RuntimeError):
                 self._put(f"beat/{self.rank}", str(self._beats).encode())
 
+    @contextmanager
+    def _reaching_store(self, phase: str, *, decided: bool = False) -> Iterator[None]:
+        """Around what only calls the store: every error of a c10d store is a RuntimeError."""
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise _lost(
+                phase,
+                f"rank {self.rank} lost the rendezvous store, which the launcher or rank 0 holds ({reason})",
+                outcome_unknown=decided,
+            ) from error
+
     def _lead(self, phase: str, record: bytes, decide: Decide, timeout: float) -> bytes:
-        others = range(1, self.world_size)
+        requests: list[_Request] = []
         try:
-            self._await_requests(phase, others, timeout)
-            requests = {rank: self._take(f"request/{rank}") for rank in others}
-        except ZeroCkptError as error:
-            present = [rank for rank in others if self._has(f"request/{rank}")]
-            self._answer((self._take(f"request/{rank}") for rank in present), _failure(error))
-            raise
-        try:
-            for rank, (_, its_phase, _) in requests.items():
-                if its_phase != phase:
-                    raise SaveError(
-                        f"rank {rank} is in '{its_phase}' while rank 0 is in '{phase}': "
-                        "every rank must make the same calls in the same order"
-                    )
-            answer = decide([record, *(requests[rank][2] for rank in others)])
+            with self._reaching_store(phase):
+                try:
+                    self._await_requests(phase, timeout)
+                finally:
+                    requests += filter(None, map(self._claim, range(1, self.world_size)))
+            self._check_requests(phase, requests)
+            answer = decide([record, *(request.record for request in requests)])
         except BaseException as error:
-            self._answer(requests.values(), _failure(error))
-            raise
-        self._answer(requests.values(), b"+" + answer)
+            told = _shared(phase, error)
+            with suppress(RuntimeError):
+                self._answer(requests, b"-" + json.dumps([type(told).__name__, str(told)]).encode())
+            if told is error or not isinstance(error, Exception):
+                raise
+            raise told from error
+        with self._reaching_store(phase, decided=True):
+            self._answer(requests, b"+" + answer)
         return answer
 
     def _follow(self, phase: str, record: bytes, timeout: float) -> bytes:
         nonce = uuid.uuid4().hex
         header = json.dumps([nonce, phase]).encode()
-        self._put(f"request/{self.rank}", header + b"\n" + record)
-        try:
-            self._await(f"answer/{nonce}", phase, timeout)
-        except BaseException:
-            with suppress(RuntimeError):
-                self._store.delete_key(f"{self._prefix}/request/{self.rank}")
-            raise
-        answer = self._get(f"answer/{nonce}")
+        with self._reaching_store(phase):
+            self._put(f"request/{self.rank}", header + b"\n" + record)
+        with self._reaching_store(phase, decided=True):
+            try:
+                self._await_answer(nonce, phase, timeout)
+            except BaseException:
+                with suppress(RuntimeError):
+                    self._withdraw()
+                raise
+            answer = self._get(f"answer/{nonce}")
         with suppress(RuntimeError):
-            self._store.delete_key(f"{self._prefix}/answer/{nonce}")
+            self._delete(f"answer/{nonce}")
         if answer[:1] == b"+":
             return answer[1:]
-        name, message = json.loads(answer[1:])
-        raise by_name(name, message)
+        raise by_name(*json.loads(answer[1:]))
 
-    def _await_requests(self, phase: str, ranks: range, timeout: float) -> None:
-        watch = _Watch(self, phase, timeout)
+    def _await_requests(self, phase: str, timeout: float) -> None:
+        ranks = range(1, self.world_size)
+        watch = Watch(self._peek, timeout)
         keys = [f"{self._prefix}/request/{rank}" for rank in ranks]
         for pause in _pauses():
             if self._store.check(keys):
                 return
             if watch.is_due():
-                watch.check(rank for rank in ranks if not self._has(f"request/{rank}"))
+                if lost := watch.lost(r for r in ranks if not self._has(f"request/{r}")):
+                    raise _lost(phase, lost)
                 self.beat()
             time.sleep(pause)
 
-    def _await(self, key: str, phase: str, timeout: float) -> None:
-        watch = _Watch(self, phase, timeout)
+    def _await_answer(self, nonce: str, phase: str, timeout: float) -> None:
+        watch = Watch(self._peek, timeout)
         for pause in _pauses():
-            if self._has(key):
+            if self._has(f"answer/{nonce}"):
                 return
-            if watch.is_due():
-                watch.check([0])
+            # Rank 0 may have answered and left since the look above, so a lost rank 0 needs another look.
+            if watch.is_due() and (lost := watch.lost([0])) and not self._has(f"answer/{nonce}"):
+                raise _lost(phase, lost, outcome_unknown=not self._withdraw())
             time.sleep(pause)
 
-    def _take(self, key: str) -> tuple[str, str, bytes]:
-        """(nonce, phase, record) of a request, removed from the store."""
+    def _claim(self, rank: int) -> _Request | None:
+        """A rank's request, which it cannot withdraw any more; None when there is none."""
+        key = f"request/{rank}"
+        if not self._has(key):
+            return None
         header, _, record = self._get(key).partition(b"\n")
-        self._store.delete_key(f"{self._prefix}/{key}")
         nonce, phase = json.loads(header)
-        return nonce, phase, record
+        return _Request(rank, nonce, phase, record) if self._delete(key) else None
 
-    def _answer(self, requests: Iterable[tuple[str, str, bytes]], answer: bytes) -> None:
-        for nonce, _, _ in requests:
-            self._put(f"answer/{nonce}", answer)
+    def _withdraw(self) -> bool:
+        """Whether this rank's request was still there, so that rank 0 will never decide on it."""
+        return self._delete(f"request/{self.rank}")
+
+    def _check_requests(self, phase: str, requests: Sequence[_Request]) -> None:
+        for request in requests:
+            if request.phase != phase:
+                raise DisagreementError(
+                    f"rank {request.rank} is in '{request.phase}' while rank 0 is in '{phase}': every rank must make "
+                    f"the same calls in the same order. {_consequence(phase)}"
+                )
+        if len(requests) < self.world_size - 1:
+            gone = set(range(1, self.world_size)) - {request.rank for request in requests}
+            raise _lost(phase, f"{name_ranks(sorted(gone))} gave up waiting for rank 0")
+
+    def _answer(self, requests: Iterable[_Request], answer: bytes) -> None:
+        for request in requests:
+            self._put(f"answer/{request.nonce}", answer)
+
+    def _delete(self, key: str) -> bool:
+        """Whether the key was there."""
+        return bool(self._store.delete_key(f"{self._prefix}/{key}"))
 
     def _put(self, key: str, value: bytes) -> None:
         self._store.set(f"{self._prefix}/{key}", value)
@@ -188,70 +247,37 @@ class StoreControl:
     def _get(self, key: str) -> bytes:
         return bytes(self._store.get(f"{self._prefix}/{key}"))
 
-    def peek(self, key: str) -> bytes | None:
+    def _peek(self, key: str) -> bytes | None:
         """A key's value if it is there."""
         return self._get(key) if self._has(key) else None
 
 
-class _Watch:
-    """Decides which of the awaited ranks are lost. Looks once a second, or oftener for short timeouts."""
-
-    def __init__(self, control: StoreControl, phase: str, timeout: float) -> None:
-        self._control, self._phase, self._timeout = control, phase, timeout
-        self._interval = min(1.0, timeout / 4)
-        self._next = time.monotonic() + self._interval
-        self._started = time.monotonic()
-        self._seen: dict[int, tuple[bytes | None, float]] = {}
-
-    def is_due(self) -> bool:
-        if time.monotonic() < self._next:
-            return False
-        self._next = time.monotonic() + self._interval
-        return True
-
-    def check(self, ranks: Iterable[int]) -> None:
-        dead, silent = [], []
-        for rank in ranks:
-            if self._is_dead(rank):
-                dead.append(rank)
-            elif self._is_silent(rank):
-                silent.append(rank)
-        if dead or silent:
-            raise RankTimeoutError(_lost_message(self._phase, dead, silent, self._timeout))
-
-    def _is_dead(self, rank: int) -> bool:
-        who = self._control.peek(f"who/{rank}")
-        return who is not None and _has_died(json.loads(who))
-
-    def _is_silent(self, rank: int) -> bool:
-        now, beat = time.monotonic(), self._control.peek(f"beat/{rank}")
-        last, since = self._seen.get(rank, (beat, self._started))
-        if beat != last:
-            since = now
-        self._seen[rank] = beat, since
-        return now - since > self._timeout
-
-
-def _lost_message(phase: str, dead: list[int], silent: list[int], timeout: float) -> str:
-    parts = []
-    if dead:
-        parts.append(f"{_ranks(dead)} died")
-    if silent:
-        parts.append(f"{_ranks(silent)} did not arrive or make progress for {timeout:g} s")
-    return (
-        f"{phase}: {' and '.join(parts)}. Every rank must make this call; look at the log of the rank named here. "
-        "Nothing was committed by this call, and earlier checkpoints are intact."
+def _lost(phase: str, what: str, *, outcome_unknown: bool = False) -> RankTimeoutError:
+    error = RankTimeoutError(
+        f"{phase}: {what}. Every rank must make this call and stay until it ends: look at the logs of all ranks. "
+        f"{_consequence(phase, outcome_unknown)}".rstrip()
     )
+    error.outcome_unknown = outcome_unknown
+    return error
 
 
-def _ranks(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:8])) + (" ..." if len(ranks) > 8 else "")
-    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
+def _consequence(phase: str, outcome_unknown: bool = False) -> str:
+    """What a failed meeting means for the checkpoint or the model."""
+    if phase == "save: vote" and outcome_unknown:
+        return "Whether it was committed is not known here: 'zero-ckpt ls' tells. Earlier checkpoints are intact."
+    if phase.startswith("save"):
+        return "Nothing was committed; earlier checkpoints are intact."
+    if phase == "load: done":
+        return "The live state may be loaded in part: load again before training goes on."
+    return "Nothing was loaded." if phase.startswith("load") else ""
 
 
-def _failure(error: BaseException) -> bytes:
-    name = type(error).__name__
-    return b"-" + json.dumps([name, str(error)]).encode()
+def _shared(phase: str, error: BaseException) -> ZeroCkptError:
+    """The error as every rank gets it."""
+    if isinstance(error, ZeroCkptError):
+        return error
+    kind = SaveError if phase.startswith("save") else ZeroCkptError
+    return kind(f"{phase}: rank 0: {describe(error)}. {_consequence(phase)}".rstrip())
 
 
 def _pauses() -> Iterable[float]:
@@ -260,32 +286,3 @@ def _pauses() -> Iterable[float]:
     while True:
         yield pause
         pause = min(pause * 1.3, 0.02)
-
-
-def _identity() -> list[str | int]:
-    """Host, process namespace, process and its start: enough for a process on this host to tell whether it lives."""
-    return [*_host(), os.getpid(), _start_time(os.getpid()) or ""]
-
-
-def _host() -> tuple[str, str]:
-    with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return boot, os.readlink("/proc/self/ns/pid")
-    return "", ""
-
-
-def _start_time(pid: int) -> str | None:
-    """Clock ticks since boot at which a process started; None when it is gone or only waits to be reaped."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            fields = file.read().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]
-
-
-def _has_died(who: list[Any]) -> bool:
-    boot, namespace, pid, started = who
-    if not boot or not started or (boot, namespace) != _host():
-        return False
-    return bool(_start_time(pid) != started)
