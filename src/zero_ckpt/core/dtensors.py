@@ -6,6 +6,7 @@ The only module of the core that looks inside a DTensor. It copies no tensor and
 from __future__ import annotations
 
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
@@ -80,7 +81,21 @@ def _plain_layout(dtype: str, shape: tuple[int, ...], whole: bool) -> Layout:
 def _mesh_layout(
     dtype: str, shape: tuple[int, ...], mesh: Mesh, placements: tuple[Placement, ...], whole: bool
 ) -> Layout:
-    return Layout(dtype, shape, mesh, tuple(_placement_name(p) for p in placements), whole)
+    names = tuple(_placement_name(p) for p in placements)
+    for index, placement in enumerate(placements):
+        factor = getattr(placement, "split_factor", 1)
+        if factor != _pieces_behind(names, mesh.shape, index):
+            raise TypeError(f"placement {placement}, whose parts are no boxes on this mesh")
+    return Layout(dtype, shape, mesh, names, whole)
+
+
+def _pieces_behind(names: tuple[str, ...], mesh_shape: tuple[int, ...], index: int) -> int:
+    """How many pieces the mesh dimensions behind a strided shard cut its tensor dimension into; 1 for others."""
+    if names[index][0] != "T":
+        return 1
+    dim = names[index][1:]
+    behind = range(index + 1, len(names))
+    return prod(mesh_shape[i] for i in behind if names[i][1:] == dim)
 
 
 def _placement_name(placement: Placement) -> str:
