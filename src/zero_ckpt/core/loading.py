@@ -146,7 +146,7 @@ class _Session:
                 continue
             notice = fallback_notice(self._problems, folder) if self._problems else ""
             return {"folder": folder, "notice": notice}
-        raise no_checkpoint(self._directory, self._problems)
+        raise no_checkpoint(self._storage, self._directory, self._problems)
 
     def _check_same(self, asked: Sequence[Any]) -> None:
         odd = {rank: record for rank, record in enumerate(asked) if record != asked[0]}

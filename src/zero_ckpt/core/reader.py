@@ -25,7 +25,7 @@ from zero_ckpt.core.dtensors import DTYPE_NAMES, TORCH_DTYPES
 from zero_ckpt.core.dtypes import itemsize
 from zero_ckpt.core.manifest import Manifest
 from zero_ckpt.core.planner import Placed, needed_chunks
-from zero_ckpt.core.shard_file import BLOCK, Chunk, ShardReader
+from zero_ckpt.core.shard_file import BLOCK, Chunk, ShardReader, open_shard
 from zero_ckpt.core.storage import Storage, aligned_buffer
 from zero_ckpt.errors import CorruptShardError
 
@@ -61,22 +61,9 @@ class ShardSet:
         name = self.manifest.file_of(role, rank)
         with self._lock:
             if name not in self._open:
-                self._open[name] = self._open_file(name)
+                path = f"{self._folder}/{name}"
+                self._open[name] = open_shard(self._storage, path, self.manifest.files[name])
             return self._open[name]
-
-    def _open_file(self, name: str) -> ShardReader:
-        path = f"{self._folder}/{name}"
-        try:
-            file = self._storage.open(path)
-        except FileNotFoundError as error:
-            raise CorruptShardError(
-                f"{path}: the manifest lists this file, but it is missing. Restore it, or load another tag."
-            ) from error
-        try:
-            return ShardReader(file, path, self.manifest.files[name])
-        except BaseException:
-            file.close()
-            raise
 
     def close(self) -> None:
         with self._lock:

@@ -24,10 +24,18 @@ import xxhash
 from zero_ckpt.core.chunks import Box
 from zero_ckpt.core.dtypes import ITEMSIZE, itemsize, stored_dtype, stored_shape
 from zero_ckpt.core.manifest import FORMAT_VERSION, FileRecord
-from zero_ckpt.core.storage import ALIGNMENT, FileReader, aligned_buffer, round_up
+from zero_ckpt.core.storage import ALIGNMENT, FileReader, Storage, aligned_buffer, round_up
 from zero_ckpt.errors import CorruptShardError
 
-__all__ = ["BLOCK", "REMEDY", "Chunk", "ShardLayout", "ShardReader", "layout_shard"]
+__all__ = [
+    "BLOCK",
+    "REMEDY",
+    "Chunk",
+    "ShardLayout",
+    "ShardReader",
+    "layout_shard",
+    "open_shard",
+]
 
 BLOCK = 4 << 20
 """Bytes that one checksum covers, and the size of one read or write."""
@@ -255,6 +263,22 @@ class ShardReader:
             except EOFError as error:
                 raise CorruptShardError(f"{self.name}: {error}. {REMEDY}") from error
             return bytes(buffer[offset - start : offset - start + nbytes])
+
+
+def open_shard(storage: Storage, path: str, record: FileRecord, name: str = "") -> ShardReader:
+    """Open and verify the file that the manifest lists with `record`. Errors call it `name`, or else `path`."""
+    name = name or path
+    try:
+        file = storage.open(path)
+    except FileNotFoundError as error:
+        raise CorruptShardError(
+            f"{name}: missing, although the manifest lists it. {REMEDY}"
+        ) from error
+    try:
+        return ShardReader(file, name, record)
+    except BaseException:
+        file.close()
+        raise
 
 
 REMEDY = "Run 'zero-ckpt verify' on the folder to list all damage; other tags are not affected."

@@ -24,6 +24,7 @@ from zero_ckpt.errors import (
 
 __all__ = [
     "LATEST_NAME",
+    "NOT_COMMITTED",
     "Found",
     "TagInfo",
     "candidates",
@@ -42,13 +43,14 @@ __all__ = [
 ]
 
 LATEST_NAME = "latest"
+NOT_COMMITTED = "not committed"
 MAX_MANIFEST = 1 << 30
 """Bytes. Larger manifests are refused: nothing that reads one may be made to fill the memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class TagInfo:
-    """One tag folder. `manifest` is None for one that is not committed or whose manifest is damaged (`problem`)."""
+    """One tag folder. `manifest` is None when it cannot be used; `problem` is then `NOT_COMMITTED`, or the damage."""
 
     name: str
     manifest: Manifest | None
@@ -132,8 +134,7 @@ def _inspect(storage: Storage, directory: str, name: str) -> TagInfo | None:
         names = (
             [entry.name for entry in storage.list(folder)] if not _is_gone(storage, folder) else []
         )
-        shards = any(n.endswith(".safetensors") and "-of-" in n for n in names)
-        return TagInfo(name, None, "not committed") if shards else None
+        return TagInfo(name, None, NOT_COMMITTED) if _holds_shards(names) else None
     except (ZeroCkptError, OSError) as error:
         return TagInfo(name, None, str(error))
 
@@ -201,7 +202,7 @@ def find_checkpoint(storage: Storage, path: str, tag: str | None = None) -> Foun
             return _check(storage, f"{directory}/{name}", problems)
         except (CorruptCheckpointError, CheckpointNotFoundError) as error:
             problems.append(str(error))
-    raise no_checkpoint(directory, problems)
+    raise no_checkpoint(storage, directory, problems)
 
 
 def _check(storage: Storage, folder: str, problems: Sequence[str]) -> Found:
@@ -214,11 +215,26 @@ def fallback_notice(problems: Sequence[str], path: str) -> str:
     return f"falling back to {path}, because newer checkpoints are unusable: {'; '.join(problems)}"
 
 
-def no_checkpoint(directory: str, problems: Sequence[str]) -> CheckpointNotFoundError:
+def no_checkpoint(
+    storage: Storage, directory: str, problems: Sequence[str]
+) -> CheckpointNotFoundError:
+    """Says why `directory` gives nothing to open."""
+    if _holds_shards([entry.name for entry in storage.list(directory)]):
+        return CheckpointNotFoundError(
+            f"{directory}: not committed: it holds shard files, but no {MANIFEST_NAME}. Its save did not finish "
+            "(or still runs); use another tag."
+        )
     why = f" Tried: {'; '.join(problems)}" if problems else ""
     return CheckpointNotFoundError(
         f"{directory}: no committed checkpoint here. Give the checkpoint directory or a tag's folder.{why}"
     )
+
+
+def _holds_shards(names: Sequence[str]) -> bool:
+    """Whether these are files of a save. Exported weights have the same names, and an index beside them."""
+    if any(name.endswith(".safetensors.index.json") for name in names):
+        return False
+    return any(name.endswith(".safetensors") and "-of-" in name for name in names)
 
 
 def remove_tag(storage: Storage, directory: str, tag: str) -> None:
