@@ -86,7 +86,9 @@ class Checkpoint:
         """A stand-in that reads on first use."""
         placed = self.placed(role, key)
         dtype = TORCH_DTYPES[placed.dtype]
-        return LazyTensor(role, key, placed.shape, dtype, lambda box: self.tensor(role, key, box))
+        tensor = LazyTensor(role, key, placed.shape, dtype, lambda box: self.tensor(role, key, box))
+        tensor.source = self
+        return tensor
 
     def objects(self, weights_only: bool = True) -> dict[str, Any]:
         """The tree that rank 0 stored. Tensors that ranks held in parts are lazy. See `objects.decode_objects`."""

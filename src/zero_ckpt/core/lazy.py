@@ -60,8 +60,11 @@ _METADATA = frozenset(
 
 
 class LazyTensor(torch.Tensor):
-    """Shape and dtype of a stored tensor, on the CPU. `role` and `key` say where it is stored."""
+    """Shape and dtype of a stored tensor, on the CPU. `role` and `key` say where it is stored in
+    `source`, the checkpoint that made it.
+    """
 
+    source: object = None
     role: str
     key: str
     _read: _Read
@@ -74,6 +77,11 @@ class LazyTensor(torch.Tensor):
         self: LazyTensor = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype)
         self.role, self.key, self._read, self._value = role, key, read, None
         return self
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the values are here already; a caller may have changed them since."""
+        return self._value is not None
 
     def materialize(self) -> torch.Tensor:
         """The values, as a plain tensor; read once. Raises `CorruptShardError` for damaged bytes."""

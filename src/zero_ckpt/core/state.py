@@ -22,6 +22,7 @@ __all__ = [
     "ModelState",
     "OptimizerState",
     "Snapshot",
+    "add_value",
     "capture_model",
     "capture_models",
     "capture_optimizer",
@@ -205,11 +206,12 @@ def capture_optimizer(
     for parameter, values in local_states(optimizer):
         base = f"{prefix}{fqn_of[id(parameter)]}"
         for name, value in values.items():
-            _add_value(state.tensors, f"{base}/{name}", value)
+            add_value(state.tensors, f"{base}/{name}", value)
     return state
 
 
-def _add_value(tensors: dict[str, torch.Tensor], key: str, value: Any) -> None:
+def add_value(tensors: dict[str, torch.Tensor], key: str, value: Any) -> None:
+    """Add one value of an optimizer's state, as itself or as the tensor that stands for it."""
     if isinstance(value, torch.Tensor):
         tensors[key] = value
     elif value is None:

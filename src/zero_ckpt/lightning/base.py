@@ -1,0 +1,138 @@
+"""What the parts of the strategy share: its settings, its engine, and where it is in a run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from zero_ckpt.core.control import DEFAULT_TIMEOUT, ControlPlane
+from zero_ckpt.core.engine import SyncEngine
+from zero_ckpt.errors import ConfigurationError, by_name
+from zero_ckpt.lightning.namespaces import Namespace
+from zero_ckpt.lightning.ranks import Resumption
+from zero_ckpt.zero import Sharding, WrapPolicy
+
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import DDPStrategy as Host
+else:
+    Host = object  # the DDPStrategy of either copy of Lightning comes after the mixins
+
+__all__ = ["INTERRUPTED_TIMEOUT", "Host", "StrategyBase"]
+
+INTERRUPTED_TIMEOUT = 15.0
+"""Seconds that a save in an exception handler waits for the other ranks: they may never come."""
+
+
+class StrategyBase(Host):
+    """Settings and state of the strategy. `namespace`: the copy of Lightning that it belongs to."""
+
+    namespace: ClassVar[Namespace]
+
+    def __init__(
+        self,
+        stage: int = 2,
+        wrap: WrapPolicy = "auto",
+        sharding_size: int | None = None,
+        cpu_offload: bool = False,
+        export: Any = True,
+        *,
+        save_timeout: float | None = None,
+        accelerator: Any = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: Any = None,
+        checkpoint_io: Any = None,
+        precision_plugin: Any = None,
+        process_group_backend: str | None = None,
+        timeout: timedelta | None = timedelta(minutes=30),
+        start_method: Any = "popen",
+        **ddp_options: Any,
+    ) -> None:
+        if stage not in (0, 1, 2, 3):
+            raise ConfigurationError(f"stage={stage!r}: expected 0, 1, 2 or 3.")
+        if stage < 2 and (cpu_offload or sharding_size is not None):
+            raise ConfigurationError(
+                f"cpu_offload and sharding_size are for stages 2 and 3, not for stage={stage}."
+            )
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            checkpoint_io=checkpoint_io,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+            **ddp_options,
+        )
+        self.stage = stage
+        self.wrap: WrapPolicy = wrap
+        self.sharding_size = sharding_size
+        self.cpu_offload = cpu_offload
+        self.export = export
+        self.save_timeout = save_timeout
+        self._zero_engine: SyncEngine | None = None
+        self._zero_sharding: Sharding | None = None
+        self._zero_mesh: DeviceMesh | None = None
+        self._zero_resumption: Resumption | None = None
+
+    @property
+    def engine(self) -> SyncEngine:
+        """Saves checkpoints over the default process group's store, never over the group itself."""
+        if self._zero_engine is None:
+            self._zero_engine = SyncEngine()
+        return self._zero_engine
+
+    @property
+    def control(self) -> ControlPlane:
+        return self.engine.control
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether an exception ends the run, so that other ranks may not make the same calls."""
+        trainer = self._current_trainer()
+        return trainer is not None and trainer.state.status == "interrupted"
+
+    @property
+    def is_fitting(self) -> bool:
+        trainer = self._current_trainer()
+        return trainer is not None and trainer.state.fn == "fit"
+
+    def _current_trainer(self) -> Any:
+        return None if self._lightning_module is None else self._lightning_module._trainer
+
+    def _meet(
+        self, phase: str, record: Any, decide: Callable[[list[Any]], Any], timeout: float | None
+    ) -> Any:
+        """Every rank's `record` to rank 0; what its `decide` returns, or raises, to every rank."""
+
+        def answer(records: list[bytes]) -> bytes:
+            return json.dumps(decide([json.loads(each) for each in records])).encode()
+
+        limit = DEFAULT_TIMEOUT if timeout is None else timeout
+        return json.loads(self.control.meet(phase, json.dumps(record).encode(), answer, limit))
+
+    def _together(self, phase: str, action: Callable[[], None]) -> None:
+        """Run `action` on every rank; when it fails on any, raise that error on all."""
+        problem: list[str] = []
+        try:
+            action()
+        except Exception as error:
+            problem = [type(error).__name__, str(error)]
+
+        def decide(problems: list[Any]) -> None:
+            for rank, found in enumerate(problems):
+                if found:
+                    same = all(each == found for each in problems)
+                    raise by_name(found[0], found[1] if same else f"rank {rank}: {found[1]}")
+
+        self._meet(phase, problem, decide, self.save_timeout)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For launchers that pickle the strategy: connections of this process stay behind."""
+        here = ("_zero_engine", "_zero_sharding", "_zero_mesh", "_zero_source")
+        return {**super().__getstate__(), **dict.fromkeys(here)}

@@ -1,0 +1,146 @@
+"""`ZeroCheckpointIO`: the same checkpoints as a plugin, for Lightning's other strategies.
+
+    Trainer(strategy="ddp", plugins=[ZeroCheckpointIO()])
+
+Lightning calls a `CheckpointIO` on rank 0 only, with whole tensors: rank 0 writes everything, and
+nothing here communicates. Under `ZeroStrategy` all ranks write, and the strategy does it itself.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from zero_ckpt.core.checkpoint import open_checkpoint
+from zero_ckpt.core.control import LocalControl
+from zero_ckpt.core.engine import SyncEngine
+from zero_ckpt.core.lazy import LazyTensor
+from zero_ckpt.errors import ConfigurationError
+from zero_ckpt.lightning import paths
+from zero_ckpt.lightning.content import VERSION_KEY, from_checkpoint, to_snapshot
+from zero_ckpt.lightning.namespaces import checkpoint_io_bases, installed, load
+
+if TYPE_CHECKING:
+    from lightning.pytorch.plugins import CheckpointIO as _AllCheckpointIOs
+else:
+    _AllCheckpointIOs = type("_AllCheckpointIOs", checkpoint_io_bases(), {})
+
+__all__ = ["ZeroCheckpointIO"]
+
+
+class ZeroCheckpointIO(_AllCheckpointIOs):
+    """Checkpoints as committed, verified folders, written by one process.
+
+    A dict that is not a checkpoint of Lightning's (the weights that a spawning launcher hands back)
+    is written as a plain file. Accepted by `lightning` and by `pytorch_lightning`.
+    """
+
+    def __init__(self) -> None:
+        self._engine: SyncEngine | None = None
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
+        """Commit `checkpoint` at `path`. Raises `SaveError` and leaves no trace when it cannot."""
+        if storage_options is not None:
+            raise ConfigurationError(
+                f"ZeroCheckpointIO takes no storage_options, got {storage_options!r}: it writes to "
+                "a mounted file system."
+            )
+        if VERSION_KEY not in checkpoint:
+            _write_file(checkpoint, path)
+            return
+        _refuse_parts(checkpoint)
+        directory, tag = paths.split(path)
+        snapshot = to_snapshot(checkpoint, None, {})
+        with paths.making_way(directory, tag):
+            self._local_engine().save(
+                directory,
+                tag,
+                snapshot,
+                step=snapshot.objects["global_step"],
+                zero_stage=0,
+                save_latest=not tag.startswith("."),
+            )
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """The whole checkpoint, with all its tensors read and verified; or a file of Lightning's.
+
+        `map_location`: a device to put tensors on; anything else leaves them on the CPU.
+        `weights_only` None or True refuses objects that were stored as pickles.
+        """
+        if not paths.is_checkpoint_folder(path):
+            return load_file(path, map_location, weights_only)
+        version = load(installed()[0]).version
+        with open_checkpoint(os.fspath(path).removeprefix("file://")) as checkpoint:
+            content = from_checkpoint(checkpoint, version, weights_only is not False)
+            read: dict[str, Any] = _materialized(content, map_location, {})
+            return read
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a checkpoint of any kind. Never leaves a dangling link beside it."""
+        paths.remove(path)
+
+    def teardown(self) -> None:
+        """Free the buffers. Nothing is pending: a save is committed when it returns."""
+        self._engine = None
+
+    def _local_engine(self) -> SyncEngine:
+        if self._engine is None:
+            self._engine = SyncEngine(control=LocalControl())
+        return self._engine
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_engine": None}
+
+
+def load_file(path: Any, map_location: Any, weights_only: bool | None) -> dict[str, Any]:
+    """A checkpoint that Lightning wrote as one file, by Lightning's own loader."""
+    given = {"map_location": map_location, "weights_only": weights_only}
+    options = {name: value for name, value in given.items() if value is not None}
+    loader = load(installed()[0]).torch_checkpoint_io()
+    content: dict[str, Any] = loader.load_checkpoint(path, **options)
+    return content
+
+
+def _write_file(content: dict[str, Any], path: Any) -> None:
+    """Atomic, like Lightning's own files."""
+    directory, name = os.path.split(os.path.abspath(os.fspath(path)))
+    os.makedirs(directory, exist_ok=True)
+    temporary = os.path.join(directory, f".{name}.part")
+    torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+def _refuse_parts(checkpoint: Mapping[str, Any]) -> None:
+    weights = checkpoint.get("state_dict")
+    parts = [k for k, v in weights.items() if isinstance(v, DTensor)] if weights else []
+    if parts:
+        raise ConfigurationError(
+            f"ZeroCheckpointIO was given sharded tensors ({', '.join(parts[:3])}, ...) by a "
+            "strategy that leaves saving to one process. Use strategy='zero_ckpt'."
+        )
+
+
+def _materialized(value: Any, map_location: Any, done: dict[int, Any]) -> Any:
+    """`value` with lazy tensors read, and tensors on the device that was asked for."""
+    if isinstance(value, torch.Tensor):
+        if id(value) not in done:
+            done[id(value)] = _placed(value, map_location)
+        return done[id(value)]
+    if type(value) is dict:
+        return {k: _materialized(v, map_location, done) for k, v in value.items()}
+    if type(value) is list:
+        return [_materialized(v, map_location, done) for v in value]
+    return value
+
+
+def _placed(value: torch.Tensor, map_location: Any) -> torch.Tensor:
+    tensor = value.materialize() if isinstance(value, LazyTensor) else value
+    return tensor.to(map_location) if isinstance(map_location, (str, torch.device)) else tensor

@@ -1,0 +1,276 @@
+"""Lightning's checkpoint dict <-> what the core stores.
+
+On disk a checkpoint of Lightning's is laid out like one of `zero_ckpt.Checkpointer`, so that each
+opens the other's: weights under their names, optimizer state under `<parameter>/<state>`, and the
+objects `optimizers`, `lr_schedulers`, `extra_state`, `global_step` and `client_state`, which is all
+the rest of Lightning's dict. Whatever hooks have left in the dict is what is stored.
+
+A dict read back holds lazy tensors; nothing but objects is read from disk until they are used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from zero_ckpt.core.checkpoint import Checkpoint
+from zero_ckpt.core.dtensors import TORCH_DTYPES, local_tensor
+from zero_ckpt.core.objects import decode_objects
+from zero_ckpt.core.state import EXTRA_STATE, Snapshot, add_value, clean_name, wrapper_prefixes
+from zero_ckpt.lightning.optimizers import STATES
+
+__all__ = ["VERSION_KEY", "ModuleNames", "from_checkpoint", "to_snapshot"]
+
+VERSION_KEY = "pytorch-lightning_version"
+"""Marks a dict as Lightning's; Lightning refuses one without."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleNames:
+    """What a module says about its state dict's keys. `ties`: name -> first name of the same
+    tensor.
+    """
+
+    prefixes: tuple[str, ...] = ()
+    buffers: frozenset[str] = frozenset()
+    frozen: frozenset[str] = frozenset()
+    ties: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, module: nn.Module) -> ModuleNames:
+        prefixes = tuple(wrapper_prefixes(module))
+        buffers = dict(module.named_buffers(remove_duplicate=False))
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        first: dict[int, str] = {}
+        ties = {}
+        for raw, tensor in {**parameters, **buffers}.items():
+            name = clean_name(raw, prefixes)
+            owner = first.setdefault(id(tensor), name)
+            if owner != name:
+                ties[name] = owner
+        frozen = [raw for raw, p in parameters.items() if not p.requires_grad]
+        return cls(
+            prefixes,
+            frozenset(clean_name(raw, prefixes) for raw in buffers),
+            frozenset(clean_name(raw, prefixes) for raw in frozen),
+            ties,
+        )
+
+
+def to_snapshot(
+    checkpoint: Mapping[str, Any],
+    names: ModuleNames | None,
+    rank_objects: dict[str, Any],
+) -> Snapshot:
+    """What one rank hands to a save for Lightning's dict. `names` None: no module is known.
+
+    A dict in an unknown shape (a hook may have changed it) is stored as it is, in `client_state`.
+    """
+    client = dict(checkpoint)
+    objects: dict[str, Any] = {"client_state": client, "global_step": _step(checkpoint)}
+    snapshot = Snapshot(objects=objects, rank_objects=rank_objects)
+    if isinstance(client.get("state_dict"), Mapping):
+        _take_weights(snapshot, client.pop("state_dict"), names)
+    if _all_known(client.get("optimizer_states")):
+        states = _named(client.pop("optimizer_states"))
+        objects["optimizers"] = {n: _take_optimizer(snapshot, n, s) for n, s in states.items()}
+    if isinstance(client.get("lr_schedulers"), list):
+        objects["lr_schedulers"] = _named(client.pop("lr_schedulers"))
+    return snapshot
+
+
+def _step(checkpoint: Mapping[str, Any]) -> int:
+    step = checkpoint.get("global_step", 0)
+    return int(step) if isinstance(step, int) and step >= 0 else 0
+
+
+def _named(items: list[Any]) -> dict[str, Any]:
+    """One is called "", several by their place: as `Checkpointer` calls them."""
+    return {"": items[0]} if len(items) == 1 else {str(i): item for i, item in enumerate(items)}
+
+
+def _listed(named: Mapping[str, Any]) -> list[Any]:
+    if set(named) == {str(i) for i in range(len(named))}:
+        return [named[str(i)] for i in range(len(named))]
+    return list(named.values())
+
+
+def _take_weights(
+    snapshot: Snapshot, state_dict: Mapping[str, Any], names: ModuleNames | None
+) -> None:
+    prefixes = names.prefixes if names is not None else ()
+    extra: dict[str, Any] = {}
+    weights: dict[str, torch.Tensor] = {}
+    for raw, value in state_dict.items():
+        key = clean_name(raw, prefixes)
+        is_extra = key.rpartition(".")[2] == EXTRA_STATE
+        (weights if isinstance(value, torch.Tensor) and not is_extra else extra)[key] = value
+    snapshot.objects["extra_state"] = extra
+    aliases = _aliases(weights, names.ties if names is not None else _by_memory(weights))
+    snapshot.model = {key: tensor for key, tensor in weights.items() if key not in aliases}
+    snapshot.aliases = aliases
+    if names is not None:
+        snapshot.buffers = names.buffers & snapshot.model.keys()
+        snapshot.frozen = names.frozen & snapshot.model.keys()
+
+
+def _aliases(weights: Mapping[str, torch.Tensor], ties: Mapping[str, str]) -> dict[str, str]:
+    """The ties of which both ends are there and are still the same memory."""
+    return {
+        name: first
+        for name, first in ties.items()
+        if name in weights and first in weights and _same_memory(weights[name], weights[first])
+    }
+
+
+def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and local_tensor(a).data_ptr() == local_tensor(b).data_ptr()
+
+
+def _by_memory(weights: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    first: dict[Any, str] = {}
+    ties = {}
+    for name, tensor in weights.items():
+        if tensor.numel():
+            place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+            owner = first.setdefault(place, name)
+            if owner != name:
+                ties[name] = owner
+    return ties
+
+
+def _all_known(states: Any) -> bool:
+    return isinstance(states, list) and all(
+        isinstance(each, dict) and (not each or each.keys() >= {"state", "param_groups"})
+        for each in states
+    )
+
+
+def _take_optimizer(snapshot: Snapshot, name: str, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the state's tensors into the snapshot; returns the optimizer's record."""
+    if not state:
+        return {"class": "", "groups": []}
+    prefix = f"{name}/" if name else ""
+    for parameter, values in state["state"].items():
+        for key, value in values.items():
+            add_value(snapshot.optim, f"{prefix}{parameter}/{key}", value)
+    groups = [
+        {
+            "params": [str(parameter) for parameter in group["params"]],
+            "options": {k: v for k, v in group.items() if k != "params"},
+        }
+        for group in state["param_groups"]
+    ]
+    record = {"class": state.get("class", ""), "groups": groups}
+    if any(isinstance(p, int) for group in state["param_groups"] for p in group["params"]):
+        record["numbered"] = True  # by place, not by name: no module was known
+    rest = {k: v for k, v in state.items() if k not in STATES}
+    return {**record, "rest": rest} if rest else record
+
+
+def from_checkpoint(
+    checkpoint: Checkpoint, version: str, weights_only: bool, *, with_optimizers: bool = True
+) -> dict[str, Any]:
+    """Lightning's dict, lazily. `version`: for checkpoints that were not written by Lightning.
+
+    Raises `UnsafeObjectError` for an object that was stored as a pickle when `weights_only`.
+    """
+    objects = checkpoint.objects(weights_only)
+    client: Any = objects.get("client_state")
+    is_lightning = isinstance(client, dict) and VERSION_KEY in client
+    loaded: dict[str, Any] = {**client} if is_lightning else _foreign(objects, version)
+    if "state_dict" not in loaded:
+        loaded["state_dict"] = _weights(checkpoint, objects.get("extra_state", {}))
+    if "optimizers" in objects and "optimizer_states" not in loaded:
+        records = objects["optimizers"] if with_optimizers else {}
+        loaded["optimizer_states"] = _listed(
+            {name: _optimizer(checkpoint, name, record) for name, record in records.items()}
+        )
+    if "lr_schedulers" in objects and "lr_schedulers" not in loaded:
+        loaded["lr_schedulers"] = _listed(objects["lr_schedulers"])
+    return loaded
+
+
+def _foreign(objects: Mapping[str, Any], version: str) -> dict[str, Any]:
+    """Of another writer: weights, optimizers and schedulers are taken, loops start anew."""
+    client = {"client_state": objects.get("client_state")}
+    return {VERSION_KEY: version, "epoch": 0, "global_step": _step(objects), **client}
+
+
+def _weights(checkpoint: Checkpoint, extra: Mapping[str, Any]) -> dict[str, Any]:
+    weights: dict[str, Any] = {
+        key: checkpoint.lazy("model", key) for key in checkpoint.keys("model")
+    }
+    for alias, key in checkpoint.manifest.aliases.items():
+        weights[alias] = weights[key]
+    return {**weights, **extra}
+
+
+def _optimizer(checkpoint: Checkpoint, name: str, record: Mapping[str, Any]) -> dict[str, Any]:
+    groups = [{"params": list(g["params"]), **g["options"]} for g in record["groups"]]
+    if not groups:
+        return {}
+    prefix = f"{name}/" if name else ""
+    known = {parameter for group in groups for parameter in group["params"]}
+    state: dict[Any, dict[str, Any]] = {}
+    marked: dict[tuple[str, str], str] = {}
+    for parameter, key, stored in _state_keys(checkpoint.keys("optim"), prefix, known):
+        if "#" in key:
+            marked[parameter, key] = stored
+        else:
+            state.setdefault(parameter, {})[key] = checkpoint.lazy("optim", stored)
+    for (parameter, key), value in _python_values(checkpoint, marked).items():
+        state.setdefault(parameter, {})[key] = value
+    if record.get("numbered"):
+        state = {int(parameter): values for parameter, values in state.items()}
+        for group in groups:
+            group["params"] = [int(parameter) for parameter in group["params"]]
+    loaded = {"class": record["class"], "state": state, "param_groups": groups}
+    return {**loaded, **record.get("rest", {})}
+
+
+def _state_keys(
+    keys: Iterable[str], prefix: str, parameters: set[str]
+) -> Iterable[tuple[str, str, str]]:
+    """(parameter, state name, stored key); names may hold slashes: the longest parameter wins."""
+    for stored in keys:
+        rest = stored.removeprefix(prefix)
+        if len(rest) + len(prefix) != len(stored):
+            continue
+        end = rest.rfind("/")
+        while end > 0 and rest[:end] not in parameters:
+            end = rest.rfind("/", 0, end)
+        if end > 0:
+            yield rest[:end], rest[end + 1 :], stored
+
+
+def _python_values(
+    checkpoint: Checkpoint, marked: Mapping[tuple[str, str], str]
+) -> dict[tuple[str, str], Any]:
+    """State that was Python values (`step#int`), read in one go. See `core.state`."""
+    targets = {}
+    for stored in marked.values():
+        placed = checkpoint.placed("optim", stored)
+        targets[stored] = torch.empty(placed.shape, dtype=TORCH_DTYPES[placed.dtype])
+    checkpoint.read([checkpoint.request("optim", key, target) for key, target in targets.items()])
+    values = {}
+    for (parameter, key), stored in marked.items():
+        name, _, kind = key.partition("#")
+        values[parameter, name] = _python_value(checkpoint, kind, targets[stored])
+    return values
+
+
+def _python_value(checkpoint: Checkpoint, kind: str, tensor: torch.Tensor) -> Any:
+    if kind == "none":
+        return None
+    if kind != "json":
+        return tensor.item()
+    return decode_objects(
+        tensor.numpy().tobytes(),
+        lambda key: checkpoint.tensor("optim", key),
+        dtensor=lambda key: checkpoint.lazy("optim", key),
+    )

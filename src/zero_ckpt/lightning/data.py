@@ -1,0 +1,276 @@
+"""Training data loaders that continue in the middle of an epoch.
+
+Owns: what a loader must remember so that a resumed epoch yields exactly the batches that were left,
+and the moment at which a restored random stream takes effect. Lightning itself continues only its
+batch counter: an ordinary `DataLoader` would start again at its first batch.
+
+A `torch.utils.data.DataLoader` gets the interface that Lightning calls "stateful" (`state_dict`,
+`load_state_dict`) by changing its class to a subclass, so that whoever looks at it sees the same
+loader. A loader that is already stateful is left alone. Batches are skipped by their indices,
+nothing is read for them; a stream (`IterableDataset`) has to be read. Workers' own random streams
+(augmentation under `num_workers > 0`) start anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset
+
+from zero_ckpt.core import rng
+
+__all__ = ["PendingRng", "ResumableLoader", "can_resume", "make_resumable"]
+
+
+class PendingRng:
+    """A restored random stream that waits for its moment.
+
+    In the uninterrupted run the stream had the restored state right after the save, so it must have
+    it again where the resumed run reaches that point: before the next epoch's iterators are made
+    (which draw from it), or, within an epoch, between the making of the iterators (whose draws lie
+    in the past) and the next batch.
+
+    state: what `rng.capture` returned on this rank when the checkpoint was written.
+    early: within an epoch, before the validation that Lightning catches up with on resume, not
+        after it: the checkpoint was written before that validation.
+    """
+
+    def __init__(self, state: Mapping[str, Any], device: torch.device, *, early: bool) -> None:
+        self._state: Mapping[str, Any] | None = state
+        self._device = device
+        self._early = early
+        self._leader: object = None  # the first loader; the others draw from the stream after it
+        self._in_epoch = False
+        self._started = False
+
+    def before_iterator(self, loader: object, *, in_epoch: bool) -> None:
+        """A training loader makes its iterator; `in_epoch`: to continue an unfinished epoch."""
+        self._leader = self._leader if self._leader is not None else loader
+        self._in_epoch = self._in_epoch or in_epoch
+        if not self._in_epoch and loader is self._leader:
+            self._apply()
+
+    def at_train_start(self) -> None:
+        """Iterators exist, and what is prefetched is prefetched; the first batch comes next."""
+        self._started = True
+        if self._leader is None or (self._in_epoch and self._early):
+            self._apply()
+            self._state = None
+
+    def before_fetch(self) -> None:
+        """A training loader is asked for a batch."""
+        if not self._started:
+            return
+        if self._in_epoch:
+            self._apply()
+        self._state = None
+
+    def _apply(self) -> None:
+        if self._state is not None:
+            rng.restore(self._state, self._device)
+
+
+class _SkipFirst:
+    """A loader's index sampler without its first `count` items, for the first iterator that is
+    used.
+
+    (A loader with workers makes two iterators and uses the second.)
+    """
+
+    def __init__(self, sampler: Any, count: int) -> None:
+        self._sampler = sampler
+        self._count = count
+        self._latest: Iterator[Any] = iter(())
+
+    def __iter__(self) -> Iterator[Any]:
+        self._latest = iter(self._sampler)
+        return self._without_first(self._latest)
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def skip(self) -> None:
+        """Skip now, in the iterator made last: so that its order is drawn before the random stream
+        moves on.
+        """
+        count, self._count = self._count, 0
+        for _ in islice(self._latest, count):
+            pass
+
+    def _without_first(self, iterator: Iterator[Any]) -> Iterator[Any]:
+        self.skip()
+        yield from iterator
+
+
+class _CountingIterator:
+    """A loader's iterator that counts its batches and tells the pending random stream."""
+
+    def __init__(self, iterator: Any, count: int, pending: PendingRng | None) -> None:
+        self._iterator = iterator
+        self._pending = pending
+        self.count = count
+
+    def __iter__(self) -> _CountingIterator:
+        return self
+
+    def __next__(self) -> Any:
+        if self._pending is not None:
+            self._pending.before_fetch()
+        batch = next(self._iterator)
+        self.count += 1
+        return batch
+
+    def __len__(self) -> int:
+        return len(self._iterator)
+
+
+class ResumableLoader(DataLoader[Any]):
+    """What `make_resumable` turns a `DataLoader` into. Never constructed."""
+
+    _zero_counter: _CountingIterator | None
+    _zero_position: Mapping[str, Any] | None
+    _zero_start: Mapping[str, Any]
+    _zero_pending: PendingRng | None
+    _zero_in_epoch: bool
+    _zero_reused: bool  # persistent workers' iterator of an earlier epoch
+    _zero_skipper: _SkipFirst | None
+
+    def zero_bind(
+        self, pending: PendingRng | None, position: Mapping[str, Any] | None, *, in_epoch: bool
+    ) -> None:
+        """Continue from `position` (an earlier `state_dict()`) when iterated next.
+
+        in_epoch: its epoch was not finished; otherwise only the order of later epochs is continued.
+        """
+        self._zero_pending = pending
+        self._zero_position = position
+        self._zero_in_epoch = in_epoch
+        self._zero_start = {}
+        self._zero_counter = None
+        self._zero_skipper = None
+        self._zero_reused = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Batches handed out in this epoch, and the generators when it began and now."""
+        return {
+            "zero_ckpt_loader": 1,
+            "yielded": 0 if self._zero_counter is None else self._zero_counter.count,
+            "epoch": getattr(self.sampler, "epoch", None),
+            "reused": self._zero_reused,
+            "start": self._zero_start,
+            "generators": _states(self),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing: the strategy binds the position itself, in cases where Lightning would not."""
+
+    def __iter__(self) -> Any:
+        position, self._zero_position = self._zero_position, None
+        self._zero_counter = None
+        in_epoch = position is not None and self._zero_in_epoch
+        count = int(position["yielded"]) if position is not None and in_epoch else 0
+        if (
+            position is not None
+            and self.persistent_workers
+            and (position["reused"] or not in_epoch)
+        ):
+            super().__iter__()  # the original used these workers' iterator again: it drew less
+        if self._zero_pending is not None:
+            self._zero_pending.before_iterator(self, in_epoch=in_epoch)
+        if position is not None:
+            self._zero_rewind(position, in_epoch)
+        self._zero_reused = self.persistent_workers and self._iterator is not None
+        self._zero_start = {"rng": rng.capture(), "generators": _states(self)}
+        self._zero_counter = _CountingIterator(self._zero_iterate(count), count, self._zero_pending)
+        return self._zero_counter
+
+    def _zero_rewind(self, position: Mapping[str, Any], in_epoch: bool) -> None:
+        """The random streams as when the epoch began, or as when the checkpoint was written."""
+        if not in_epoch:
+            _set_states(self, position["generators"])
+            return
+        if position["start"]:
+            rng.restore(position["start"]["rng"])
+            _set_states(self, position["start"]["generators"])
+        if position["epoch"] is not None and hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(int(position["epoch"]))
+
+    def _zero_iterate(self, count: int) -> Iterator[Any]:
+        stream = isinstance(self.dataset, IterableDataset) or _has_own_iterator(type(self))
+        if stream or not count:
+            iterator: Iterator[Any] = super().__iter__()
+            for _ in islice(iterator, count):
+                pass
+            return iterator
+        whole = super()._index_sampler
+        self._zero_skipper = _SkipFirst(whole, count)
+        if self._zero_reused and self._iterator is not None:
+            self._iterator._index_sampler = self._zero_skipper
+        iterator = super().__iter__()
+        self._zero_skipper.skip()
+        self._zero_skipper = None
+        if self._zero_reused and self._iterator is not None:
+            self._iterator._index_sampler = whole
+        return iterator
+
+    @property
+    def _index_sampler(self) -> Any:
+        return super()._index_sampler if self._zero_skipper is None else self._zero_skipper
+
+
+def can_resume(loader: object) -> bool:
+    """Whether `make_resumable` is for this loader: a `DataLoader` that keeps no state itself."""
+    if isinstance(loader, ResumableLoader):
+        return True
+    return isinstance(loader, DataLoader) and not hasattr(loader, "load_state_dict")
+
+
+def make_resumable(
+    loader: DataLoader[Any],
+    pending: PendingRng | None = None,
+    position: Mapping[str, Any] | None = None,
+    *,
+    in_epoch: bool = False,
+) -> DataLoader[Any]:
+    """`loader` itself, of another class; it continues from `position` (see `zero_bind`)."""
+    if not isinstance(loader, ResumableLoader):
+        loader.__class__ = _resumable_class(type(loader))
+    assert isinstance(loader, ResumableLoader)
+    loader.zero_bind(pending, position, in_epoch=in_epoch)
+    return loader
+
+
+_classes: dict[type, type] = {}
+
+
+def _resumable_class(original: type) -> type:
+    """A subclass of both; one per class, so that two loaders of a class stay of one class."""
+    if original not in _classes:
+        body = {"__module__": original.__module__, "__qualname__": original.__qualname__}
+        _classes[original] = type(original.__name__, (ResumableLoader, original), body)
+    return _classes[original]
+
+
+def _has_own_iterator(kind: type) -> bool:
+    """Whether the user's class replaces `DataLoader.__iter__`: its indices may not be batches."""
+    overriding = (base for base in kind.__mro__ if "__iter__" in vars(base))
+    return next(base for base in overriding if base is not ResumableLoader) is not DataLoader
+
+
+def _generators(loader: DataLoader[Any]) -> dict[str, torch.Generator]:
+    owners = {"loader": loader, "sampler": loader.sampler, "batches": loader.batch_sampler}
+    found = {name: getattr(owner, "generator", None) for name, owner in owners.items()}
+    return {name: each for name, each in found.items() if isinstance(each, torch.Generator)}
+
+
+def _states(loader: DataLoader[Any]) -> dict[str, torch.Tensor]:
+    return {name: each.get_state() for name, each in _generators(loader).items()}
+
+
+def _set_states(loader: DataLoader[Any], states: Mapping[str, torch.Tensor]) -> None:
+    for name, generator in _generators(loader).items():
+        if name in states:
+            generator.set_state(states[name].cpu())

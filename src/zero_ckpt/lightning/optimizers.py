@@ -1,0 +1,159 @@
+"""Optimizer state as Lightning's checkpoint dict shows it, and back into live optimizers.
+
+The shape is that of `torch.optim.Optimizer.state_dict()`, with parameter names for numbers and this
+rank's tensors as they are: shards (DTensors), or, under stage 1, only the parameters that this rank
+updates. Making one communicates nothing and copies nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+from zero_ckpt.core.checkpoint import Checkpoint
+from zero_ckpt.core.lazy import LazyTensor
+from zero_ckpt.core.restoring import Restoration, plan_optimizer
+from zero_ckpt.core.state import group_names, local_states
+from zero_ckpt.errors import StateMismatchError
+
+__all__ = ["STATES", "Pristine", "plan_state", "state_of"]
+
+STATES = frozenset({"class", "state", "param_groups"})
+"""Keys of a state that have a meaning here; others belong to the optimizer's own class."""
+
+
+def state_of(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Any]:
+    """This rank's state of an optimizer, by parameter name. References, not copies."""
+    groups = group_names(optimizer, names)
+    fqn_of = {
+        id(p): fqn
+        for group, (fqns, _) in zip(optimizer.param_groups, groups, strict=True)
+        for p, fqn in zip(group["params"], fqns, strict=True)
+    }
+    return {
+        "class": type(_inner(optimizer)).__name__,
+        "state": {fqn_of[id(p)]: dict(values) for p, values in local_states(optimizer)},
+        "param_groups": [{"params": fqns, **options} for fqns, options in groups],
+    }
+
+
+def _inner(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that holds this rank's state."""
+    inner = getattr(optimizer, "optim", None)  # ZeroRedundancyOptimizer's
+    return inner if isinstance(inner, torch.optim.Optimizer) else optimizer
+
+
+@dataclass(frozen=True, slots=True)
+class Pristine:
+    """An optimizer's state as it came from a checkpoint, to see whether a hook has changed it."""
+
+    checkpoint: Checkpoint
+    prefix: str
+    tensors: Mapping[Any, Mapping[str, Any]]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, prefix: str, state: Mapping[str, Any]) -> Pristine:
+        tensors = {p: dict(values) for p, values in state.get("state", {}).items()}
+        return cls(checkpoint, prefix, tensors)
+
+    def is_unchanged(self, state: Mapping[str, Any]) -> bool:
+        """Whether the tensors are still the stored ones. Options of groups may have changed."""
+        now = state["state"]
+        return now.keys() == self.tensors.keys() and all(
+            now[p].keys() == values.keys() and all(now[p][k] is v for k, v in values.items())
+            for p, values in self.tensors.items()
+        )
+
+
+def plan_state(
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    names: Mapping[int, str],
+    rank: int,
+    pristine: Pristine | None,
+) -> Restoration:
+    """What to read and to install so that the optimizer continues with `state`.
+
+    `state`: by names as `state_of` made it, or by numbers as torch does. Raises
+    `StateMismatchError` when its parameters are not the optimizer's.
+    """
+    numbered = any(isinstance(p, int) for group in state["param_groups"] for p in group["params"])
+    if pristine is not None and not numbered and pristine.is_unchanged(state):
+        record = {"class": state["class"], "groups": _groups(state)}
+        return plan_optimizer(pristine.checkpoint, optimizer, names, record, rank, pristine.prefix)
+    by_parameter = _matched(optimizer, state, names, numbered)
+    plan = Restoration()
+    plan.installs.append(lambda: _install(optimizer, by_parameter, state["param_groups"]))
+    return plan
+
+
+def _groups(state: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {"params": group["params"], "options": {k: v for k, v in group.items() if k != "params"}}
+        for group in state["param_groups"]
+    ]
+
+
+def _matched(
+    optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    names: Mapping[int, str],
+    numbered: bool,
+) -> dict[int, Mapping[str, Any]]:
+    """id(parameter) -> its saved state. Groups match by their order and size, as in torch."""
+    live = [[id(p) for p in group["params"]] for group in optimizer.param_groups]
+    saved = [list(group["params"]) for group in state["param_groups"]]
+    if [len(group) for group in live] != [len(group) for group in saved]:
+        raise StateMismatchError(
+            f"the optimizer has {len(live)} parameter groups of {[len(g) for g in live]} "
+            f"parameters, the checkpoint {len(saved)} of {[len(g) for g in saved]}. Nothing of the "
+            "optimizer was loaded. Create it as it was when it was saved."
+        )
+    states = state["state"]
+    if not numbered:
+        return {p: states.get(names.get(p), {}) for group in live for p in group}
+    return {
+        parameter: states.get(number, {})
+        for group, numbers in zip(live, saved, strict=True)
+        for parameter, number in zip(group, numbers, strict=True)
+    }
+
+
+def _install(
+    optimizer: torch.optim.Optimizer,
+    by_parameter: Mapping[int, Mapping[str, Any]],
+    groups: Sequence[Mapping[str, Any]],
+) -> None:
+    inner = _inner(optimizer)
+    for group in inner.param_groups:
+        cpu_step = not (group.get("capturable") or group.get("fused"))
+        for parameter in group["params"]:
+            values = by_parameter.get(id(parameter), {})
+            inner.state.pop(parameter, None)
+            if values:
+                placed = {k: _placed(v, k, parameter, cpu_step) for k, v in values.items()}
+                inner.state[parameter] = placed
+    for holder in {id(optimizer): optimizer, id(inner): inner}.values():
+        for group, saved in zip(holder.param_groups, groups, strict=False):
+            group.update({k: v for k, v in saved.items() if k != "params"})
+
+
+def _placed(value: Any, name: str, parameter: torch.Tensor, cpu_step: bool) -> Any:
+    """A whole tensor of state, laid out like its parameter where it has its shape."""
+    if isinstance(value, LazyTensor):
+        value = value.materialize()
+    if not isinstance(value, torch.Tensor) or isinstance(value, DTensor):
+        return value
+    if name == "step" and value.ndim == 0:
+        return value.clone() if cpu_step else value.to(parameter.device, copy=True)
+    value = value.to(parameter.device)
+    if not isinstance(parameter, DTensor) or value.ndim == 0:
+        return value.clone()
+    mesh = parameter.device_mesh
+    if value.shape == parameter.shape:
+        return distribute_tensor(value, mesh, parameter.placements, src_data_rank=None)
+    return DTensor.from_local(value.clone(), mesh, [Replicate()] * mesh.ndim, run_check=False)

@@ -1,0 +1,117 @@
+"""Checkpoint paths as Lightning gives them: `<checkpoint directory>/<tag>`.
+
+Also what makes a name safe to write to or to remove where files and symbolic links of earlier runs
+may lie: `last.ckpt` may be a folder of ours, a link to one, or a plain file.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from zero_ckpt.core.storage import LocalStorage, Storage
+from zero_ckpt.core.tags import LATEST_NAME, check_tag, list_tags, read_latest, remove_tag
+from zero_ckpt.errors import CheckpointNotFoundError, ConfigurationError
+
+__all__ = ["is_checkpoint_folder", "making_way", "remove", "split"]
+
+
+def split(path: Any) -> tuple[str, str]:
+    """(checkpoint directory, tag). Raises `ConfigurationError` for a remote path or an unfit
+    tag.
+    """
+    text = os.fspath(path).removeprefix("file://")
+    if "://" in text:
+        raise ConfigurationError(
+            f"{text}: zero_ckpt writes sharded checkpoints to a mounted file system only. "
+            "Use a local or network path."
+        )
+    directory, tag = os.path.split(os.path.abspath(text))
+    return directory, check_tag(tag)
+
+
+def is_checkpoint_folder(path: Any) -> bool:
+    """Whether `path` is to be read as sharded: a folder, not a file that Lightning wrote."""
+    return os.path.isdir(os.fspath(path).removeprefix("file://"))
+
+
+@contextmanager
+def making_way(directory: str, tag: str) -> Iterator[None]:
+    """Around a save to this tag: a link there goes (its target stays), a file is set aside.
+
+    The file goes when the save has committed, and comes back when it has not.
+    """
+    path = f"{directory}/{tag}"
+    aside = f"{path}.replaced"  # no name that Lightning looks for
+    if os.path.islink(path):
+        os.unlink(path)
+    if not os.path.isfile(path):
+        yield
+        return
+    os.replace(path, aside)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(aside, path)
+        raise
+    os.unlink(aside)
+
+
+def remove(path: Any, storage: Storage | None = None) -> None:
+    """Remove a checkpoint, whatever kind it is; nothing where nothing is.
+
+    Links beside it that point to it, and `latest`, are first pointed to the newest remaining
+    checkpoint, so that `last.ckpt` never dangles; without another one they go too.
+    """
+    storage = storage or LocalStorage()
+    directory, tag = split(path)
+    target = f"{directory}/{tag}"
+    if os.path.islink(target) or os.path.isfile(target):
+        with suppress(FileNotFoundError):
+            os.unlink(target)
+    elif os.path.isdir(target):
+        links = _links_to(directory, target)
+        is_latest = read_latest(storage, directory) == tag
+        other = _newest_other(storage, directory, tag) if links or is_latest else None
+        if is_latest:
+            _move_latest(storage, directory, other)
+        _move_links(links, other)
+        remove_tag(storage, directory, tag)
+
+
+def _links_to(directory: str, target: str) -> list[Path]:
+    links = [entry for entry in Path(directory).iterdir() if entry.is_symlink()]
+    return [link for link in links if os.path.realpath(link) == os.path.realpath(target)]
+
+
+def _move_latest(storage: Storage, directory: str, other: str | None) -> None:
+    if other is None:
+        storage.remove(f"{directory}/{LATEST_NAME}")
+    else:
+        storage.put(f"{directory}/{LATEST_NAME}", f"{other}\n".encode())
+
+
+def _move_links(links: list[Path], other: str | None) -> None:
+    for link in links:
+        if other is None:
+            link.unlink()
+        else:
+            fresh = link.with_name(f".{link.name}.link")
+            with suppress(FileNotFoundError):
+                fresh.unlink()
+            fresh.symlink_to(other)
+            os.replace(fresh, link)
+
+
+def _newest_other(storage: Storage, directory: str, tag: str) -> str | None:
+    with suppress(CheckpointNotFoundError):
+        for info in reversed(list_tags(storage, directory)):
+            folder = f"{directory}/{info.name}"
+            if info.manifest is not None and info.name != tag and not os.path.islink(folder):
+                return info.name
+    return None

@@ -1,0 +1,140 @@
+"""What each rank keeps for itself in a checkpoint: random generators and its place in the data.
+
+Within an epoch, a rank's place is how many batches its loaders have handed out and how the
+generators stood when the epoch began (`data.py`). It is stored per rank, and restored exactly at
+the same world size; at another one it is derived, with a warning.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from zero_ckpt.core import rng
+from zero_ckpt.core.checkpoint import Checkpoint
+from zero_ckpt.lightning.data import PendingRng, can_resume, make_resumable
+
+__all__ = ["Resumption", "capture_rank", "restore_rank"]
+
+
+def capture_rank(trainer: Any, checkpoint: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """This rank's own state. Takes the loaders' states out of Lightning's `checkpoint`.
+
+    (Lightning keeps those of rank 0 only, and would refuse ours where loaders are ordinary ones.)
+    """
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    done = progress.current.ready
+    loaders = _take_loaders(checkpoint)
+    fetched_ahead = len(getattr(trainer.fit_loop._data_fetcher, "batches", ()))
+    for state in loaders:
+        if "zero_ckpt_loader" in state:
+            state["yielded"] -= fetched_ahead
+    return {
+        "rng": rng.capture(device),
+        "in_epoch": bool(0 < done < trainer.num_training_batches and not progress.is_last_batch),
+        "in_validation": not trainer.training,
+        "loaders": loaders,
+    }
+
+
+def _take_loaders(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
+    """States of all loaders that have one; Lightning's list keeps them only if all are users'."""
+    fit_loop = checkpoint.get("loops", {}).get("fit_loop", {})
+    state = fit_loop.get("state_dict", {})
+    loaders: list[dict[str, Any]] = state.get("combined_loader", [])
+    if any("zero_ckpt_loader" in each for each in loaders):
+        del state["combined_loader"]
+    return loaders
+
+
+@dataclass(slots=True)
+class Resumption:
+    """Where this rank's training continues. `positions`: of its loaders, in their order."""
+
+    pending: PendingRng
+    in_epoch: bool
+    positions: list[Mapping[str, Any]] = field(default_factory=list)
+
+    def bind(self, loader: object) -> object:
+        """The next training loader of the run: let it continue where it was."""
+        if isinstance(loader, DataLoader) and can_resume(loader):
+            position = self.positions.pop(0) if self.positions else None
+            if position is not None and "zero_ckpt_loader" not in position:
+                position = None  # it had another kind of loader's place
+            return make_resumable(loader, self.pending, position, in_epoch=self.in_epoch)
+        if hasattr(loader, "load_state_dict") and self.positions:
+            self.positions.pop(0)  # Lightning gives it its state
+        return loader
+
+
+def restore_rank(
+    checkpoint: Checkpoint,
+    lightning_state: dict[str, Any],
+    rank: int,
+    world_size: int,
+    device: torch.device,
+    weights_only: bool,
+) -> Resumption | None:
+    """What `rank` of `world_size` continues with; None when the checkpoint has nothing of it.
+
+    May change `lightning_state`: the loops' place in the epoch at another world size, and users'
+    stateful loaders' own states per rank.
+    """
+    saved = checkpoint.manifest.world_size
+    state = checkpoint.rank_objects(rank % saved, weights_only)
+    if "rng" not in state:
+        return None
+    loaders = state.get("loaders", [])
+    in_epoch = bool(state.get("in_epoch", False))
+    if saved == world_size:
+        _give_loaders(lightning_state, loaders)
+    else:
+        _warn_derived(checkpoint, rank, world_size)
+        loaders = _rescale(lightning_state, loaders, saved, world_size) if in_epoch else loaders
+        state["rng"] = _derived(state["rng"], rank, device)
+    pending = PendingRng(state["rng"], device, early=not state.get("in_validation", False))
+    return Resumption(pending, in_epoch, list(loaders))
+
+
+def _give_loaders(lightning_state: dict[str, Any], loaders: list[dict[str, Any]]) -> None:
+    """Give users' stateful loaders this rank's states, not rank 0's."""
+    fit_loop = lightning_state.get("loops", {}).get("fit_loop", {})
+    if any("zero_ckpt_loader" not in each for each in loaders):
+        fit_loop.setdefault("state_dict", {})["combined_loader"] = loaders
+
+
+def _warn_derived(checkpoint: Checkpoint, rank: int, world_size: int) -> None:
+    if rank == 0:
+        warnings.warn(
+            f"{checkpoint.path} was saved by {checkpoint.manifest.world_size} ranks and is resumed "
+            f"by {world_size}: random number generators are derived from the saved ones, and the "
+            "place in the epoch is scaled, so the run is not bitwise the uninterrupted one.",
+            stacklevel=2,
+        )
+
+
+def _derived(state: Mapping[str, Any], rank: int, device: torch.device) -> dict[str, Any]:
+    now = rng.capture(device)
+    try:
+        rng.derive(state, rank, device)
+        return rng.capture(device)
+    finally:
+        rng.restore(now, device)
+
+
+def _rescale(
+    lightning_state: dict[str, Any], loaders: list[dict[str, Any]], saved: int, world_size: int
+) -> list[dict[str, Any]]:
+    """The same place in the epoch, in batches of another number of ranks."""
+    if not loaders or any("zero_ckpt_loader" not in each for each in loaders):
+        return loaders
+    fit_loop = lightning_state.get("loops", {}).get("fit_loop", {})
+    progress = fit_loop.get("epoch_loop.batch_progress", {}).get("current", {})
+    for name in progress:
+        progress[name] = progress[name] * saved // world_size
+    return [{**each, "yielded": each["yielded"] * saved // world_size} for each in loaders]

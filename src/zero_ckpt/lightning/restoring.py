@@ -1,0 +1,242 @@
+"""Restoring, in DDP's order of hooks at every stage.
+
+`load_checkpoint` reads objects only; weights and optimizer state in the dict that it returns are
+lazy. `load_model_state_dict` comes before the model is sharded, and hooks may have changed the
+dict by then: it applies the weights at once where somebody may look at them before `setup` (a
+callback that overrides `on_load_checkpoint`), else at the end of sharding, so that each rank reads
+only its part.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from zero_ckpt.core.checkpoint import Checkpoint
+from zero_ckpt.core.loading import load_together
+from zero_ckpt.core.reader import Request
+from zero_ckpt.core.restoring import Restoration
+from zero_ckpt.core.state import parameter_names
+from zero_ckpt.errors import DisagreementError, StateMismatchError
+from zero_ckpt.lightning.base import StrategyBase
+from zero_ckpt.lightning.content import from_checkpoint
+from zero_ckpt.lightning.optimizers import Pristine, plan_state
+from zero_ckpt.lightning.paths import is_checkpoint_folder
+from zero_ckpt.lightning.ranks import restore_rank
+from zero_ckpt.lightning.verify import verify_share
+from zero_ckpt.lightning.weights import load_weights
+
+__all__ = ["RestoreMixin"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Deferred:
+    """Weights that wait for the model to be sharded."""
+
+    state_dict: Mapping[str, Any]
+    strict: bool
+
+
+class RestoreMixin(StrategyBase):
+    """Overrides of the strategy that load."""
+
+    is_set_up = False
+    _zero_source: Checkpoint | None = None
+    _zero_pristine: tuple[Pristine, ...] = ()
+    _zero_deferred: _Deferred | None = None
+    _zero_asked = False
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        return False
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def connect(self, model: Any) -> None:
+        """A new run begins."""
+        super().connect(model)
+        self.is_set_up = False
+        self._zero_asked = False
+        self._zero_deferred = None
+        self._zero_resumption = None
+
+    def load_checkpoint(
+        self, checkpoint_path: Any, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Lightning's checkpoint dict from a folder of ours (lazily) or a file that Lightning
+        wrote.
+
+        Collective. `weights_only` None or True refuses objects that were stored as pickles.
+        """
+        self._zero_asked = True
+        path = self._agreed_path(os.fspath(checkpoint_path)) or ""
+        self.close_checkpoint()
+        if not is_checkpoint_folder(path):
+            return self._load_file(path, weights_only)
+        loaded = load_together(
+            self.engine.storage,
+            self.control,
+            path,
+            None,
+            self._prepare(weights_only is not False),
+            timeout=self.save_timeout,
+        )
+        self._zero_source = loaded.checkpoint
+        content = loaded.prepared
+        states = content.get("optimizer_states", [])
+        prefixes = [""] if len(states) == 1 else [f"{i}/" for i in range(len(states))]
+        self._zero_pristine = tuple(
+            Pristine.of(loaded.checkpoint, prefix, state)
+            for prefix, state in zip(prefixes, states, strict=True)
+        )
+        if self.is_fitting:
+            self._zero_resumption = restore_rank(
+                loaded.checkpoint,
+                content,
+                self.global_rank,
+                self.world_size,
+                self.root_device,
+                weights_only is not False,
+            )
+        return content
+
+    def _prepare(
+        self, weights_only: bool
+    ) -> Callable[[Checkpoint], tuple[Restoration, dict[str, Any]]]:
+        def prepare(checkpoint: Checkpoint) -> tuple[Restoration, dict[str, Any]]:
+            roles = ("model", "optim", "state") if self.is_fitting else ("model", "state")
+            verify_share(checkpoint, roles, self.control)
+            content = from_checkpoint(
+                checkpoint,
+                self.namespace.version,
+                weights_only,
+                with_optimizers=self.is_fitting,
+            )
+            return Restoration(), content
+
+        return prepare
+
+    def _load_file(self, path: str, weights_only: bool | None) -> dict[str, Any]:
+        torch.cuda.empty_cache()
+        content: dict[str, Any] = self.checkpoint_io.load_checkpoint(
+            path, weights_only=weights_only
+        )
+        return content
+
+    def _agreed_path(self, path: str | None) -> str | None:
+        """Rank 0's path. Raises when some ranks found a checkpoint and others none."""
+
+        def decide(paths: list[Any]) -> Any:
+            none = [rank for rank, each in enumerate(paths) if each is None]
+            if none and len(none) < len(paths):
+                found = next(each for each in paths if each is not None)
+                raise DisagreementError(
+                    f"ckpt_path names '{found}' on some ranks, and on ranks {none} there is no "
+                    "checkpoint to resume from. Give the path itself, on a file system that all "
+                    "ranks share."
+                )
+            return paths[0]
+
+        agreed: str | None = self._meet("resume: path", path, decide, self.save_timeout)
+        return agreed
+
+    def agree_nothing_to_restore(self) -> None:
+        """A rank that found no checkpoint meets here those that found one."""
+        if not self._zero_asked:
+            self._zero_asked = True
+            self._agreed_path(None)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load the weights, or keep them for the end of `setup` (see the module's docstring)."""
+        state_dict = checkpoint["state_dict"]
+        if self._must_wait():
+            self._zero_deferred = _Deferred(dict(state_dict), strict)
+            return
+        if not self.is_set_up and self.stage < 2:
+            self.materialize_replicated()
+        self._load_weights(state_dict, strict)
+
+    def materialize_replicated(self) -> None:
+        raise AssertionError("a part of the strategy overrides this")
+
+    def _must_wait(self) -> bool:
+        if self.is_set_up or self.stage < 2:
+            return False
+        assert self.lightning_module is not None
+        if any(parameter.is_meta for parameter in self.lightning_module.parameters()):
+            return True
+        return not self._somebody_may_look()
+
+    def _somebody_may_look(self) -> bool:
+        """Whether a callback sees the module between here and `setup`."""
+        base = self.namespace.callback.on_load_checkpoint
+        callbacks = self._current_trainer().callbacks
+        return any(type(callback).on_load_checkpoint is not base for callback in callbacks)
+
+    def apply_deferred_weights(self) -> None:
+        """Load what `load_model_state_dict` kept, now that the model is sharded."""
+        deferred, self._zero_deferred = self._zero_deferred, None
+        if deferred is not None:
+            self._load_weights(deferred.state_dict, deferred.strict)
+
+    def _load_weights(self, state_dict: Mapping[str, Any], strict: bool) -> None:
+        assert self.lightning_module is not None
+        source = self._zero_source
+
+        def read(requests: list[Request]) -> None:
+            if source is not None:
+                self._together("resume: weights", lambda: self._read(source, requests))
+
+        load_weights(
+            self.lightning_module, state_dict, source, self.global_rank, read, strict=strict
+        )
+
+    def _read(self, source: Checkpoint, requests: list[Request]) -> None:
+        try:
+            source.read(requests, self.control.beat)
+        finally:
+            source.close()  # files are opened again when they are needed again
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Restore every optimizer; all of them, or none."""
+        states = checkpoint["optimizer_states"]
+        if not states:
+            return
+        if len(states) != len(self.optimizers):
+            raise StateMismatchError(
+                f"the checkpoint has {len(states)} optimizers, configure_optimizers() returned "
+                f"{len(self.optimizers)}. Return as many, in the same order."
+            )
+        assert self.lightning_module is not None
+        self.follow_regrouping()
+        names = parameter_names(self.lightning_module)
+        plans = [
+            plan_state(optimizer, state, names, self.global_rank, self._pristine(index))
+            for index, (optimizer, state) in enumerate(zip(self.optimizers, states, strict=True))
+            if state
+        ]
+        source = self._zero_source
+        if source is not None:
+            requests = [request for plan in plans for request in plan.fresh]
+            self._together("resume: optimizers", lambda: self._read(source, requests))
+        for plan in plans:
+            plan.install()
+
+    def follow_regrouping(self) -> None:
+        raise AssertionError("a part of the strategy overrides this")
+
+    def _pristine(self, index: int) -> Pristine | None:
+        return self._zero_pristine[index] if index < len(self._zero_pristine) else None
+
+    def close_checkpoint(self) -> None:
+        """Forget the checkpoint that was loaded last."""
+        source, self._zero_source = self._zero_source, None
+        self._zero_pristine = ()
+        if source is not None:
+            source.close()

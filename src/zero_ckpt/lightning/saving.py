@@ -1,0 +1,98 @@
+"""Saving: Lightning's checkpoint dict as one committed, sharded checkpoint.
+
+Making the dict communicates nothing; the save itself meets over the process group's store. So a
+rank that saves alone (in an exception handler) gets an error in bounded time, and never disturbs
+the training's collectives.
+"""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import nullcontext
+from typing import Any
+
+from zero_ckpt.core.state import parameter_names
+from zero_ckpt.errors import ConfigurationError, ZeroCkptError
+from zero_ckpt.lightning import paths
+from zero_ckpt.lightning.base import INTERRUPTED_TIMEOUT, StrategyBase
+from zero_ckpt.lightning.checkpoint_io import ZeroCheckpointIO
+from zero_ckpt.lightning.content import ModuleNames, to_snapshot
+from zero_ckpt.lightning.optimizers import state_of
+from zero_ckpt.lightning.ranks import capture_rank
+
+__all__ = ["SaveMixin"]
+
+
+class SaveMixin(StrategyBase):
+    """Overrides of the strategy that save and remove."""
+
+    @property
+    def checkpoint_io(self) -> Any:
+        """`ZeroCheckpointIO` unless the user gave another; also inside an empty wrapper."""
+        if self._checkpoint_io is None:
+            self._checkpoint_io = ZeroCheckpointIO()
+        elif isinstance(self._checkpoint_io, self.namespace.wrapping_checkpoint_io):
+            wrapper: Any = self._checkpoint_io
+            if wrapper.checkpoint_io is None:
+                wrapper.checkpoint_io = ZeroCheckpointIO()
+        return self._checkpoint_io
+
+    @checkpoint_io.setter
+    def checkpoint_io(self, io: Any) -> None:
+        self._checkpoint_io = io
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """This rank's part of the weights: sharded ones as DTensors."""
+        assert self.lightning_module is not None
+        return self.lightning_module.state_dict()
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        """This rank's part of an optimizer's state, by parameter names."""
+        raw = getattr(optimizer, "_optimizer", optimizer)  # out of a LightningOptimizer
+        assert self.lightning_module is not None
+        names = parameter_names(self.lightning_module)
+        if not any(id(p) in names for group in raw.param_groups for p in group["params"]):
+            return {}  # Lightning's stand-in for "no optimizer"
+        return state_of(raw, names)
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
+    ) -> None:
+        """Collective: commit `checkpoint` at `filepath`, or raise the same error on every rank.
+
+        In an exception handler a failure is a warning: the exception shall surface, not it.
+        """
+        if storage_options is not None:
+            raise ConfigurationError(
+                "storage_options are for CheckpointIO plugins that write single files; zero_ckpt "
+                f"writes to a mounted file system. Got {storage_options!r}."
+            )
+        if not self.interrupted:
+            self._save(checkpoint, filepath, self.save_timeout)
+            return
+        try:
+            self._save(checkpoint, filepath, min(self.save_timeout or 300.0, INTERRUPTED_TIMEOUT))
+        except (ZeroCkptError, OSError) as error:
+            warnings.warn(f"no checkpoint was written at {filepath}: {error}", stacklevel=2)
+
+    def _save(self, checkpoint: dict[str, Any], filepath: Any, timeout: float | None) -> None:
+        assert self.lightning_module is not None
+        directory, tag = paths.split(filepath)
+        own = capture_rank(self.lightning_module.trainer, checkpoint, self.root_device)
+        snapshot = to_snapshot(checkpoint, ModuleNames.of(self.lightning_module), own)
+        with paths.making_way(directory, tag) if self.is_global_zero else nullcontext():
+            self.engine.save(
+                directory,
+                tag,
+                snapshot,
+                step=snapshot.objects["global_step"],
+                zero_stage=self.stage,
+                save_latest=not tag.startswith("."),  # a tuner's temporary checkpoint
+                tag_validation="ignore",  # names may be found per rank: rank 0's counts
+                timeout=timeout,
+            )
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Remove a checkpoint of any kind; rank 0 does it. Never leaves a dangling `last`."""
+        if self.is_global_zero:
+            paths.remove(filepath)

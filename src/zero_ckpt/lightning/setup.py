@@ -1,0 +1,159 @@
+"""Setting up a run: the model sharded once, the optimizers over what is sharded, and the end of
+it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from zero_ckpt import zero
+from zero_ckpt.lightning.copies import shard_copies
+from zero_ckpt.lightning.restoring import RestoreMixin
+from zero_ckpt.lightning.steps import StepMixin
+from zero_ckpt.zero.initial import materialize
+
+__all__ = ["SetupMixin"]
+
+
+class SetupMixin(RestoreMixin, StepMixin):
+    """Setup and teardown at every stage."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Stage 1: the parts -> the user's optimizer, and the groups that the parts were made for.
+        self._zero_partitions: dict[Optimizer, tuple[Optimizer, list[Any]]] = {}
+
+    def setup(self, trainer: Any) -> None:
+        self.agree_nothing_to_restore()
+        if self.stage >= 2:
+            self._setup_sharded(trainer)
+        else:
+            self.materialize_replicated()
+            super().setup(trainer)
+            self._zero_trainable = 0
+        self.is_set_up = True
+
+    def _setup_sharded(self, trainer: Any) -> None:
+        assert self.accelerator is not None
+        assert self.model is not None
+        self.accelerator.setup(trainer)
+        model = self.model
+        if self.is_fitting and self._layer_sync and not is_sharded(model):
+            model = self._layer_sync.apply(model)
+        self.model = self.precision_plugin.convert_module(model)
+        self._shard(self.model)
+        self.apply_deferred_weights()
+        shard_copies(trainer.callbacks, self.model)
+        if self.is_fitting:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        self.adapt_precision()
+
+    def _shard(self, model: nn.Module) -> None:
+        """Shard, unless this model already is: by an earlier run, or by its `configure_model`."""
+        automatic = self.lightning_module is None or self.lightning_module.automatic_optimization
+        if self._zero_mesh is None:
+            kind = self.root_device.type
+            self._zero_mesh = zero.make_mesh(self.world_size, self.sharding_size, kind)
+        self._zero_sharding = zero.shard_module(
+            model,
+            stage=self.stage,
+            mesh=self._zero_mesh,
+            wrap=self.wrap,
+            mixed_precision=zero.mixed_precision_policy(str(self.precision_plugin.precision)),
+            cpu_offload=self.cpu_offload,
+            # Several backward passes in a step: the root's own parameters must stay whole.
+            root="shard" if automatic else "replicate",
+        )
+        zero.reshard(model)
+
+    def materialize_replicated(self) -> None:
+        """At stages 0 and 1, give memory and initial values to a model made on the meta device."""
+        assert self.lightning_module is not None
+        modules = list(self.lightning_module.modules())
+        materialize(self.lightning_module, modules, self.root_device)
+
+    def setup_optimizers(self, trainer: Any) -> None:
+        """Create the user's optimizers, then give each of them its share of the work."""
+        self._zero_partitions.clear()
+        super().setup_optimizers(trainer)
+        created = list(self.optimizers)
+        for optimizer in created:
+            zero.check_optimizer(optimizer, self.stage)
+        if self.stage == 1:
+            self.optimizers = [self._partitioned(optimizer, optimizer) for optimizer in created]
+        elif self._zero_sharding is not None:
+            for optimizer in created:
+                zero.rebind_optimizer(optimizer, self._zero_sharding.replaced)
+
+    def _partitioned(self, whole: Optimizer, bound: Optimizer) -> Optimizer:
+        """`whole` in parts, driven by the schedulers that were bound to `bound`."""
+        assert self.lightning_module is not None
+        parameters = {id(p) for p in self.lightning_module.parameters()}
+        if not any(id(p) in parameters for group in whole.param_groups for p in group["params"]):
+            return whole  # Lightning's stand-in for "no optimizer"
+        parts = zero.partition_optimizer(whole)
+        for config in self.lr_scheduler_configs:
+            zero.rebind_scheduler(config.scheduler, bound, parts)
+        self._zero_partitions[parts] = (whole, parts.param_groups)
+        return parts
+
+    def follow_regrouping(self) -> None:
+        """Partition anew an optimizer whose list of groups was replaced (a finetuning callback that
+        resumes does that): its parts would go on with the old ones.
+        """
+        optimizers = list(self.optimizers)
+        for index, parts in enumerate(optimizers):
+            whole, groups = self._zero_partitions.get(parts, (None, None))
+            if whole is not None and groups is not parts.param_groups:
+                whole.param_groups = parts.param_groups
+                optimizers[index] = self._partitioned(whole, parts)
+        if any(a is not b for a, b in zip(optimizers, self.optimizers, strict=True)):
+            self.optimizers = optimizers
+
+    def teardown(self) -> None:
+        """Leaves a sharded model sharded, where it is: its parts live on the mesh's devices."""
+        self.close_checkpoint()
+        self.is_set_up = False
+        if self.stage < 2 or self.model is None or not is_sharded(self.model):
+            super().teardown()
+            return
+        self.restore_precision()
+        if self._start_method != "popen" and not self.interrupted:
+            gather_parameters(self.model)
+        assert self.cluster_environment is not None
+        assert self.accelerator is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether any part of it is sharded, by whoever."""
+    return any(isinstance(module, FSDPModule) for module in model.modules()) or any(
+        isinstance(parameter, DTensor) for parameter in model.parameters()
+    )
+
+
+@torch.no_grad()
+def gather_parameters(model: nn.Module) -> None:
+    """Make all parameters plain and whole, on the CPU. Collective. The model can then not be run.
+
+    For launchers that start processes with `multiprocessing`: they hand the weights of rank 0's
+    model back to the main process, and end.
+    """
+    whole: dict[Any, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in dict[str, Any](module._parameters).items():
+            if isinstance(parameter, DTensor):
+                if parameter not in whole:
+                    value = parameter.full_tensor().cpu()
+                    whole[parameter] = nn.Parameter(value, parameter.requires_grad)
+                module._parameters[name] = whole[parameter]

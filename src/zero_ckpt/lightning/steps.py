@@ -1,0 +1,146 @@
+"""Steps of the loops: through the module's hooks, with gradients reduced, scaled and clipped
+right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from zero_ckpt import zero
+from zero_ckpt.lightning.base import StrategyBase
+from zero_ckpt.lightning.data import can_resume, make_resumable
+from zero_ckpt.zero.initial import broadcast_from_first
+
+__all__ = ["StepMixin"]
+
+
+class StepMixin(StrategyBase):
+    """Overrides of the strategy that run between setup and teardown."""
+
+    _zero_trainable = 0
+    _zero_accumulating = False
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """FSDP2 gathers parameters in hooks of the module's forward, so steps run inside it."""
+        if self.stage < 2:
+            return super().training_step(*args, **kwargs)
+        if not self._zero_accumulating:
+            self.share_buffers()
+        with self.precision_plugin.train_step_context():
+            return self._through_forward("training_step", *args, **kwargs)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self.stage < 2:
+            return super().validation_step(*args, **kwargs)
+        with self.precision_plugin.val_step_context():
+            return self._through_forward("validation_step", *args, **kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self.stage < 2:
+            return super().test_step(*args, **kwargs)
+        with self.precision_plugin.test_step_context():
+            return self._through_forward("test_step", *args, **kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        if self.stage < 2:
+            return super().predict_step(*args, **kwargs)
+        with self.precision_plugin.predict_step_context():
+            return self._through_forward("predict_step", *args, **kwargs)
+
+    def _through_forward(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        assert self.model is not None
+        assert self.lightning_module is not None
+        return self._forward_redirection(self.model, self.lightning_module, name, *args, **kwargs)
+
+    @contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """Accumulate gradients without communication inside."""
+        assert self.model is not None
+        self._zero_accumulating = True
+        try:
+            with zero.gradient_sync_disabled(self.model):
+                yield
+        finally:
+            self._zero_accumulating = False
+
+    def share_buffers(self) -> None:
+        """Give every rank rank 0's buffers (batch norm statistics, ...), as DDP does before a
+        forward pass that synchronizes gradients. Collective.
+        """
+        if self.stage < 2 or self.world_size == 1 or self._zero_mesh is None:
+            return
+        if self._ddp_kwargs.get("broadcast_buffers", True):
+            assert self.lightning_module is not None
+            buffers = list(dict.fromkeys(self.lightning_module.buffers()))
+            if buffers:
+                broadcast_from_first(buffers, self._zero_mesh)
+
+    def on_validation_start(self) -> None:
+        super().on_validation_start()
+        self.share_buffers()
+
+    def on_test_start(self) -> None:
+        super().on_test_start()
+        self.share_buffers()
+
+    def on_predict_start(self) -> None:
+        super().on_predict_start()
+        self.share_buffers()
+
+    def adapt_precision(self) -> None:
+        """Let the precision plugin scale and clip gradients of which some are sharded."""
+        plugin: Any = self.precision_plugin
+        if isinstance(getattr(plugin, "scaler", None), torch.amp.GradScaler):
+            plugin.scaler = zero.ShardedGradScaler.adopt(plugin.scaler)
+
+        def by_norm(optimizer: torch.optim.Optimizer, clip_val: float) -> None:
+            zero.clip_grad_norm_(plugin.main_params(optimizer), clip_val)
+
+        def by_value(optimizer: torch.optim.Optimizer, clip_val: float) -> None:
+            zero.clip_grad_value_(plugin.main_params(optimizer), clip_val)
+
+        plugin.clip_grad_by_norm = by_norm
+        plugin.clip_grad_by_value = by_value
+
+    def restore_precision(self) -> None:
+        """Undo `adapt_precision` but for the scaler, which keeps its state."""
+        for name in ("clip_grad_by_norm", "clip_grad_by_value"):
+            vars(self.precision_plugin).pop(name, None)
+
+    def process_dataloader(self, dataloader: object) -> object:
+        """Training loaders learn to continue within an epoch; the others stay as they are."""
+        trainer = self._current_trainer()
+        if trainer is None or not (self.is_fitting and trainer.training):
+            return super().process_dataloader(dataloader)
+        if self._zero_resumption is not None:
+            return self._zero_resumption.bind(dataloader)
+        if isinstance(dataloader, DataLoader) and can_resume(dataloader):
+            return make_resumable(dataloader)
+        return dataloader
+
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if self._zero_resumption is not None:
+            self._zero_resumption.pending.at_train_start()
+            self._zero_resumption = None
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        if isinstance(self.model, DistributedDataParallel):
+            self._wrap_anew_when_unfrozen(self.model)
+
+    def _wrap_anew_when_unfrozen(self, wrapped: DistributedDataParallel) -> None:
+        """DDP reduces only what was trainable when it wrapped the model: not what a finetuning
+        callback has unfrozen since.
+        """
+        trainable = sum(p.requires_grad for p in wrapped.module.parameters())
+        if trainable > self._zero_trainable > 0:
+            self.model = wrapped.module
+            self.configure_ddp()
+        self._zero_trainable = trainable

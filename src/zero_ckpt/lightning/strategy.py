@@ -1,0 +1,64 @@
+"""`ZeroStrategy`: ZeRO stages 0 to 3 and sharded checkpoints as a Lightning strategy.
+
+The strategy is a subclass of `DDPStrategy`, so launchers, samplers, sync-batchnorm, compilation and
+manual optimization come from it. Because Lightning exists in two copies, the class is made for a
+copy by `make_strategy`; what it does is in the mixins, one file for each concern.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from zero_ckpt.lightning.namespaces import load
+from zero_ckpt.lightning.saving import SaveMixin
+from zero_ckpt.lightning.setup import SetupMixin
+
+__all__ = ["ZeroStrategyMixin", "make_strategy"]
+
+
+class ZeroStrategyMixin(SetupMixin, SaveMixin):
+    """Trains with ZeRO and writes every checkpoint as a committed folder of per-rank shards.
+
+    stage: 0 to 3, what is sharded across ranks: nothing, optimizer state, and gradients, and
+        parameters.
+    wrap: what stages 2 and 3 gather together: "auto", module classes, or a predicate on modules.
+    sharding_size: ranks that hold one copy of the model between them; None: all of them.
+    cpu_offload: keep parameters, gradients and optimizer state in host memory (stages 2 and 3).
+    export: write one fp32 file when fit ends: True, False, or an `Fp32Export`.
+    save_timeout: seconds of silence after which another rank counts as lost in a save or a load.
+    timeout: of the process group, as in `DDPStrategy`, whose other arguments are accepted too
+        (those of `DistributedDataParallel` take effect at stages 0 and 1).
+
+    With precision "bf16-true" or "16-true" the weights themselves are 16-bit: there are no float32
+    masters, and an fp32 export is a conversion of what was trained.
+    """
+
+    strategy_name = "zero_ckpt"
+
+    def barrier(self, *args: Any, **kwargs: Any) -> None:
+        """None while an exception ends the run: other ranks may never come."""
+        if not self.interrupted:
+            super().barrier(*args, **kwargs)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """While an exception ends the run, this rank's own object."""
+        return obj if self.interrupted else super().broadcast(obj, src)
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        """While an exception ends the run, this rank's own decision."""
+        return decision if self.interrupted else super().reduce_boolean_decision(decision, all)
+
+
+@cache
+def make_strategy(namespace: str) -> type[Any]:
+    """The strategy class for `lightning.pytorch` or `pytorch_lightning`."""
+    copy = load(namespace)
+    name = "ZeroStrategy" if namespace == "lightning.pytorch" else "StandaloneZeroStrategy"
+    body = {
+        "__doc__": ZeroStrategyMixin.__doc__,
+        "__module__": "zero_ckpt.lightning",  # where it is found again when unpickled
+        "__qualname__": name,
+        "namespace": copy,
+    }
+    return type(name, (ZeroStrategyMixin, copy.ddp_strategy), body)

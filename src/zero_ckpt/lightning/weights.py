@@ -1,0 +1,108 @@
+"""Stored weights into a live module, through the module's own `load_state_dict`.
+
+So strictness, error texts, hooks, extra state and overridden methods are those of a plain run. Each
+rank reads only its part of what is sharded. All reads come first: nothing is changed by a damaged
+checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from zero_ckpt.core.checkpoint import Checkpoint
+from zero_ckpt.core.dtensors import layout_of, local_part
+from zero_ckpt.core.lazy import LazyTensor
+from zero_ckpt.core.reader import Request
+from zero_ckpt.core.state import clean_name, wrapper_prefixes
+
+__all__ = ["load_weights"]
+
+Reads = Callable[[list[Request]], None]
+
+
+def load_weights(
+    module: nn.Module,
+    state_dict: Mapping[str, Any],
+    checkpoint: Checkpoint | None,
+    rank: int,
+    read: Reads,
+    *,
+    strict: bool,
+) -> None:
+    """Load `state_dict`, whose values may be lazy tensors of `checkpoint`, whole tensors or parts.
+
+    `read` fills requests, on every rank or on none. Raises what `module.load_state_dict` raises.
+    """
+    live = module.state_dict()
+    raw_names = _raw_names(module, live)
+    values: dict[str, Any] = {}
+    requests: list[Request] = []
+    loaded: dict[int, Any] = {}
+    for key, value in state_dict.items():
+        raw = key if key in live else raw_names.get(key, key)
+        if id(value) not in loaded:
+            target = live.get(raw)
+            if isinstance(value, LazyTensor):
+                loaded[id(value)] = _reading(value, target, checkpoint, rank, requests)
+            else:
+                loaded[id(value)] = _like(value, target)
+        values[raw] = loaded[id(value)]
+    for key in checkpoint.manifest.excluded if checkpoint is not None else ():
+        raw = raw_names.get(key, key)
+        if raw in live:
+            values.setdefault(raw, live[raw])  # frozen, and left out of the save on purpose
+    read(requests)
+    module.load_state_dict(_with_metadata(values, live), strict=strict)
+
+
+def _raw_names(module: nn.Module, live: Mapping[str, Any]) -> dict[str, str]:
+    """Name without wrappers' parts -> the key of this module's state dict."""
+    prefixes = wrapper_prefixes(module)
+    return {clean_name(raw, prefixes): raw for raw in live}
+
+
+def _reading(
+    value: LazyTensor,
+    target: Any,
+    checkpoint: Checkpoint | None,
+    rank: int,
+    requests: list[Request],
+) -> Any:
+    """A new tensor laid out like `target`, which the appended request fills."""
+    if value.is_read or checkpoint is None or value.source is not checkpoint:
+        return _like(value.materialize(), target)
+    shape = tuple(value.shape)
+    if not isinstance(target, DTensor) or tuple(target.shape) != shape:
+        whole = torch.empty(shape, dtype=value.dtype)
+        requests.append(checkpoint.request(value.role, value.key, whole))
+        return whole
+    part = torch.empty_like(target, dtype=value.dtype)
+    local, box = local_part(value.key, part, layout_of(value.key, part), rank)
+    if box is not None and box.numel:
+        requests.append(checkpoint.request(value.role, value.key, local, box))
+    return part
+
+
+def _like(value: Any, target: Any) -> Any:
+    """A whole tensor cut to this rank's part, where the target is sharded."""
+    if not isinstance(target, DTensor) or not isinstance(value, torch.Tensor):
+        return value
+    if isinstance(value, DTensor) or value.shape != target.shape:
+        return value
+    local = target.to_local()
+    source = value.detach().to(local.device)
+    return distribute_tensor(source, target.device_mesh, target.placements, src_data_rank=None)
+
+
+def _with_metadata(values: dict[str, Any], live: Mapping[str, Any]) -> dict[str, Any]:
+    """Let modules see the format versions of their own state, which checkpoints do not keep."""
+
+    class StateDict(dict[str, Any]):
+        _metadata = getattr(live, "_metadata", None)
+
+    return StateDict(values)
