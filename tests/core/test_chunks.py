@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -70,7 +72,7 @@ def test_even_splits_are_those_of_torch(length: int, parts: int) -> None:
     pieces = [split_evenly(length, parts, index) for index in range(parts)]
     expected = [len(part) for part in torch.arange(length).chunk(parts)] if length else []
     assert [n for _, n in pieces] == expected + [0] * (parts - len(expected))
-    assert all(a + n == b for (a, n), (b, _) in zip(pieces, pieces[1:], strict=False))
+    assert all(a + n == b for (a, n), (b, _) in pairwise(pieces))
 
 
 def test_a_scalar_has_one_element() -> None:

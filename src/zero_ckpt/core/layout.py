@@ -23,10 +23,13 @@ import xxhash
 from zero_ckpt.core.chunks import Box, split_evenly
 from zero_ckpt.core.dtypes import itemsize
 
-__all__ = ["ROLES", "Layout", "Mesh", "Table", "local_box"]
+__all__ = ["MAX_DIMS", "ROLES", "Layout", "Mesh", "Table", "local_box"]
 
 ROLES = ("model", "optim", "state")
 """What a shard file may hold: parameters and buffers; optimizer state; objects."""
+
+MAX_DIMS = 64
+"""The number of dimensions that a torch tensor may have."""
 
 
 @dataclass(frozen=True, slots=True)

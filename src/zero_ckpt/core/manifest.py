@@ -22,7 +22,7 @@ from typing import Any
 import xxhash
 
 from zero_ckpt.core.dtypes import ITEMSIZE
-from zero_ckpt.core.layout import ROLES
+from zero_ckpt.core.layout import MAX_DIMS, ROLES
 from zero_ckpt.core.planner import Placed
 from zero_ckpt.core.runs import run_from_json, runs_coverage_error
 from zero_ckpt.errors import CorruptManifestError, FormatVersionError
@@ -94,11 +94,22 @@ class Manifest:
         body = _verified_body(data, path)
         try:
             manifest = _parse(json.loads(body))
-        except (ValueError, TypeError, KeyError, RecursionError, AttributeError) as error:
+        except _UNBELIEVABLE as error:
             raise CorruptManifestError(
                 f"{path}: the checksum holds, but the content is not a manifest of format {FORMAT_VERSION}: {error}"
             ) from error
         return manifest
+
+
+_UNBELIEVABLE = (
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
+"""What content that is no manifest makes of the code that reads it."""
 
 
 def _hash(body: bytes) -> str:
@@ -119,7 +130,7 @@ def _verified_body(data: bytes, path: str) -> bytes:
         )
     body = data[match.end() : -len(_TAIL)]
     found = _hash(body)
-    if not data.endswith(_TAIL) or found != match[2].decode():
+    if not data.endswith(_TAIL) or found != match[2].decode() or version < 1:
         raise CorruptManifestError(
             f"{path}: checksum {match[2].decode()} expected, {found} found over {len(body)} bytes: "
             "the manifest is truncated or damaged. Use an earlier tag, or restore the file."
@@ -180,8 +191,11 @@ def _parse(body: Any) -> Manifest:
         _expect(type(value) is int and value >= 0, f"'{name}' is {value!r}")
     _expect(isinstance(body["tag"], str), "'tag' is no string")
     files = {name: _file(name, record) for name, record in body["files"].items()}
-    _expect(len(files) <= 3 * counts["world_size"], "more files than ranks can write")
-    layouts = [_layout(item, counts["world_size"]) for item in body["layouts"]]
+    world_size = counts["world_size"]
+    # Every rank writes one file at least, so the numbers of ranks are bounded by what was read.
+    _expect(1 <= world_size <= len(files), f"{len(files)} files of {world_size} ranks")
+    _expect(len(files) <= 3 * world_size, "more files than ranks can write")
+    layouts = [_layout(item, world_size) for item in body["layouts"]]
     tensors = {role: _index(body["tensors"][role], layouts) for role in ROLES}
     manifest = Manifest(
         tag=body["tag"],
@@ -231,7 +245,8 @@ def _file(name: str, record: Any) -> FileRecord:
 def _layout(record: Any, world_size: int) -> Placed:
     dtype, shape = record["dtype"], tuple(record["shape"])
     _expect(dtype in ITEMSIZE, f"unknown dtype {dtype!r}")
-    _expect(all(type(n) is int and n >= 0 for n in shape), f"a tensor has the shape {list(shape)}")
+    sound = len(shape) <= MAX_DIMS and all(type(n) is int and 0 <= n < 1 << 63 for n in shape)
+    _expect(sound, "a tensor's shape is not made of up to 64 natural numbers")
     runs = tuple(run_from_json(item, shape, world_size) for item in record["runs"])
     if error := runs_coverage_error(shape, runs):
         raise ValueError(f"a tensor of shape {list(shape)}: {error}")
