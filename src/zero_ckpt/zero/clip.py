@@ -1,8 +1,8 @@
 """Gradient clipping where plain tensors and DTensors on any meshes mix.
 
 A plain gradient is whole and the same on every rank; a DTensor's is spread over the mesh
-dimensions on which it is sharded and repeated over the others. Norms are summed in float64, so a
-large gradient of a narrow dtype does not overflow.
+dimensions on which it is sharded and repeated over the others. Norms are taken in
+float32 at least and summed in float64, so a narrow dtype does not overflow.
 """
 
 from __future__ import annotations
@@ -51,8 +51,10 @@ def clip_grad_norm_(
         )
     scale = torch.clamp(max_norm / (total + 1e-6), max=1.0)
     for grads in _by_device_and_dtype(_local_grads(params)):
-        # Multiplying by 1 costs less than asking the device whether to.
-        torch._foreach_mul_(grads, scale.to(grads[0].device))
+        # Multiplying by 1 costs less than asking the device whether to. The factor is not rounded to
+        # a narrow dtype, but is of the gradients' dtype otherwise, for which there is one kernel.
+        wide = torch.promote_types(grads[0].dtype, torch.float32)
+        torch._foreach_mul_(grads, scale.to(grads[0].device, wide))
     return total.to(torch.float32)
 
 
@@ -97,20 +99,13 @@ def _spread(tensor: torch.Tensor) -> Spread | None:
 
 def _local_power(grads: list[torch.Tensor], norm_type: float, device: torch.device) -> torch.Tensor:
     """Sum of |x|**norm_type over this rank's elements (their maximum for inf): 0-d float64."""
-    norms = [
-        norm.to(device, torch.float64)
-        for group in _by_device_and_dtype(grads)
-        for norm in _norms(group, norm_type)
-    ]
-    if not norms:
-        return torch.zeros((), dtype=torch.float64, device=device)
-    stacked = torch.stack(norms)
-    return stacked.max() if math.isinf(norm_type) else (stacked**norm_type).sum()
-
-
-def _norms(grads: list[torch.Tensor], norm_type: float) -> list[torch.Tensor]:
-    dtype = torch.float64 if grads[0].dtype == torch.float64 else torch.float32
-    return list(torch._foreach_norm(grads, norm_type, dtype=dtype))
+    parts = [torch.zeros(1, dtype=torch.float64, device=device)]
+    for group in _by_device_and_dtype(grads):
+        wide = torch.promote_types(group[0].dtype, torch.float32)
+        norms = torch._foreach_norm(group, norm_type, dtype=wide)
+        parts.append(torch.stack(norms).to(device, torch.float64))
+    norm = torch.cat(parts)
+    return norm.max() if math.isinf(norm_type) else (norm**norm_type).sum()
 
 
 def _reduce(part: torch.Tensor, spread: Spread, norm_type: float) -> None:
