@@ -20,8 +20,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from zero_ckpt.core import rng
+from zero_ckpt.core.agreement import check_tag_validation
 from zero_ckpt.core.checkpoint import Checkpoint
-from zero_ckpt.core.commit import check_tag_validation
 from zero_ckpt.core.engine import SaveHandle, SyncEngine
 from zero_ckpt.core.loading import load_together
 from zero_ckpt.core.restoring import Restoration, plan_model, plan_optimizer

@@ -10,19 +10,21 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from zero_ckpt.core import commit
+from zero_ckpt.core.agreement import Agreement, Proposal, agree, merged_tables, parse_tables
 from zero_ckpt.core.control import DEFAULT_TIMEOUT, ControlPlane, control_for_process_group
-from zero_ckpt.core.layout import Table
 from zero_ckpt.core.planner import SavePlan, plan_save
 from zero_ckpt.core.saving import Captured, capture, plan_shards, write_shards
 from zero_ckpt.core.staging import StagingPool
 from zero_ckpt.core.state import Snapshot
 from zero_ckpt.core.storage import LocalStorage, Storage
+from zero_ckpt.errors import ZeroCkptError, to_record
 
 __all__ = ["SaveHandle", "SyncEngine"]
 
@@ -40,11 +42,14 @@ class SaveHandle:
 
 @dataclass(slots=True)
 class _Session:
-    """What one save carries from phase to phase."""
+    """What one save carries from phase to phase. `failure`: why this rank cannot save."""
 
-    captured: Captured
-    agreement: commit.Agreement
-    plan: SavePlan
+    timeout: float
+    snapshot: Snapshot = field(default_factory=Snapshot)
+    captured: Captured = field(default_factory=Captured)
+    agreement: Agreement = field(init=False)
+    plan: SavePlan = field(init=False)
+    failure: BaseException | None = None
 
 
 class SyncEngine:
@@ -67,7 +72,7 @@ class SyncEngine:
         self,
         directory: str | os.PathLike[str],
         tag: str,
-        snapshot: Snapshot,
+        snapshot: Snapshot | Callable[[], Snapshot],
         *,
         step: int,
         zero_stage: int,
@@ -78,74 +83,91 @@ class SyncEngine:
     ) -> SaveHandle:
         """Collective: every rank calls it. Returns when the checkpoint is committed and durable.
 
-        `timeout`: seconds of silence after which another rank counts as lost. Raises the same error on every rank:
-        `SaveError`, `RankTimeoutError`, `DisagreementError`, `StateMismatchError` or `ConfigurationError`; then nothing
-        was committed and earlier checkpoints are intact.
+        `snapshot` may be a function that makes it: what it raises on one rank is then raised on all. `timeout`: seconds
+        of silence after which another rank counts as lost.
+
+        Raises the same error on every rank: `SaveError`, `RankTimeoutError`, `DisagreementError`, `StateMismatchError`
+        or `ConfigurationError`. Then nothing was committed, unless the message says otherwise, earlier checkpoints are
+        intact, and the next save may succeed.
         """
-        timeout = DEFAULT_TIMEOUT if timeout is None else timeout
         begin = time.perf_counter()
-        session = self._prepare(
-            os.path.abspath(os.fspath(directory)), tag, snapshot, tag_validation, timeout
+        session = _Session(DEFAULT_TIMEOUT if timeout is None else timeout)
+        self._prepare(
+            session, os.path.abspath(os.fspath(directory)), str(tag), snapshot, step, tag_validation
         )
         planned = time.perf_counter()
         vote = self._write(session, step)
-        timings = {"plan": planned - begin, **vote.timings}
-        header = {
-            "step": step,
-            "zero_stage": zero_stage,
-            "buffers": sorted(snapshot.buffers),
-            "frozen": sorted(snapshot.frozen),
-            "excluded": sorted(snapshot.excluded),
-            "aliases": snapshot.aliases,
-        }
-        request = commit.CommitRequest(
-            session.agreement, session.plan, header, save_latest, keep_last
-        )
         voted = time.perf_counter()
-        self._vote(request, vote, timeout)
-        timings["commit"] = time.perf_counter() - voted
+        header = _header(session.snapshot, step, zero_stage)
+        notice = self._vote(session, vote, header, save_latest, keep_last)
+        timings = {"plan": planned - begin, **vote.timings, "commit": time.perf_counter() - voted}
+        # Only now: a warning that is made an error on some rank must not keep it from the others.
+        for text in filter(None, [session.agreement.notice, notice]):
+            warnings.warn(text, stacklevel=3)
         return SaveHandle(session.agreement.folder, session.agreement.tag, timings)
 
     def _prepare(
-        self, directory: str, tag: str, snapshot: Snapshot, tag_validation: str, timeout: float
-    ) -> _Session:
+        self,
+        session: _Session,
+        directory: str,
+        tag: str,
+        snapshot: Snapshot | Callable[[], Snapshot],
+        step: int,
+        tag_validation: str,
+    ) -> None:
         """Meet the others, and know what this rank has to write."""
-        captured, problem = Captured(), []
         try:
-            captured = capture(snapshot, self.control.rank)
+            session.snapshot = snapshot() if callable(snapshot) else snapshot
+            session.captured = capture(session.snapshot, self.control.rank)
         except Exception as error:
-            problem = [type(error).__name__, str(error)]
-        shared = sum(lay.nbytes for keys in captured.table.roles.values() for lay in keys.values())
+            session.failure = error
+        captured = session.captured
         digest = captured.table.digest()
-        proposal = commit.Proposal(directory, tag, digest, shared, captured.private_bytes, problem)
-        answer = self.control.meet(
+        proposal = Proposal(
+            directory,
+            tag,
+            step,
+            digest,
+            shared_bytes=sum(
+                x.nbytes for keys in captured.table.roles.values() for x in keys.values()
+            ),
+            private_bytes=captured.private_bytes,
+            problem=_problem(session),
+        )
+        answer = self._meet(
+            session,
             "save: agree",
             proposal.to_bytes(),
-            lambda records: commit.agree(self.storage, records, tag_validation).to_bytes(),
-            timeout,
+            lambda records: agree(self.storage, records, tag_validation).to_bytes(),
         )
-        agreement = commit.Agreement.from_bytes(answer)
-        if agreement.notice:
-            warnings.warn(agreement.notice, stacklevel=4)
-        return _Session(captured, agreement, self._plan(captured.table, digest, agreement, timeout))
+        session.agreement = Agreement.from_bytes(answer)
+        session.plan = self._plan(session, digest)
 
-    def _plan(
-        self, table: Table, digest: str, agreement: commit.Agreement, timeout: float
-    ) -> SavePlan:
-        holders = agreement.holders
+    def _meet(
+        self, session: _Session, phase: str, record: bytes, decide: Callable[[list[bytes]], bytes]
+    ) -> bytes:
+        try:
+            return self.control.meet(phase, record, decide, session.timeout)
+        except ZeroCkptError as error:
+            if session.failure is not None:
+                raise error from session.failure  # the traceback that this rank has of its own problem
+            raise
+
+    def _plan(self, session: _Session, digest: str) -> SavePlan:
+        holders, table = session.agreement.holders, session.captured.table
         if len(holders) == 1:
             known = (digest, str(holders))
             if known not in self._plans:
                 self._plans = {known: plan_save([(table, holders[0])])}
             return self._plans[known]
         mine = any(ranks[0] == self.control.rank for ranks in holders)
-        merged = self.control.meet(
+        merged = self._meet(
+            session,
             "save: tables",
             table.to_bytes() if mine else b"",
-            lambda records: commit.merged_tables(records, holders),
-            timeout,
+            lambda records: merged_tables(records, holders),
         )
-        return plan_save(list(zip(commit.parse_tables(merged), holders, strict=True)))
+        return plan_save(list(zip(parse_tables(merged), holders, strict=True)))
 
     def _write(self, session: _Session, step: int) -> commit.Vote:
         """Write this rank's files; an error becomes a vote against the commit."""
@@ -165,19 +187,35 @@ class SyncEngine:
                 self.storage, agreement.folder, shards, pool, control.beat
             )
         except Exception as error:
-            return commit.Vote(error=[type(error).__name__, _describe(error)])
+            session.failure = error
+            return commit.Vote(error=_problem(session))
         return commit.Vote(files, timings)
 
-    def _vote(self, request: commit.CommitRequest, vote: commit.Vote, timeout: float) -> None:
+    def _vote(
+        self,
+        session: _Session,
+        vote: commit.Vote,
+        header: Mapping[str, Any],
+        save_latest: bool,
+        keep_last: int | None,
+    ) -> str:
+        """Commit, or raise on every rank. Returns a notice for the user, or ""."""
+        agreement, control = session.agreement, self.control
+        request = commit.CommitRequest(agreement, session.plan, header, save_latest, keep_last)
+
         def decide(records: list[bytes]) -> bytes:
-            commit.commit(self.storage, request, records)
-            return b""
+            return commit.commit(self.storage, request, records).encode()
 
         try:
-            self.control.meet("save: vote", vote.to_bytes(), decide, timeout)
-        except TimeoutError:
-            if self.control.rank == 0:
-                commit.discard(self.storage, request.agreement, self.control.world_size)
+            return self._meet(session, "save: vote", vote.to_bytes(), decide).decode()
+        except BaseException as error:
+            # Another rank than 0 may remove its files only when it knows that rank 0 will not commit them.
+            refused = isinstance(error, ZeroCkptError) and not getattr(
+                error, "outcome_unknown", False
+            )
+            if control.rank == 0 or refused:
+                ranks = range(control.world_size) if control.rank == 0 else [control.rank]
+                commit.discard(self.storage, agreement, ranks, control.world_size)
             raise
 
     def _staging_pool(self, captured: Captured) -> StagingPool:
@@ -191,8 +229,17 @@ def _on_cuda(tensor: Any) -> bool:
     return isinstance(tensor, torch.Tensor) and tensor.is_cuda
 
 
-def _describe(error: BaseException) -> str:
-    """An OSError's text names the file; others are told with their class."""
-    if isinstance(error, OSError):
-        return f"{error}. Nothing was committed; earlier checkpoints are intact."
-    return str(error)
+def _problem(session: _Session) -> list[str]:
+    return to_record(session.failure) if session.failure is not None else []
+
+
+def _header(snapshot: Snapshot, step: int, zero_stage: int) -> dict[str, Any]:
+    """What the manifest says of the snapshot as a whole."""
+    return {
+        "step": step,
+        "zero_stage": zero_stage,
+        "buffers": sorted(snapshot.buffers),
+        "frozen": sorted(snapshot.frozen),
+        "excluded": sorted(snapshot.excluded),
+        "aliases": snapshot.aliases,
+    }

@@ -1,0 +1,184 @@
+"""What the ranks of a save agree on before anything is written: where to, which generation, and who holds what.
+
+Pure but for a look at the checkpoint directory: its free space, and the generation that is committed there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from zero_ckpt.core.layout import Table
+from zero_ckpt.core.storage import Storage
+from zero_ckpt.core.tags import check_tag, read_manifest
+from zero_ckpt.core.watch import name_ranks
+from zero_ckpt.errors import (
+    ConfigurationError,
+    CorruptCheckpointError,
+    DisagreementError,
+    FormatVersionError,
+    SaveError,
+    ZeroCkptError,
+    by_name,
+)
+
+__all__ = [
+    "Agreement",
+    "Proposal",
+    "agree",
+    "check_tag_validation",
+    "merged_tables",
+    "parse_tables",
+    "raise_problems",
+]
+
+TAG_VALIDATION = ("ignore", "warn", "fail")
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """What one rank brings to the first meeting. `problem`: why this rank cannot save."""
+
+    directory: str
+    tag: str
+    step: int
+    digest: str
+    shared_bytes: int
+    private_bytes: int
+    problem: list[str] = field(default_factory=list)
+
+    def to_bytes(self) -> bytes:
+        return json.dumps([getattr(self, n) for n in self.__dataclass_fields__]).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Proposal:
+        return cls(*json.loads(data))
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """What all ranks do: `holders` lists, for each distinct table, the ranks that have it, ascending."""
+
+    directory: str
+    tag: str
+    generation: int
+    holders: list[list[int]]
+    notice: str = ""
+
+    def to_bytes(self) -> bytes:
+        return json.dumps([getattr(self, n) for n in self.__dataclass_fields__]).encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Agreement:
+        return cls(*json.loads(data))
+
+    @property
+    def folder(self) -> str:
+        return f"{self.directory}/{self.tag}"
+
+
+def agree(storage: Storage, records: Sequence[bytes], tag_validation: str) -> Agreement:
+    """Rank 0's answer to the proposals. Raises what all ranks shall raise; writes nothing."""
+    proposals = [Proposal.from_bytes(record) for record in records]
+    raise_problems(p.problem for p in proposals)
+    first = proposals[0]
+    notice = _tag_notice(proposals, tag_validation)
+    _check_steps(proposals)
+    tag = check_tag(first.tag)
+    holders: dict[str, list[int]] = {}
+    for rank, proposal in enumerate(proposals):
+        holders.setdefault(proposal.digest, []).append(rank)
+    shared = sum(proposals[ranks[0]].shared_bytes for ranks in holders.values())
+    shared = shared if len(holders) == 1 else max(p.shared_bytes for p in proposals)
+    _check_space(storage, first.directory, shared + sum(p.private_bytes for p in proposals))
+    generation = _next_generation(storage, f"{first.directory}/{tag}")
+    return Agreement(first.directory, tag, generation, list(holders.values()), notice)
+
+
+def raise_problems(problems: Iterable[Sequence[str]]) -> None:
+    """Raise the lowest rank's problem, if there is any; says which ranks have one, unless all have the same."""
+    told = list(problems)
+    found = [rank for rank, problem in enumerate(told) if problem]
+    if not found:
+        return
+    name, text = told[found[0]]
+    if any(problem != told[0] for problem in told):
+        others = f" (and {name_ranks(found[1:])})" if len(found) > 1 else ""
+        text = f"rank {found[0]}{others}: {text}"
+    raise by_name(
+        name, f"{text.rstrip('.')}. Nothing was committed; earlier checkpoints are intact."
+    )
+
+
+def _tag_notice(proposals: Sequence[Proposal], tag_validation: str) -> str:
+    """A sentence about ranks that were given another tag or directory than rank 0; raises in mode `fail`."""
+    first = proposals[0]
+    odd = {
+        rank: f"{p.directory}/{p.tag}"
+        for rank, p in enumerate(proposals)
+        if (p.directory, p.tag) != (first.directory, first.tag)
+    }
+    if not odd or tag_validation == "ignore":
+        return ""
+    shown = ", ".join(f"rank {rank}: '{path}'" for rank, path in list(odd.items())[:4])
+    message = f"ranks were given different tags or directories: rank 0: '{first.directory}/{first.tag}', {shown}. "
+    if tag_validation == "fail":
+        raise DisagreementError(
+            message
+            + "Nothing was written. Pass the same on every rank, or tag_validation='warn' for rank 0's."
+        )
+    return message + "All ranks save to rank 0's."
+
+
+def _check_steps(proposals: Sequence[Proposal]) -> None:
+    """A rank that comes late, from a call that the others gave up on, brings the state of another step."""
+    steps = {rank: proposal.step for rank, proposal in enumerate(proposals)}
+    odd = {rank: step for rank, step in steps.items() if step != steps[0]}
+    if odd:
+        shown = ", ".join(f"rank {rank} at step {step}" for rank, step in list(odd.items())[:4])
+        raise DisagreementError(
+            f"ranks save different steps: rank 0 at step {steps[0]}, {shown}. Nothing was committed; earlier "
+            "checkpoints are intact. Save after the same step on every rank."
+        )
+
+
+def _check_space(storage: Storage, directory: str, needed: int) -> None:
+    free = storage.free_bytes(directory)
+    if free is not None and needed > free:
+        raise SaveError(
+            f"{directory}: the checkpoint needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free. Nothing was "
+            "written. Make room, or lower keep_last."
+        )
+
+
+def _next_generation(storage: Storage, folder: str) -> int:
+    """1 for a new tag; one more than the committed generation when the tag is overwritten."""
+    try:
+        return read_manifest(storage, folder).generation + 1
+    except (CorruptCheckpointError, FormatVersionError):
+        taken = [_generation_of(entry.name) for entry in storage.list(folder)]
+        return max(taken, default=0) + 1
+    except ZeroCkptError:
+        return 1
+
+
+def _generation_of(name: str) -> int:
+    stem = name.removesuffix(".safetensors")
+    tail = stem.rpartition(".g")[2]
+    return int(tail) if tail.isdecimal() and tail != stem else 1
+
+
+def merged_tables(records: Sequence[bytes], holders: Sequence[Sequence[int]]) -> bytes:
+    """Rank 0's answer in the second meeting: each distinct table once, in the order of `holders`."""
+    return b"\n".join(records[ranks[0]] for ranks in holders)
+
+
+def parse_tables(data: bytes) -> list[Table]:
+    return [Table.from_bytes(part) for part in data.split(b"\n")]
+
+
+def check_tag_validation(mode: str) -> str:
+    if mode not in TAG_VALIDATION:
+        raise ConfigurationError(f"tag_validation must be one of {TAG_VALIDATION}, found {mode!r}")
+    return mode
