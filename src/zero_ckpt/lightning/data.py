@@ -159,6 +159,7 @@ class ResumableLoader(DataLoader[Any]):
             "zero_ckpt_loader": 1,
             "yielded": 0 if self._zero_counter is None else self._zero_counter.count,
             "epoch": getattr(self.sampler, "epoch", None),
+            "seed": getattr(self.sampler, "seed", None),
             "reused": self._zero_reused,
             "start": self._zero_start,
             "generators": _states(self),
@@ -189,6 +190,8 @@ class ResumableLoader(DataLoader[Any]):
 
     def _zero_rewind(self, position: Mapping[str, Any], in_epoch: bool) -> None:
         """The random streams as when the epoch began, or as when the checkpoint was written."""
+        if isinstance(position["seed"], int) and hasattr(self.sampler, "seed"):
+            self.sampler.seed = position["seed"]  # a DistributedSampler's order comes from it
         if not in_epoch:
             _set_states(self, position["generators"])
             return
