@@ -110,7 +110,7 @@ class _Session:
         if self._meet("load: verified", problem, self._judge)["next"]:
             return None
         try:
-            live.fill(self._control.beat)
+            live.fill(self._control.beat, verified=True)
         except Exception as error:
             problem = _problem(error)
         self._meet("load: done", problem, _raise_first)

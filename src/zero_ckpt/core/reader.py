@@ -104,9 +104,12 @@ class ReadPlan:
         """Read and verify every block, and change nothing."""
         _run(self.files, None, progress, keep=True)
 
-    def fill(self, progress: Callable[[], None]) -> None:
-        """Fill every target. Raises `CorruptShardError` or OSError; targets may then be partly filled."""
-        _run(self.files, _copy_block, progress, keep=False)
+    def fill(self, progress: Callable[[], None], verified: bool = False) -> None:
+        """Fill every target. Raises `CorruptShardError` or OSError; targets may then be partly filled.
+
+        `verified`: `verify` has just run, so the bytes are best read from where it left them.
+        """
+        _run(self.files, _copy_block, progress, keep=verified)
 
     def fill_from(self, read_block: Callable[[ShardReader, int], memoryview]) -> None:
         """Fill every target on this thread, with verified blocks that `read_block(file, index)` gives."""

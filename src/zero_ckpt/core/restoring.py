@@ -133,10 +133,12 @@ def plan_optimizer(
     for group in holder.param_groups:
         cpu_step = not (group.get("capturable") or group.get("fused"))
         for parameter in group["params"]:
-            builder = _StateBuilder(checkpoint, parameter, rank, cpu_step)
+            live = holder.state.get(parameter) or {}
+            builder = _StateBuilder(checkpoint, parameter, live, rank, cpu_step)
             for name, key in stored.get(fqn_of[id(parameter)], {}).items():
                 builder.add(name, key)
-            plan.fresh += builder.requests
+            plan.live += builder.live
+            plan.fresh += builder.fresh
             states[parameter] = builder
     plan.installs.append(lambda: _install(optimizer, holder, states, options))
     return plan
@@ -222,24 +224,49 @@ _PYTHON: dict[str, Callable[[torch.Tensor], Any]] = {
 
 
 class _StateBuilder:
-    """Allocates one parameter's state tensors, and turns them into its state when they are filled."""
+    """Finds or allocates one parameter's state tensors, and turns them into its state when they are filled.
+
+    State that the optimizer has already, of the stored dtype and shape, is filled in place: no second copy is held.
+    """
 
     def __init__(
-        self, checkpoint: Checkpoint, parameter: torch.Tensor, rank: int, cpu_step: bool
+        self,
+        checkpoint: Checkpoint,
+        parameter: torch.Tensor,
+        state: Mapping[str, Any],
+        rank: int,
+        cpu_step: bool,
     ) -> None:
-        self.requests: list[Request] = []
-        self._checkpoint, self._parameter = checkpoint, parameter
+        self.live: list[Request] = []
+        self.fresh: list[Request] = []
+        self._checkpoint, self._parameter, self._state = checkpoint, parameter, state
         self._rank, self._cpu_step = rank, cpu_step
         self._tensors: dict[str, torch.Tensor] = {}
 
     def add(self, name: str, key: str) -> None:
         placed = self._checkpoint.placed("optim", key)
         base, mark, _ = name.partition("#")
-        tensor = self._empty(placed, base, python=bool(mark))
+        live = None if mark else self._fitting(placed, base)
+        tensor = self._empty(placed, base, python=bool(mark)) if live is None else live
         self._tensors[name] = tensor
         local, box = local_part(key, tensor, layout_of(key, tensor), self._rank)
         if box is not None and box.numel:
-            self.requests.append(Request("optim", key, placed, box, local))
+            requests = self.fresh if live is None else self.live
+            requests.append(Request("optim", key, placed, box, local))
+
+    def _fitting(self, placed: Placed, name: str) -> torch.Tensor | None:
+        """The live state tensor, when the stored one can take its place value by value."""
+        value = self._state.get(name)
+        if not isinstance(value, torch.Tensor) or tuple(value.shape) != placed.shape:
+            return None
+        fits = value.dtype == TORCH_DTYPES[placed.dtype]
+        return (
+            value if fits and isinstance(value, DTensor) == self._is_sharded(placed, name) else None
+        )
+
+    def _is_sharded(self, placed: Placed, name: str) -> bool:
+        stored = placed.placements is not None or (bool(placed.shape) and name != "step")
+        return isinstance(self._parameter, DTensor) and stored
 
     def state(self) -> dict[str, Any]:
         """The state, once every request is filled."""
@@ -256,7 +283,7 @@ class _StateBuilder:
         return {k: v for k, v in values.items() if not any(k.startswith(f"{n}/") for n in nested)}
 
     def _decoded(self, tensor: torch.Tensor) -> Any:
-        by_key = {request.key: request for request in self.requests}
+        by_key = {request.key: request for request in self.fresh + self.live}
         entries = {key: self._tensors[_last(key, self._tensors)] for key in by_key}
         data = tensor.numpy().tobytes()
         return decode_objects(data, entries.__getitem__, dtensor=entries.__getitem__)
@@ -267,8 +294,7 @@ class _StateBuilder:
         parameter = self._parameter
         if python:
             return torch.empty(placed.shape, dtype=dtype)
-        sharded = placed.placements is not None or (bool(placed.shape) and name != "step")
-        if isinstance(parameter, DTensor) and sharded:
+        if isinstance(parameter, DTensor) and self._is_sharded(placed, name):
             return _empty_dtensor(placed, dtype, parameter)
         device = torch.device("cpu") if name == "step" and self._cpu_step else parameter.device
         return torch.empty(placed.shape, dtype=dtype, device=device)
