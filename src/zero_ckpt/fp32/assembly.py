@@ -1,0 +1,96 @@
+"""Fills any range of an output file from the stored chunks that it needs. Every source block is verified.
+
+Output is written front to back, so each shard file is read front to back too, and a few of the blocks read last are all
+that has to be kept: one for each shard file, up to `MAX_BLOCKS`. With more shard files than that some blocks are read
+again, from the page cache.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+
+from zero_ckpt.core.chunks import flat_range_boxes
+from zero_ckpt.core.dtensors import TORCH_DTYPES
+from zero_ckpt.core.dtypes import itemsize
+from zero_ckpt.core.reader import Request, ShardSet, plan_reads
+from zero_ckpt.core.shard_file import BLOCK, ShardReader
+from zero_ckpt.core.storage import aligned_buffer
+from zero_ckpt.fp32.layout import FileLayout, Slot
+
+__all__ = ["Assembler", "BlockCache"]
+
+MAX_BLOCKS = 24
+"""Blocks of 4 MiB that are kept: the most memory that reading takes."""
+
+
+class BlockCache:
+    """The blocks read last, verified, in memory that is used again: fresh memory is slow to touch."""
+
+    def __init__(self, num_files: int) -> None:
+        self._count = min(MAX_BLOCKS, num_files + 1)
+        self._reread = num_files >= MAX_BLOCKS
+        self._blocks: OrderedDict[tuple[str, int], memoryview] = OrderedDict()
+        self._buffers: dict[tuple[str, int], memoryview] = {}
+
+    def read(self, file: ShardReader, index: int) -> memoryview:
+        """Block `index` of a file's data. Raises `CorruptShardError` or OSError."""
+        place = file.name, index
+        block = self._blocks.get(place)
+        if block is None:
+            buffer = self._free_buffer()
+            self._buffers[place] = buffer
+            block = self._blocks[place] = file.read_block(index, buffer, self._reread)
+        self._blocks.move_to_end(place)
+        return block
+
+    def _free_buffer(self) -> memoryview:
+        if len(self._buffers) < self._count:
+            return memoryview(aligned_buffer(BLOCK))
+        oldest = next(iter(self._blocks))
+        del self._blocks[oldest]
+        return self._buffers.pop(oldest)
+
+
+class Assembler:
+    """One output file's bytes, made on demand."""
+
+    def __init__(self, shards: ShardSet, cache: BlockCache, layout: FileLayout) -> None:
+        self._shards, self._cache, self._layout = shards, cache, layout
+        self._slot_ends = [slot.end for slot in layout.slots]
+        self._literal_ends = [literal.end for literal in layout.literals]
+
+    def fill(self, buffer: memoryview, begin: int, end: int) -> None:
+        """Put bytes `begin .. end` of the file into the start of `buffer`. Both are multiples of 16, or the end."""
+        layout = self._layout
+        for literal in layout.literals[bisect_right(self._literal_ends, begin) :]:
+            if literal.begin >= end:
+                break
+            start, stop = max(begin, literal.begin), min(end, literal.end)
+            data = literal.data[start - literal.begin : stop - literal.begin]
+            buffer[start - begin : stop - begin] = data
+        flat = torch.frombuffer(buffer, dtype=torch.uint8)
+        requests: list[Request] = []
+        for slot in layout.slots[bisect_right(self._slot_ends, begin) :]:
+            if slot.begin >= end:
+                break
+            start, stop = max(begin, slot.begin), min(end, slot.end)
+            requests += _requests(slot, start, flat[start - begin : stop - begin])
+        plan_reads(self._shards, requests).fill_from(self._cache.read)
+
+
+def _requests(slot: Slot, start: int, target: torch.Tensor) -> Sequence[Request]:
+    """Reads that fill `target`, the bytes of the file from `start` on, all of them in the slot."""
+    tensor = slot.tensor
+    size, dtype = itemsize(tensor.dtype), TORCH_DTYPES[tensor.dtype]
+    first = (start - slot.begin) // size
+    found, at = [], 0
+    for box in flat_range_boxes(tensor.shape, first, first + target.numel() // size):
+        nbytes = box.numel * size
+        part = target[at : at + nbytes].view(dtype).view(box.shape)
+        found.append(Request(tensor.role, tensor.key, tensor.placed, box, part))
+        at += nbytes
+    return found

@@ -1,0 +1,242 @@
+"""Collapse to files: a sharded checkpoint into one full state dict on disk, streamed, by one rank or by many.
+
+1. start   rank 0 finds the checkpoint and makes room for the files
+2. write   every rank assembles and writes its part of the bytes, and makes it durable
+3. done    when all ranks succeeded rank 0 puts the files in place; else they are removed and every rank raises
+
+So the output is complete or absent, and every rank gets the same outcome.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from zero_ckpt.core.checkpoint import Checkpoint
+from zero_ckpt.core.control import DEFAULT_TIMEOUT, ControlPlane, LocalControl
+from zero_ckpt.core.shard_file import BLOCK
+from zero_ckpt.core.staging import StagingPool
+from zero_ckpt.core.storage import LocalStorage
+from zero_ckpt.core.tags import fallback_notice, find_checkpoint
+from zero_ckpt.errors import DisagreementError, SaveError, ZeroCkptError, by_name
+from zero_ckpt.fp32.assembly import Assembler, BlockCache
+from zero_ckpt.fp32.contents import Contents, Options
+from zero_ckpt.fp32.layout import divide
+from zero_ckpt.fp32.publishing import Output, output_of
+from zero_ckpt.fp32.writing import WINDOW, write_range
+
+__all__ = ["export_fp32"]
+
+Progress = Callable[[int, int], None]
+
+
+def export_fp32(
+    checkpoint_dir: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    tag: str | int | None = None,
+    *,
+    format: str | None = None,
+    max_shard_size: int | str | None = None,
+    exclude_frozen_parameters: bool = False,
+    strip_prefix: str | None = None,
+    dtype: str = "fp32",
+    weights_only: bool = True,
+    progress: Progress | None = None,
+    control: ControlPlane | None = None,
+    timeout: float | None = None,
+) -> list[str]:
+    """Write the full state dict of a checkpoint to `output`; returns the paths of the files, an index file last.
+
+    `checkpoint_dir`, `tag`: as for `get_fp32_state_dict_from_zero_checkpoint`, whose tensors these are.
+    `output`: a folder, or a file with the suffix of a format. An earlier result of that name is replaced at the end.
+    `format`: `safetensors` (`model.safetensors`), `bin` (`pytorch_model.bin`, for `torch.load`) or `ckpt`
+    (`model.ckpt`, for Lightning's `load_from_checkpoint`); None: by the suffix, else `safetensors`.
+    `max_shard_size`: bytes, or a text like `5GB`; more than that becomes several files and a Hugging Face index.
+    `strip_prefix`: names that start with it lose it. `dtype`: `fp32`, `bf16`, `fp16` or `keep`, of floating parameters.
+    `weights_only=False` allows pickled objects in what `bin` and `ckpt` take over, whose opening can run code.
+    `progress(done, total)`: bytes of this rank's part, after every few MiB.
+    `control`: the ranks that share the work; all make the same call. `timeout`: seconds of silence after which one of
+    them counts as lost. Without it this process works alone.
+
+    Tied weights: `bin` and `ckpt` store them once; `safetensors`, which cannot, under each of their names, so that
+    every format loads with `strict=True`. Modules' extra state, which `safetensors` cannot hold, is left out there,
+    with a warning. Peak memory is about 150 MB, whatever the model's size. Every byte read is verified.
+
+    Raises `ConfigurationError`, `CheckpointNotFoundError`, `CorruptCheckpointError`, `FormatVersionError`,
+    `UnsafeObjectError`, `DisagreementError`, `RankTimeoutError`, or `SaveError` when the output cannot be written.
+    """
+    options = Options(
+        output_of(output, format),
+        max_shard_size,
+        exclude_frozen_parameters,
+        strip_prefix,
+        dtype,
+        weights_only,
+    )
+    source = os.path.abspath(os.fspath(checkpoint_dir)), None if tag is None else str(tag)
+    export = _Export(options, control or LocalControl(), timeout, progress or (lambda *_: None))
+    return export.run(*source)
+
+
+class _Export:
+    def __init__(
+        self, options: Options, control: ControlPlane, timeout: float | None, progress: Progress
+    ) -> None:
+        self._options, self._control, self._progress = options, control, progress
+        self._timeout = DEFAULT_TIMEOUT if timeout is None else timeout
+        self._output: Output = options.output
+        self._storage = LocalStorage()
+        self._contents: Contents | None = None
+
+    def run(self, path: str, tag: str | None) -> list[str]:
+        try:
+            return self._run(path, tag)
+        except BaseException:
+            if self._control.rank == 0:
+                with suppress(OSError):
+                    self._output.clear_partials()
+            raise
+        finally:
+            if self._contents is not None:
+                self._contents.checkpoint.close()
+
+    def _run(self, path: str, tag: str | None) -> list[str]:
+        asked = [path, tag, self._options.as_record()]
+        start = self._meet("export: start", asked, self._start)
+        for notice in start["notices"] if self._control.rank == 0 else ():
+            warnings.warn(notice, stacklevel=4)
+        problem: list[str] = []
+        cause: Exception | None = None
+        try:
+            self._write(self._open(start["folder"]), start["nonce"])
+        except Exception as error:
+            cause, problem = error, _problem(error, self._output)
+        try:
+            done = self._meet(
+                "export: done", problem, lambda found: self._finish(found, start["nonce"])
+            )
+        except ZeroCkptError as error:
+            raise error from cause
+        paths: list[str] = done["paths"]
+        return paths
+
+    def _meet(
+        self, phase: str, record: Any, decide: Callable[[list[Any]], dict[str, Any]]
+    ) -> dict[str, Any]:
+        def answer(records: list[bytes]) -> bytes:
+            return json.dumps(decide([json.loads(r) for r in records])).encode()
+
+        data = json.dumps(record).encode()
+        found: dict[str, Any] = json.loads(self._control.meet(phase, data, answer, self._timeout))
+        return found
+
+    def _open(self, folder: str) -> Contents:
+        if self._contents is None:
+            self._contents = Contents(Checkpoint(self._storage, folder), self._options)
+        return self._contents
+
+    def _start(self, asked: list[Any]) -> dict[str, Any]:
+        """Rank 0: find the checkpoint, and make the files that several ranks will write parts of."""
+        odd = {rank: record for rank, record in enumerate(asked) if record != asked[0]}
+        if odd:
+            raise DisagreementError(
+                f"ranks were asked for different exports: rank 0: {asked[0]}; {odd}. Pass the same arguments on each."
+            )
+        path, tag, _ = asked[0]
+        found = find_checkpoint(self._storage, path, tag)
+        contents = self._open(found.folder)
+        nonce = uuid.uuid4().hex[:8]
+        try:
+            self._output.clear_partials()
+            for file in self._shared_files(contents):
+                nbytes = contents.layout(file).nbytes
+                path = self._output.partial(contents.names[file], nonce)
+                self._storage.create(path, nbytes).finish(nbytes)
+        except OSError as error:
+            if isinstance(error, ZeroCkptError):
+                raise
+            raise _as_save_error(error, self._output) from error
+        notices = [fallback_notice(found.problems, found.folder)] if found.problems else []
+        return {"folder": found.folder, "nonce": nonce, "notices": notices + contents.notices()}
+
+    def _shares(self, contents: Contents) -> list[list[tuple[int, int, int]]]:
+        """The parts of divisible files that each rank writes.
+
+        A rank must have enough to write to be worth that it reads from every shard file.
+        """
+        world_size = self._control.world_size
+        sizes = [contents.layout(file).nbytes for file in range(len(contents.names))]
+        least = 4 * BLOCK * contents.num_sources
+        workers = min(world_size, max(1, sum(sizes) // max(1, least)))
+        return [*divide(sizes, workers, WINDOW), *([] for _ in range(workers, world_size))]
+
+    def _share(self, contents: Contents) -> list[tuple[int, int, int]]:
+        """(file, begin, end) of what this rank writes."""
+        rank, world_size = self._control.rank, self._control.world_size
+        if contents.divisible:
+            return self._shares(contents)[rank]
+        mine = range(rank, len(contents.names), world_size)
+        return [(file, 0, contents.layout(file).nbytes) for file in mine]
+
+    def _shared_files(self, contents: Contents) -> list[int]:
+        """Files that more than one rank writes parts of."""
+        if not contents.divisible:
+            return []
+        writers = [file for share in self._shares(contents) for file, _, _ in share]
+        return sorted(file for file in set(writers) if writers.count(file) > 1)
+
+    def _write(self, contents: Contents, nonce: str) -> None:
+        share = self._share(contents)
+        shared = self._shared_files(contents)
+        total, done = sum(end - begin for _, begin, end in share), 0
+
+        def written(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            self._control.beat()
+            self._progress(done, total)
+
+        cache, pool = BlockCache(contents.num_sources), StagingPool()
+        for file, begin, end in share:
+            layout = contents.layout(file)
+            path = self._output.partial(contents.names[file], nonce)
+            writer = self._storage.create(path, layout.nbytes, shared=file in shared)
+            try:
+                assembler = Assembler(contents.checkpoint.shards, cache, layout)
+                write_range(writer, layout, assembler, begin, end, pool, written)
+                writer.finish(layout.nbytes)
+            except BaseException:
+                writer.abort()
+                raise
+
+    def _finish(self, problems: list[Any], nonce: str) -> dict[str, Any]:
+        """Rank 0: put the files in place, or raise the first rank's problem."""
+        found = [(rank, problem) for rank, problem in enumerate(problems) if problem]
+        if found:
+            rank, (name, text) = found[0]
+            same = all(problem == found[0][1] for problem in problems)
+            raise by_name(name, text if same else f"rank {rank}: {text}")
+        assert self._contents is not None
+        try:
+            names, index = self._contents.names, self._contents.index
+            return {"paths": self._output.publish(names, nonce, index)}
+        except OSError as error:
+            raise _as_save_error(error, self._output) from error
+
+
+def _problem(error: Exception, output: Output) -> list[str]:
+    if not isinstance(error, ZeroCkptError):
+        error = _as_save_error(error, output)
+    return [type(error).__name__, str(error)]
+
+
+def _as_save_error(error: Exception, output: Output) -> SaveError:
+    return SaveError(
+        f"export to {output.folder}/{output.stem}{output.suffix}: {type(error).__name__}: {error}. Nothing was put in "
+        "place, and an earlier result there is untouched; the checkpoint is intact."
+    )
