@@ -117,3 +117,15 @@ def wrapped_in_compile() -> nn.Module:
 @pytest.mark.parametrize("stage", [2, 3])
 def test_compiled_wrappers_equal_stage_0(stage: int) -> None:
     check(stage, build=wrapped_in_compile, steps=2)
+
+
+def compiled_model() -> nn.Module:
+    net = make_net()
+    net.compile(backend="eager")
+    return net
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_compiled_model_equals_stage_0(stage: int) -> None:
+    check(stage, build=compiled_model, steps=2)

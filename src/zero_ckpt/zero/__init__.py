@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from zero_ckpt.zero.clip import clip_grad_norm_, clip_grad_value_
 from zero_ckpt.zero.gathered import reshard
+from zero_ckpt.zero.initial import broadcast_from_first, materialize
 from zero_ckpt.zero.mesh import make_mesh
 from zero_ckpt.zero.partition import (
     check_optimizer,
@@ -32,11 +33,13 @@ __all__ = [
     "ShardedGradScaler",
     "Sharding",
     "WrapPolicy",
+    "broadcast_from_first",
     "check_optimizer",
     "clip_grad_norm_",
     "clip_grad_value_",
     "gradient_sync_disabled",
     "make_mesh",
+    "materialize",
     "mixed_precision_policy",
     "owned_parameters",
     "owned_state",

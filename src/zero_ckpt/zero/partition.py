@@ -7,7 +7,6 @@ whole parameters to ranks and distributes the results.
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
 from typing import Any
 
 import torch
@@ -45,10 +44,10 @@ def partition_optimizer(
 
     Collective over `process_group` (default: all ranks), with the same parameters in the same
     order on every rank. The result shares the group dicts of `optimizer` (same options, and a
-    change through either object is seen by both), and keeps its defaults, hooks and, for this
-    rank's parameters, state. Every step takes the hyper-parameters from these groups. `optimizer`
-    must not step any more; bind its LR schedulers to the result with `rebind_scheduler`. Given an
-    already partitioned optimizer, returns it.
+    change through either object is seen by both), its defaults, hooks and state, from which the
+    part of other ranks is dropped. Every step takes the hyper-parameters from these groups.
+    `optimizer` must not step any more; bind its LR schedulers to the result with
+    `rebind_scheduler`. Given an already partitioned optimizer, returns it.
 
     Raises `ConfigurationError` for optimizers that cannot be partitioned (see `check_optimizer`).
     """
@@ -84,9 +83,10 @@ def _with_groups(optimizer: Optimizer, groups: list[dict[str, Any]]) -> Optimize
     # `step` is there when an LR scheduler has patched it, bound to the other object.
     local.__dict__.update({k: v for k, v in vars(optimizer).items() if k != "step"})
     local.param_groups = groups
+    # The same state object, without what other ranks own: that memory is what stage 1 saves.
     owned = {p for group in groups for p in group["params"]}
-    local.state = defaultdict(dict)
-    local.state.update({p: s for p, s in optimizer.state.items() if p in owned})
+    for parameter in [p for p in local.state if isinstance(p, torch.Tensor) and p not in owned]:
+        del local.state[parameter]
     return local
 
 
