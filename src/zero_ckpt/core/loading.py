@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -21,19 +22,15 @@ from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.control import DEFAULT_TIMEOUT, ControlPlane
 from zero_ckpt.core.restoring import Restoration
 from zero_ckpt.core.storage import Storage
-from zero_ckpt.core.tags import (
-    candidates,
-    check_files,
-    fallback_notice,
-    locate,
-    no_checkpoint,
-    read_manifest,
-)
+from zero_ckpt.core.tags import Candidates, fallback_notice, find_checkpoint, locate
 from zero_ckpt.errors import (
-    CheckpointNotFoundError,
     CorruptCheckpointError,
+    CorruptManifestError,
+    CorruptShardError,
     DisagreementError,
+    ZeroCkptError,
     by_name,
+    to_record,
 )
 
 __all__ = ["Loaded", "load_together"]
@@ -66,15 +63,13 @@ def load_together(
     timeout = DEFAULT_TIMEOUT if timeout is None else timeout
     session = _Session(storage, control, os.path.abspath(os.fspath(path)), tag, timeout)
     while True:
-        checkpoint = session.open_next()
-        try:
-            found = session.attempt(checkpoint, prepare)
-        except BaseException:
-            checkpoint.close()
-            raise
-        if found is not None:
-            return found
-        checkpoint.close()
+        folder, notice = session.choose()
+        found = session.attempt(folder, prepare)
+        if found is None:
+            continue
+        if notice:  # Only now: a warning that is made an error on some rank must not keep it from the others.
+            warnings.warn(notice, stacklevel=3)
+        return found
 
 
 class _Session:
@@ -85,103 +80,126 @@ class _Session:
     ) -> None:
         self._storage, self._control, self._timeout = storage, control, timeout
         self._path, self._tag = path, tag
-        self._names: Iterator[str] | None = None
-        self._directory, self._implied = "", True
-        self._problems: list[str] = []
+        self._candidates: Candidates | None = None
 
-    def open_next(self) -> Checkpoint:
-        """The next checkpoint to try, the same on every rank."""
+    def choose(self) -> tuple[str, str]:
+        """The folder of the next checkpoint to try, the same on every rank, and a notice for the user."""
         answer = self._meet("load: open", [self._path, self._tag], self._choose)
-        if answer["notice"]:
-            warnings.warn(answer["notice"], stacklevel=5)
-        return Checkpoint(self._storage, answer["folder"])
+        return answer["folder"], answer["notice"]
 
     def attempt(
-        self, checkpoint: Checkpoint, prepare: Callable[[Checkpoint], tuple[Restoration, T]]
+        self, folder: str, prepare: Callable[[Checkpoint], tuple[Restoration, T]]
     ) -> Loaded[T] | None:
-        problem: list[str] = []
-        try:
-            plan, prepared = prepare(checkpoint)
-            live = checkpoint.plan_reads(plan.live)
-            live.verify(self._control.beat)
-            checkpoint.read(plan.fresh, self._control.beat)
-        except Exception as error:
-            problem = _problem(error)
-        if self._meet("load: verified", problem, self._judge)["next"]:
-            return None
-        try:
-            live.fill(self._control.beat, verified=True)
-        except Exception as error:
-            problem = _problem(error)
-        self._meet("load: done", problem, _raise_first)
-        plan.install()
+        """None when it is damaged and another one may be tried."""
+        failure: Exception | None = None
+        with ExitStack() as unless_loaded:
+            try:
+                checkpoint = unless_loaded.enter_context(Checkpoint(self._storage, folder))
+                plan, prepared = prepare(checkpoint)
+                live = checkpoint.plan_reads(plan.live)
+                live.verify(self._control.beat)
+                checkpoint.read(plan.fresh, self._control.beat)
+            except Exception as error:
+                failure = error
+            if self._meet("load: verified", _problem(failure), self._judge, failure)["next"]:
+                failure = None  # it holds this frame, and so what was read
+                return None
+            try:
+                live.fill(self._control.beat, verified=True)
+                plan.install()
+            except Exception as error:
+                failure = error
+            self._meet("load: done", _problem(failure), _raise_first, failure)
+            unless_loaded.pop_all()
         return Loaded(checkpoint, prepared)
 
     def _meet(
-        self, phase: str, record: Any, decide: Callable[[list[Any]], dict[str, Any]]
+        self,
+        phase: str,
+        record: Any,
+        decide: Callable[[list[Any]], dict[str, Any]],
+        failure: Exception | None = None,
     ) -> dict[str, Any]:
+        """`failure`: this rank's own, whose traceback is shown with what all ranks raise."""
+
         def answer(records: list[bytes]) -> bytes:
             return json.dumps(decide([json.loads(r) for r in records])).encode()
 
         data = json.dumps(record).encode()
-        found: dict[str, Any] = json.loads(self._control.meet(phase, data, answer, self._timeout))
+        try:
+            found: dict[str, Any] = json.loads(
+                self._control.meet(phase, data, answer, self._timeout)
+            )
+        except ZeroCkptError as error:
+            if failure is None:
+                raise
+            raise error from failure
         return found
 
     def _choose(self, asked: list[Any]) -> dict[str, Any]:
-        """Rank 0: the next folder whose manifest and file lengths verify."""
+        """Rank 0: the next checkpoint whose manifest and file lengths verify."""
         self._check_same(asked)
-        if self._names is None:
-            self._directory, named = locate(self._storage, self._path, self._tag)
-            self._implied = named is None
-            names = candidates(self._storage, self._directory) if named is None else iter([named])
-            self._names = names
-        for name in self._names:
-            folder = f"{self._directory}/{name}"
-            try:
-                check_files(self._storage, folder, read_manifest(self._storage, folder))
-            except (CorruptCheckpointError, CheckpointNotFoundError) as error:
-                if not self._implied:
-                    raise
-                self._problems.append(str(error))
-                continue
-            notice = fallback_notice(self._problems, folder) if self._problems else ""
-            return {"folder": folder, "notice": notice}
-        raise no_checkpoint(self._storage, self._directory, self._problems)
+        if self._candidates is not None:
+            found = self._candidates.next()
+        else:
+            directory, named = locate(self._storage, self._path, self._tag)
+            if named is None:
+                self._candidates = Candidates(self._storage, directory)
+                found = self._candidates.next()
+            else:
+                found = find_checkpoint(self._storage, directory, named)
+        notice = fallback_notice(found.problems, found.folder) if found.problems else ""
+        return {"folder": found.folder, "notice": notice}
 
     def _check_same(self, asked: Sequence[Any]) -> None:
         odd = {rank: record for rank, record in enumerate(asked) if record != asked[0]}
         if odd:
-            shown = "; ".join(f"rank {rank}: {record}" for rank, record in list(odd.items())[:4])
+            shown = [f"rank {rank}: {_asked(*record)}" for rank, record in list(odd.items())[:4]]
             raise DisagreementError(
-                f"ranks were asked to load different checkpoints: rank 0: {asked[0]}; {shown}. "
-                "Pass the same path and tag on every rank."
+                f"ranks were asked to load different checkpoints: rank 0: {_asked(*asked[0])}; {'; '.join(shown)}. "
+                "Nothing was loaded. Pass the same path and tag on every rank."
             )
 
     def _judge(self, problems: list[Any]) -> dict[str, Any]:
         """Rank 0: go on, try an older checkpoint, or raise."""
-        found = [problem for problem in problems if problem]
-        damaged = found and all(
-            issubclass(type(by_name(*problem)), CorruptCheckpointError) for problem in found
-        )
-        if damaged and self._implied:
-            self._problems.append(_first(problems))
-            return {"next": True}
-        _raise_first(problems)
-        return {"next": False}
+        error = _first(problems)
+        if error is None:
+            return {"next": False}
+        kinds = {name for name, _ in filter(None, problems)}
+        if (
+            self._candidates is None
+            or not isinstance(error, CorruptCheckpointError)
+            or kinds - _DAMAGE
+        ):
+            raise error
+        self._candidates.reject(error)
+        return {"next": True}
 
 
-def _problem(error: BaseException) -> list[str]:
-    return [type(error).__name__, str(error)]
+_DAMAGE = {
+    kind.__name__ for kind in (CorruptCheckpointError, CorruptManifestError, CorruptShardError)
+}
+
+
+def _asked(path: str, tag: str | None) -> str:
+    return f"'{path}'" if tag is None else f"tag '{tag}' of '{path}'"
+
+
+def _problem(failure: Exception | None) -> list[str]:
+    return [] if failure is None else to_record(failure)
 
 
 def _raise_first(problems: list[Any]) -> dict[str, Any]:
-    found = [problem for problem in problems if problem]
-    if found:
-        raise by_name(found[0][0], _first(problems))
+    if (error := _first(problems)) is not None:
+        raise error
     return {}
 
 
-def _first(problems: Sequence[Any]) -> str:
-    """The first problem's text; says which rank, unless all ranks have the same."""
-    rank, text = next((r, p[1]) for r, p in enumerate(problems) if p)
-    return text if all(p == problems[rank] for p in problems) else f"rank {rank}: {text}"
+def _first(problems: Sequence[Any]) -> ZeroCkptError | None:
+    """The first rank's problem; says which rank, unless all ranks have the same."""
+    found = next((rank for rank, problem in enumerate(problems) if problem), None)
+    if found is None:
+        return None
+    name, text = problems[found]
+    same = all(problem == problems[found] for problem in problems)
+    return by_name(name, text if same else f"rank {found}: {text}", ZeroCkptError)

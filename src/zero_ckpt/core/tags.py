@@ -20,14 +20,15 @@ from zero_ckpt.errors import (
     CorruptManifestError,
     CorruptShardError,
     ZeroCkptError,
+    describe,
 )
 
 __all__ = [
     "LATEST_NAME",
     "NOT_COMMITTED",
+    "Candidates",
     "Found",
     "TagInfo",
-    "candidates",
     "check_files",
     "check_tag",
     "fallback_notice",
@@ -82,13 +83,36 @@ def read_manifest(storage: Storage, folder: str) -> Manifest:
     try:
         data = storage.get(path, MAX_MANIFEST)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointNotFoundError(
-            f"{folder}: no {MANIFEST_NAME}: not a committed zero_ckpt checkpoint "
-            "(a save that did not finish, or a folder of something else)"
-        ) from error
-    except IsADirectoryError as error:
-        raise CorruptManifestError(f"{path}: a folder, where a file was expected") from error
+        raise CheckpointNotFoundError(_why_none(storage, folder)) from error
+    except (OSError, ValueError) as error:
+        raise CorruptManifestError(f"{path}: cannot be read: {describe(error)}") from error
     return Manifest.from_bytes(data, path)
+
+
+def _why_none(storage: Storage, folder: str) -> str:
+    """Says what `folder`, which holds no manifest, is instead of a checkpoint."""
+    try:
+        names = [entry.name for entry in storage.list(folder)]
+    except NotADirectoryError:
+        return f"{folder}: a file, where a checkpoint's folder was expected"
+    except FileNotFoundError:
+        directory = os.path.dirname(folder)
+        return (
+            f"{folder}: no such checkpoint in '{directory}', {_shown(_names(storage, directory))}"
+        )
+    except OSError as error:
+        return f"{describe(error)}: cannot be opened as a checkpoint"
+    if _holds_shards(names):
+        return (
+            f"{folder}: not committed: it holds shard files, but no {MANIFEST_NAME}. Its save did not finish (or "
+            "still runs); use another tag"
+        )
+    return f"{folder}: not a zero_ckpt checkpoint: no {MANIFEST_NAME}, {_shown(names)}"
+
+
+def _shown(names: Sequence[str]) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:4]) + (" ..." if len(names) > 4 else "")
+    return f"but {shown}" if names else "nothing in it"
 
 
 def is_tag_folder(storage: Storage, path: str) -> bool:
@@ -101,11 +125,21 @@ def is_tag_folder(storage: Storage, path: str) -> bool:
 
 def read_latest(storage: Storage, directory: str) -> str | None:
     """The tag that `latest` names, or None when there is no such file or it is empty or unusable."""
+    return _latest(storage, directory)[0]
+
+
+def _latest(storage: Storage, directory: str) -> tuple[str | None, str]:
+    """The tag that `latest` names, or None and what is wrong with the file."""
+    path = f"{directory}/{LATEST_NAME}"
     try:
-        text = storage.get(f"{directory}/{LATEST_NAME}", 4096).decode()
-        return check_tag(text.strip())
-    except (OSError, ValueError):
-        return None
+        text = storage.get(path, 4096).decode()
+        return check_tag(text.strip()), ""
+    except FileNotFoundError:
+        return None, f"{path} is missing"
+    except ConfigurationError:
+        return None, f"{path} names no tag, it holds {text[:40]!r}"
+    except (OSError, ValueError) as error:
+        return None, f"{path} cannot be read: {describe(error)}"
 
 
 def list_tags(storage: Storage, directory: str) -> list[TagInfo]:
@@ -115,8 +149,14 @@ def list_tags(storage: Storage, directory: str) -> list[TagInfo]:
     """
     try:
         entries = storage.list(directory)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointNotFoundError(f"{directory}: no such checkpoint directory") from error
+    except NotADirectoryError as error:
+        raise CheckpointNotFoundError(
+            f"{directory}: a file, where a checkpoint directory or a tag's folder was expected"
+        ) from error
+    except OSError as error:
+        raise CheckpointNotFoundError(
+            f"{directory}: cannot be opened as a checkpoint directory: {error.strerror}"
+        ) from error
     infos = [info for e in entries if e.is_dir and (info := _inspect(storage, directory, e.name))]
     return sorted(infos, key=_age)
 
@@ -131,20 +171,10 @@ def _inspect(storage: Storage, directory: str, name: str) -> TagInfo | None:
     try:
         return TagInfo(name, read_manifest(storage, folder))
     except CheckpointNotFoundError:
-        names = (
-            [entry.name for entry in storage.list(folder)] if not _is_gone(storage, folder) else []
-        )
-        return TagInfo(name, None, NOT_COMMITTED) if _holds_shards(names) else None
+        holds = _holds_shards(_names(storage, folder))
+        return TagInfo(name, None, NOT_COMMITTED) if holds else None
     except (ZeroCkptError, OSError) as error:
         return TagInfo(name, None, str(error))
-
-
-def _is_gone(storage: Storage, folder: str) -> bool:
-    try:
-        storage.list(folder)
-    except OSError:
-        return True
-    return False
 
 
 def locate(storage: Storage, path: str, tag: str | None) -> tuple[str, str | None]:
@@ -154,16 +184,6 @@ def locate(storage: Storage, path: str, tag: str | None) -> tuple[str, str | Non
         real = os.path.realpath(path)
         return os.path.dirname(real), os.path.basename(real)
     return path, None if tag is None else check_tag(tag)
-
-
-def candidates(storage: Storage, directory: str) -> Iterator[str]:
-    """Tags to try when none was named: `latest` first, then the committed ones, newest first."""
-    latest = read_latest(storage, directory)
-    if latest is not None:
-        yield latest
-    for info in reversed(list_tags(storage, directory)):
-        if info.name != latest:
-            yield info.name
 
 
 def check_files(storage: Storage, folder: str, manifest: Manifest) -> None:
@@ -187,6 +207,54 @@ class Found:
     problems: tuple[str, ...] = ()
 
 
+class Candidates:
+    """The checkpoints to try when no tag was named: what `latest` names, then all others, newest first."""
+
+    def __init__(self, storage: Storage, directory: str) -> None:
+        self._storage, self._directory = storage, directory
+        self._problems: list[str] = []
+        self._damaged = False
+        self._latest, problem = _latest(storage, directory)
+        self._problems += filter(None, [problem])
+        self._names = self._in_order()
+
+    def next(self) -> Found:
+        """The next one whose manifest and file lengths verify.
+
+        Raises `FormatVersionError`; at the end `CorruptCheckpointError`, or `CheckpointNotFoundError` when there was
+        none to begin with.
+        """
+        for name in self._names:
+            folder = f"{self._directory}/{name}"
+            try:
+                return _check(self._storage, folder, self._problems)
+            except CorruptCheckpointError as error:
+                self.reject(error)
+            except CheckpointNotFoundError as error:
+                self._problems.append(str(error))
+                # It was committed once: `latest` moves only after a commit.
+                self._damaged |= name == self._latest and _holds_shards(
+                    _names(self._storage, folder)
+                )
+        if self._damaged:
+            raise CorruptCheckpointError(
+                f"{self._directory}: no checkpoint here is whole. {'; '.join(self._problems)}"
+            )
+        raise no_checkpoint(self._storage, self._directory, self._problems)
+
+    def reject(self, error: CorruptCheckpointError) -> None:
+        """The one that `next` gave last turned out to be damaged."""
+        self._problems.append(str(error))
+        self._damaged = True
+
+    def _in_order(self) -> Iterator[str]:
+        if self._latest is not None:
+            yield self._latest
+        for info in reversed(list_tags(self._storage, self._directory)):
+            if info.name != self._latest:
+                yield info.name
+
+
 def find_checkpoint(storage: Storage, path: str, tag: str | None = None) -> Found:
     """A checkpoint directory's `tag`, or a tag folder given directly; `path` is absolute.
 
@@ -196,13 +264,7 @@ def find_checkpoint(storage: Storage, path: str, tag: str | None = None) -> Foun
     directory, named = locate(storage, path, tag)
     if named is not None:
         return _check(storage, f"{directory}/{named}", [])
-    problems: list[str] = []
-    for name in candidates(storage, directory):
-        try:
-            return _check(storage, f"{directory}/{name}", problems)
-        except (CorruptCheckpointError, CheckpointNotFoundError) as error:
-            problems.append(str(error))
-    raise no_checkpoint(storage, directory, problems)
+    return Candidates(storage, directory).next()
 
 
 def _check(storage: Storage, folder: str, problems: Sequence[str]) -> Found:
@@ -212,22 +274,31 @@ def _check(storage: Storage, folder: str, problems: Sequence[str]) -> Found:
 
 
 def fallback_notice(problems: Sequence[str], path: str) -> str:
-    return f"falling back to {path}, because newer checkpoints are unusable: {'; '.join(problems)}"
+    return (
+        f"falling back to {path}, because {'; '.join(problem.rstrip('.') for problem in problems)}"
+    )
 
 
 def no_checkpoint(
-    storage: Storage, directory: str, problems: Sequence[str]
+    storage: Storage, directory: str, problems: Sequence[str] = ()
 ) -> CheckpointNotFoundError:
     """Says why `directory` gives nothing to open."""
-    if _holds_shards([entry.name for entry in storage.list(directory)]):
-        return CheckpointNotFoundError(
-            f"{directory}: not committed: it holds shard files, but no {MANIFEST_NAME}. Its save did not finish "
-            "(or still runs); use another tag."
-        )
+    names = _names(storage, directory)
+    if _holds_shards(names):
+        return CheckpointNotFoundError(_why_none(storage, directory))
     why = f" Tried: {'; '.join(problems)}" if problems else ""
     return CheckpointNotFoundError(
-        f"{directory}: no committed checkpoint here. Give the checkpoint directory or a tag's folder.{why}"
+        f"{directory}: no committed checkpoint here, {_shown(names)}. Give the checkpoint directory or a tag's "
+        f"folder.{why}"
     )
+
+
+def _names(storage: Storage, folder: str) -> list[str]:
+    """Names in a folder; none when there is no such folder."""
+    try:
+        return [entry.name for entry in storage.list(folder)]
+    except OSError:
+        return []
 
 
 def _holds_shards(names: Sequence[str]) -> bool:
