@@ -1,0 +1,233 @@
+"""Typed JSON and tensors -> Python state. The format is that of `objects`; believes nothing, runs no code."""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import json
+import math
+import pathlib
+import pickle
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from zero_ckpt.core.encoding import FACTORIES, PLAIN_KINDS
+from zero_ckpt.errors import CorruptShardError, UnsafeObjectError, ZeroCkptError
+
+__all__ = ["Shown", "decode_objects", "show_objects"]
+
+Path = tuple[str, ...]
+
+
+class Shown:
+    """Stands for a value of which only a description is wanted."""
+
+    __slots__ = ("text",)
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+
+def decode_objects(
+    data: bytes,
+    entry: Callable[[str], Any],
+    *,
+    dtensor: Callable[[str], Any],
+    weights_only: bool = True,
+    where: str = "objects",
+) -> Any:
+    """The tree that `data` encodes.
+
+    `entry(name)` gives the numpy array or torch tensor stored beside it, `dtensor(name)` what stands for a tensor held
+    in parts. `weights_only` True refuses pickled values with `UnsafeObjectError`, False opens them. Raises
+    `CorruptShardError` for what is no such tree.
+    """
+    return _decode(_Decoder(entry, dtensor, weights_only, where), data, where)
+
+
+def show_objects(data: bytes, entry: Callable[[str], str], where: str = "objects") -> Any:
+    """The tree that `data` encodes, for people: needs no torch, reads no entry, runs no code.
+
+    Whatever is not plain Python or numpy is a `Shown`; `entry(name)` describes a stored tensor. Raises
+    `CorruptShardError` for what is no such tree.
+    """
+
+    def describe(name: str) -> Shown:
+        return Shown(entry(name))
+
+    return _decode(_Viewer(describe, describe, True, where), data, where)
+
+
+def _decode(decoder: _Decoder, data: bytes, where: str) -> Any:
+    try:
+        return decoder.decode(json.loads(data), ())
+    except (ZeroCkptError, OSError, MemoryError):
+        raise  # said by the entries' own reader, or not about the data
+    except Exception as error:
+        raise CorruptShardError(f"{where}: not a tree of encoded objects: {error!r}") from error
+
+
+class _Decoder:
+    def __init__(
+        self,
+        entry: Callable[[str], Any],
+        dtensor: Callable[[str], Any],
+        weights_only: bool,
+        where: str,
+    ) -> None:
+        self._entry, self._dtensor = entry, dtensor
+        self._weights_only, self._where = weights_only, where
+        self._shared: dict[str, Any] = {}
+
+    def decode(self, value: Any, path: Path) -> Any:
+        if isinstance(value, list):
+            return [self.decode(v, (*path, str(i))) for i, v in enumerate(value)]
+        if not isinstance(value, dict):
+            return value
+        if len(value) == 1 and next(iter(value)).startswith("$"):
+            ((kind, content),) = value.items()
+            return self._typed(kind, content, path)
+        return {k: self.decode(v, (*path, k)) for k, v in value.items()}
+
+    def _typed(self, kind: str, content: Any, path: Path) -> Any:
+        if kind in _CONTAINERS:
+            return _CONTAINERS[kind](self.decode(content, path))
+        if kind == "$defaultdict":
+            name, pairs = content
+            factory = None if name is None else FACTORIES[name]
+            return defaultdict(factory, self.decode(pairs, path))
+        if kind in _DECODED:
+            return _DECODED[kind](content)
+        if kind == "$dtensor":
+            return self._dtensor(content)
+        name = content[0] if kind in ("$pickle", "$parameter") else content
+        if name not in self._shared:
+            self._shared[name] = self._stored(kind, content, path)
+        return self._shared[name]
+
+    def _stored(self, kind: str, content: Any, path: Path) -> Any:
+        if kind == "$tensor":
+            return self._entry(content)
+        if kind == "$array":
+            return np.asarray(self._entry(content))
+        if kind == "$parameter":
+            return _parameter(self._entry(content[0]), content[1])
+        if kind == "$pickle":
+            return self._unpickle(content[0], content[1], "/".join(path))
+        raise ValueError(f"unknown type {kind!r} at {'/'.join(path)}")
+
+    def _unpickle(self, name: str, type_name: str, path: str) -> Any:
+        if self._weights_only:
+            raise UnsafeObjectError(
+                f"{self._where}: '{path}' is a pickled {type_name}; opening it can run code. If you trust "
+                "this checkpoint, load it with weights_only=False; or store plain values, tensors and arrays there."
+            )
+        blob = np.asarray(self._entry(name)).tobytes()
+        try:
+            return pickle.loads(blob)
+        except Exception as error:
+            raise UnsafeObjectError(
+                f"{self._where}: '{path}' is a pickled {type_name}, which could not be opened: {error!r}. Make its "
+                "class importable, as it was when the checkpoint was saved."
+            ) from error
+
+
+class _Viewer(_Decoder):
+    def _typed(self, kind: str, content: Any, path: Path) -> Any:
+        if kind in ("$dtype", "$device", "$size"):
+            form = {"$dtype": "torch.{}", "$device": "device('{}')", "$size": "torch.Size({})"}[
+                kind
+            ]
+            return Shown(form.format(content))
+        return super()._typed(kind, content, path)
+
+    def _stored(self, kind: str, content: Any, path: Path) -> Any:
+        if kind == "$pickle":
+            return Shown(f"<pickled {content[1]}>")
+        if kind in ("$tensor", "$array", "$parameter"):
+            return self._entry(content[0] if kind == "$parameter" else content)
+        return super()._stored(kind, content, path)
+
+
+def _parameter(value: Any, requires_grad: bool) -> Any:
+    import torch
+
+    return torch.nn.Parameter(value, requires_grad=requires_grad)
+
+
+def _torch_dtype(name: str) -> Any:
+    import torch
+
+    found = vars(torch).get(name)  # getattr would import torch's lazy modules
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"{name!r} is no dtype")
+    return found
+
+
+def _torch_device(name: str) -> Any:
+    import torch
+
+    return torch.device(_text(name))
+
+
+def _torch_size(numbers: Any) -> Any:
+    import torch
+
+    return torch.Size(numbers)
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected text, found {value!r}")
+    return value
+
+
+def _scalar(content: Any) -> Any:
+    return np.frombuffer(base64.b64decode(content[1]), dtype=_dtype(content[0]))[0]
+
+
+def _ndarray(content: Any) -> Any:
+    dtype, shape, data = content
+    return np.frombuffer(base64.b64decode(data), dtype=_dtype(dtype)).reshape(shape).copy()
+
+
+def _dtype(name: str) -> np.dtype[Any]:
+    dtype = np.dtype(_text(name))
+    if dtype.kind not in PLAIN_KINDS:
+        raise ValueError(f"numpy dtype {name!r} is not a number")
+    return dtype
+
+
+_CONTAINERS: dict[str, Callable[[Any], Any]] = {
+    "$tuple": tuple,
+    "$set": set,
+    "$frozenset": frozenset,
+    "$dict": dict,
+    "$odict": OrderedDict,
+    "$counter": lambda pairs: Counter(dict(pairs)),
+    "$slice": lambda v: slice(*v),
+    "$range": lambda v: range(*v),
+}
+
+_DECODED: dict[str, Callable[[Any], Any]] = {
+    "$int": lambda v: int(v, 16),
+    "$float": lambda v: {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}[v],
+    "$complex": lambda v: complex(float(v[0]), float(v[1])),
+    "$bytes": base64.b64decode,
+    "$bytearray": lambda v: bytearray(base64.b64decode(v)),
+    "$datetime": datetime.datetime.fromisoformat,
+    "$date": datetime.date.fromisoformat,
+    "$timedelta": lambda v: datetime.timedelta(*v),
+    "$path": pathlib.Path,
+    "$scalar": _scalar,
+    "$ndarray": _ndarray,
+    "$dtype": _torch_dtype,
+    "$device": _torch_device,
+    "$size": _torch_size,
+}
