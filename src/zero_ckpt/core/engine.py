@@ -18,6 +18,7 @@ import torch
 
 from zero_ckpt.core import commit
 from zero_ckpt.core.agreement import Agreement, Proposal, agree, merged_tables, parse_tables
+from zero_ckpt.core.collector import collector_paused
 from zero_ckpt.core.control import DEFAULT_TIMEOUT, ControlPlane, control_for_process_group
 from zero_ckpt.core.planner import SavePlan, plan_save
 from zero_ckpt.core.saving import Captured, capture, plan_shards, write_shards
@@ -68,6 +69,7 @@ class SyncEngine:
         self._pool: StagingPool | None = None
         self._plans: dict[tuple[str, ...], SavePlan] = {}
 
+    @collector_paused()
     def save(
         self,
         directory: str | os.PathLike[str],

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from zero_ckpt.core.checkpoint import Checkpoint
+from zero_ckpt.core.collector import collector_paused
 from zero_ckpt.core.control import DEFAULT_TIMEOUT, ControlPlane
 from zero_ckpt.core.restoring import Restoration
 from zero_ckpt.core.storage import Storage
@@ -46,6 +47,7 @@ class Loaded(Generic[T]):
     prepared: T
 
 
+@collector_paused()
 def load_together(
     storage: Storage,
     control: ControlPlane,
