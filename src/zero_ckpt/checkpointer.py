@@ -12,6 +12,7 @@ or without ZeroRedundancyOptimizer, nothing at all). The process groups of the t
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, Union
 
@@ -35,7 +36,6 @@ from zero_ckpt.core.state import (
     wrapper_prefixes,
 )
 from zero_ckpt.core.storage import Storage
-from zero_ckpt.core.tags import check_tag
 from zero_ckpt.errors import ConfigurationError, StateMismatchError
 
 __all__ = ["Checkpointer", "load_checkpoint", "save_checkpoint"]
@@ -124,11 +124,11 @@ class Checkpointer:
         Raises the same error on every rank (see `zero_ckpt.errors`); then nothing was committed.
         """
         step = self.global_step if step is None else step
-        name = f"global_step{step}" if tag is None else check_tag(tag)
+        name = f"global_step{step}" if tag is None else str(tag)
         return self._engine.save(
             save_dir,
             name,
-            self._snapshot(client_state, step, exclude_frozen_parameters),
+            lambda: self._snapshot(client_state, step, exclude_frozen_parameters),
             step=step,
             zero_stage=self.zero_stage,
             save_latest=save_latest,
@@ -185,30 +185,33 @@ class Checkpointer:
         """
         with_optimizers = load_optimizer_states and not load_module_only
         with_schedulers = load_lr_scheduler_states and not load_module_only
+        control = self._engine.control
 
         def prepare(checkpoint: Checkpoint) -> tuple[Restoration, dict[str, Any]]:
             objects = checkpoint.objects(weights_only)
             plan = self._plan(checkpoint, objects, load_module_strict, with_optimizers)
             if with_schedulers:
                 plan.installs.append(self._scheduler_install(checkpoint, objects))
+            if with_optimizers and self._rng:
+                plan.installs.append(
+                    rng.plan_restore(checkpoint, control.rank, control.world_size, self._device())
+                )
             return plan, objects
 
         loaded = load_together(
             self._engine.storage,
-            self._engine.control,
+            control,
             load_dir,
-            None if tag is None else check_tag(tag),
+            None if tag is None else str(tag),
             prepare,
             timeout=self._timeout,
         )
         with loaded.checkpoint as checkpoint:
             if with_optimizers:
                 self.global_step = checkpoint.manifest.step
-                if self._rng:
-                    control = self._engine.control
-                    rng.restore_for_rank(
-                        checkpoint, control.rank, control.world_size, self._device()
-                    )
+                notice = rng.world_size_notice(checkpoint, control.world_size)
+                if self._rng and notice and control.rank == 0:
+                    warnings.warn(notice, stacklevel=2)
             return checkpoint.path, loaded.prepared.get("client_state")
 
     def _plan(

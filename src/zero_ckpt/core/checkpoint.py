@@ -21,7 +21,7 @@ from zero_ckpt.core.objects import OBJECTS, RANK_OBJECTS, decode_objects
 from zero_ckpt.core.planner import Placed
 from zero_ckpt.core.reader import ReadPlan, Request, ShardSet, plan_reads
 from zero_ckpt.core.runs import Run
-from zero_ckpt.core.shard_file import ShardReader
+from zero_ckpt.core.shard_file import REMEDY
 from zero_ckpt.core.storage import LocalStorage, Storage
 from zero_ckpt.core.tags import fallback_notice, find_checkpoint, read_manifest
 from zero_ckpt.errors import CorruptShardError, StateMismatchError
@@ -103,26 +103,28 @@ class Checkpoint:
         private = {chunk.key: chunk for chunk in reader.chunks}
 
         def entry(key: str) -> torch.Tensor:
-            if key not in private:
-                raise CorruptShardError(f"{reader.name}: no entry '{key}', which its objects name")
-            return self._private(reader, rank, key)
+            chunk = private.get(key)
+            if chunk is None or chunk.box != full_box(chunk.shape):
+                raise CorruptShardError(
+                    f"{reader.name}: no whole entry '{key}', which its objects name. {REMEDY}"
+                )
+            placed = Placed(chunk.dtype, chunk.shape, (Run(rank, chunk.box.offset, chunk.shape),))
+            target = torch.empty(chunk.shape, dtype=TORCH_DTYPES[chunk.dtype])
+            self.read([Request("state", key, placed, chunk.box, target)])
+            return target
 
-        tree: dict[str, Any] = decode_objects(
+        tree = decode_objects(
             reader.read_entry(f"{name}.json"),
             entry,
             dtensor=lambda key: self.lazy("state", key),
             weights_only=weights_only,
             where=f"{reader.name}: {name}",
         )
+        if not isinstance(tree, dict):
+            raise CorruptShardError(
+                f"{reader.name}: {name}: a dict expected, {type(tree).__name__} found. {REMEDY}"
+            )
         return tree
-
-    def _private(self, reader: ShardReader, rank: int, key: str) -> torch.Tensor:
-        """An entry that only this file knows of: the manifest does not list it."""
-        (chunk,) = (c for c in reader.chunks if c.key == key)
-        placed = Placed(chunk.dtype, chunk.shape, (Run(rank, chunk.box.offset, chunk.box.shape),))
-        target = torch.empty(chunk.shape, dtype=TORCH_DTYPES[chunk.dtype])
-        self.read([Request("state", key, placed, full_box(chunk.shape), target)])
-        return target
 
     def close(self) -> None:
         self.shards.close()

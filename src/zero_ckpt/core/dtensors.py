@@ -15,7 +15,7 @@ from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 
 from zero_ckpt.core.chunks import Box, full_box
 from zero_ckpt.core.layout import Layout, Mesh, local_box
-from zero_ckpt.errors import StateMismatchError
+from zero_ckpt.errors import FormatVersionError, StateMismatchError
 
 __all__ = [
     "DTYPE_NAMES",
@@ -57,7 +57,17 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
 }
 """torch dtype -> the name that checkpoints use. Types that this torch lacks are absent."""
 
-TORCH_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+class _TorchDtypes(dict[str, torch.dtype]):
+    def __missing__(self, name: str) -> torch.dtype:
+        raise FormatVersionError(
+            f"the checkpoint holds a tensor of type {name}, which torch {torch.__version__} does not have. "
+            "Load it with a newer torch."
+        )
+
+
+TORCH_DTYPES = _TorchDtypes({name: dtype for dtype, name in DTYPE_NAMES.items()})
+"""The same the other way round. Raises `FormatVersionError` for a type that this torch lacks."""
 
 _meshes: dict[int, tuple[Any, Mesh]] = {}
 

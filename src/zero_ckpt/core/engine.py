@@ -105,7 +105,7 @@ class SyncEngine:
         timings = {"plan": planned - begin, **vote.timings, "commit": time.perf_counter() - voted}
         # Only now: a warning that is made an error on some rank must not keep it from the others.
         for text in filter(None, [session.agreement.notice, notice]):
-            warnings.warn(text, stacklevel=3)
+            warnings.warn(text, stacklevel=4)  # the decorator is a frame, too
         return SaveHandle(session.agreement.folder, session.agreement.tag, timings)
 
     def _prepare(

@@ -70,7 +70,7 @@ def load_together(
         if found is None:
             continue
         if notice:  # Only now: a warning that is made an error on some rank must not keep it from the others.
-            warnings.warn(notice, stacklevel=3)
+            warnings.warn(notice, stacklevel=4)  # the decorator is a frame, too
         return found
 
 

@@ -27,7 +27,7 @@ from zero_ckpt.core.manifest import Manifest
 from zero_ckpt.core.planner import Placed, needed_chunks
 from zero_ckpt.core.shard_file import BLOCK, Chunk, ShardReader, open_shard
 from zero_ckpt.core.storage import Storage, aligned_buffer
-from zero_ckpt.errors import CorruptShardError
+from zero_ckpt.errors import CorruptManifestError, CorruptShardError
 
 __all__ = ["ReadPlan", "Request", "ShardSet", "plan_reads"]
 
@@ -59,6 +59,10 @@ class ShardSet:
 
     def get(self, role: str, rank: int) -> ShardReader:
         name = self.manifest.file_of(role, rank)
+        if name not in self.manifest.files:
+            raise CorruptManifestError(
+                f"{self._folder}: the manifest lists no '{name}', where rank {rank} keeps its {role}"
+            )
         with self._lock:
             if name not in self._open:
                 path = f"{self._folder}/{name}"

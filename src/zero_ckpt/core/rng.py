@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import random
 import sys
-import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +17,7 @@ import torch
 if TYPE_CHECKING:
     from zero_ckpt.core.checkpoint import Checkpoint
 
-__all__ = ["capture", "derive", "restore", "restore_for_rank"]
+__all__ = ["capture", "derive", "plan_restore", "restore", "world_size_notice"]
 
 
 def capture(device: torch.device | None = None) -> dict[str, Any]:
@@ -93,23 +92,28 @@ def _set_numpy_state(state: Mapping[str, Any]) -> None:
     sys.modules["numpy"].random.set_state((state["name"], keys, *gauss))
 
 
-def restore_for_rank(
+def plan_restore(
     checkpoint: Checkpoint, rank: int, world_size: int, device: torch.device | None = None
-) -> None:
-    """This rank's generators from a checkpoint: its own at the same world size, else derived, with a warning."""
+) -> Callable[[], None]:
+    """Read this rank's generators from a checkpoint: its own at the same world size, else derived from rank 0's.
+
+    Changes nothing until the function that it returns is called.
+    """
+    same = checkpoint.manifest.world_size == world_size
+    state = checkpoint.rank_objects(rank if same else 0).get("rng")
+    if state is None:
+        return lambda: None
+    if same:
+        return lambda: restore(state, device)
+    return lambda: derive(state, rank, device)
+
+
+def world_size_notice(checkpoint: Checkpoint, world_size: int) -> str:
+    """What the user should know of generators that are derived; "" at the same world size."""
     saved = checkpoint.manifest.world_size
     if saved == world_size:
-        state = checkpoint.rank_objects(rank).get("rng")
-        if state is not None:
-            restore(state, device)
-        return
-    state = checkpoint.rank_objects(0).get("rng")
-    if state is None:
-        return
-    if rank == 0:
-        warnings.warn(
-            f"{checkpoint.path} was saved by {saved} ranks and is loaded by {world_size}: random number generators "
-            "are derived from rank 0's, so random draws differ from an uninterrupted run's.",
-            stacklevel=3,
-        )
-    derive(state, rank, device)
+        return ""
+    return (
+        f"{checkpoint.path} was saved by {saved} ranks and is loaded by {world_size}: random number generators "
+        "are derived from rank 0's, so random draws differ from an uninterrupted run's."
+    )

@@ -208,8 +208,10 @@ class ShardReader:
         nbytes = self.block_bytes(index)
         try:
             self._file.read_into(self.data_start + index * BLOCK, nbytes, buffer, keep)
-        except EOFError as error:
-            raise CorruptShardError(f"{self.name}: block {index}: {error}. {REMEDY}") from error
+        except (EOFError, OSError) as error:
+            raise CorruptShardError(
+                f"{self.name}: block {index}: {_reason(error)}. {REMEDY}"
+            ) from error
         data = buffer[:nbytes]
         found = xxhash.xxh3_64_intdigest(data)
         if found != self._table[index]:
@@ -260,8 +262,8 @@ class ShardReader:
         with aligned_buffer(offset - start + nbytes) as memory, memoryview(memory) as buffer:
             try:
                 self._file.read_into(start, offset - start + nbytes, buffer)
-            except EOFError as error:
-                raise CorruptShardError(f"{self.name}: {error}. {REMEDY}") from error
+            except (EOFError, OSError) as error:
+                raise CorruptShardError(f"{self.name}: {_reason(error)}. {REMEDY}") from error
             return bytes(buffer[offset - start : offset - start + nbytes])
 
 
@@ -274,11 +276,19 @@ def open_shard(storage: Storage, path: str, record: FileRecord, name: str = "") 
         raise CorruptShardError(
             f"{name}: missing, although the manifest lists it. {REMEDY}"
         ) from error
+    except OSError as error:
+        raise CorruptShardError(f"{name}: {_reason(error)}. {REMEDY}") from error
     try:
         return ShardReader(file, name, record)
     except BaseException:
         file.close()
         raise
+
+
+def _reason(error: Exception) -> str:
+    """Why bytes could not be read. The caller names the file."""
+    text = error.strerror if isinstance(error, OSError) else None
+    return f"cannot be read: {text}" if text else str(error)
 
 
 REMEDY = "Run 'zero-ckpt verify' on the folder to list all damage; other tags are not affected."

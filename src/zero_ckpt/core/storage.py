@@ -131,8 +131,9 @@ class LocalStorage:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         try:
             try:
-                _write_all(fd, memoryview(data), 0)
-                os.fsync(fd)
+                with _naming(path):
+                    _write_all(fd, memoryview(data), 0)
+                    os.fsync(fd)
             finally:
                 os.close(fd)
             os.replace(temporary, path)
@@ -164,7 +165,8 @@ class LocalStorage:
     def sync(self, path: str) -> None:
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            os.fsync(fd)
+            with _naming(path):
+                os.fsync(fd)
         except OSError as error:
             # Some network file systems cannot sync a folder; they order metadata on the server.
             if error.errno not in (errno.EINVAL, errno.ENOTSUP):
@@ -195,9 +197,20 @@ def _entries(path: str) -> Iterator[Entry]:
         for item in found:
             try:
                 stat = item.stat(follow_symlinks=True)
-            except FileNotFoundError:
-                continue  # removed since it was listed, or a dangling link
+            except OSError:
+                continue  # removed since it was listed, or a link that leads nowhere
             yield Entry(item.name, item.is_dir(follow_symlinks=False), stat.st_size)
+
+
+@contextlib.contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """Around calls on a descriptor, whose errors do not say which file it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = path
+        raise
 
 
 def _write_all(fd: int, data: memoryview, offset: int) -> None:
@@ -215,25 +228,28 @@ class _LocalWriter:
         self._fd, self._direct = _open_direct(path, os.O_WRONLY | os.O_CLOEXEC | new, direct)
         try:
             if not shared:
-                _reserve(self._fd, nbytes)
+                with _naming(path):
+                    _reserve(self._fd, nbytes)
         except BaseException:
             self.abort()
             raise
 
     def write(self, offset: int, data: memoryview) -> None:
-        try:
-            _write_all(self._fd, data, offset)
-        except OSError as error:
-            if not self._direct or error.errno != errno.EINVAL:
-                raise
-            _clear_direct(self._fd)
-            self._direct = False
-            _write_all(self._fd, data, offset)
+        with _naming(self._path):
+            try:
+                _write_all(self._fd, data, offset)
+            except OSError as error:
+                if not self._direct or error.errno != errno.EINVAL:
+                    raise
+                _clear_direct(self._fd)
+                self._direct = False
+                _write_all(self._fd, data, offset)
 
     def finish(self, nbytes: int) -> None:
         try:
-            os.ftruncate(self._fd, nbytes)
-            os.fsync(self._fd)
+            with _naming(self._path):
+                os.ftruncate(self._fd, nbytes)
+                os.fsync(self._fd)
         finally:
             self._close()
 
@@ -278,8 +294,8 @@ def _reserve(fd: int, nbytes: int) -> None:
 
 class _LocalReader:
     def __init__(self, path: str, direct: bool) -> None:
+        self._cached_fd = self._direct_fd = -1
         self._cached_fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self._direct_fd = -1
         try:
             self.nbytes = os.fstat(self._cached_fd).st_size
             if direct and _cached_fraction(self._cached_fd, self.nbytes) < 0.5:
@@ -313,6 +329,10 @@ class _LocalReader:
             if fd >= 0:
                 os.close(fd)
         self._cached_fd = self._direct_fd = -1
+
+    def __del__(self) -> None:
+        """A lazy tensor may have opened the file again after its checkpoint was closed."""
+        self.close()
 
 
 _LOW_BIT = bytes(value & 1 for value in range(256))
