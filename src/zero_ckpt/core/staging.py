@@ -148,7 +148,11 @@ def _stage(
             break
         buffer = pool.take()
         nbytes = min(BLOCK, layout.data_bytes - start)
-        table += filler.fill(buffer, nbytes).to_bytes(8, "little")
+        try:
+            table += filler.fill(buffer, nbytes).to_bytes(8, "little")
+        except BaseException:
+            pool.give(buffer)  # a pool that runs empty would stop the next save for ever
+            raise
         if nbytes == BLOCK:
             thread.put(head + start, buffer, nbytes)
         else:
