@@ -1,0 +1,111 @@
+"""`zero-ckpt export PATH OUT`: the full fp32 weights of a checkpoint, collapsed from its shards."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from zero_ckpt.cli.progress import Progress
+from zero_ckpt.cli.text import json_text, printable, size_text, table
+from zero_ckpt.core.storage import LocalStorage
+from zero_ckpt.core.tags import fallback_notice, find_checkpoint
+from zero_ckpt.errors import UnsafeObjectError
+
+SUMMARY = "collapse a checkpoint into full fp32 weights"
+DESCRIPTION = """\
+Writes the full fp32 weights of a checkpoint, collapsed from the shards of all ranks, in one process and with little
+memory. Every byte read is verified. For a checkpoint directory: of its latest. An earlier result in OUT is replaced."""
+EXAMPLES = """\
+  zero-ckpt export checkpoints fp32                              a folder: fp32/model.safetensors
+  zero-ckpt export checkpoints weights.bin                       one file, its format by the suffix
+  zero-ckpt export checkpoints/global_step100 fp32 --max-shard-size 5GB"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="PATH", help="a tag's folder, or a checkpoint directory")
+    parser.add_argument("output", metavar="OUT", help="folder, or file with a format's suffix")
+    parser.add_argument(
+        "--format",
+        choices=["safetensors", "bin", "ckpt"],
+        help="default: by OUT's suffix, else safetensors",
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        metavar="SIZE",
+        help="such as 5GB: more becomes several files and an index",
+    )
+    parser.add_argument(
+        "--exclude-frozen-parameters",
+        action="store_true",
+        help="leave out what was not trained",
+    )
+    parser.add_argument(
+        "--strip-prefix", metavar="TEXT", help="names that start with it lose it: 'model.'"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["fp32", "bf16", "fp16", "keep"],
+        default="fp32",
+        help="of floating parameters (default: fp32)",
+    )
+    parser.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="open pickled objects that bin and ckpt take over: can run code",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    begin = time.monotonic()
+    found = find_checkpoint(LocalStorage(), os.path.abspath(options.path))
+    if found.problems:
+        _note(fallback_notice(found.problems, found.folder))
+    # The one command that needs torch; only now, when there is something to export.
+    from zero_ckpt.fp32 import export_fp32
+
+    with _for_people(), Progress("exporting") as progress:
+        paths = export_fp32(
+            found.folder,
+            options.output,
+            format=options.format,
+            max_shard_size=options.max_shard_size,
+            exclude_frozen_parameters=options.exclude_frozen_parameters,
+            strip_prefix=options.strip_prefix,
+            dtype=options.dtype,
+            weights_only=not options.allow_pickle,
+            progress=progress.set,
+        )
+    sizes = {path: os.path.getsize(path) for path in paths}
+    if options.json:
+        files = [{"path": path, "nbytes": nbytes} for path, nbytes in sizes.items()]
+        print(json_text({"checkpoint": found.folder, "files": files}))
+        return 0
+    rows = [[printable(path), size_text(nbytes)] for path, nbytes in sizes.items()]
+    print("\n".join(table(("FILE", "SIZE"), rows, right="SIZE")))
+    seconds = time.monotonic() - begin
+    print(f"\nfrom {printable(found.folder)}, in {seconds:.1f} s")
+    return 0
+
+
+@contextmanager
+def _for_people() -> Iterator[None]:
+    """Warnings as single lines, without the place in the source; errors in the words of this command."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            yield
+        except UnsafeObjectError as error:
+            text = str(error).replace("weights_only=False", "--allow-pickle")
+            raise UnsafeObjectError(text) from error
+        finally:
+            for warning in caught:
+                _note(str(warning.message))
+
+
+def _note(text: str) -> None:
+    print(f"zero-ckpt export: {printable(text)}", file=sys.stderr)

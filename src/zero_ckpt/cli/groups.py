@@ -1,0 +1,52 @@
+"""Tensors that differ only in numbers of their names, as one line: `blocks.{0..31}.mlp.weight`. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+__all__ = ["Group", "group_names"]
+
+_NUMBER = re.compile(r"(?:(?<=[./])|^)(0|[1-9]\d*)(?=[./]|$)")
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """`name` stands for all `keys`."""
+
+    name: str
+    keys: tuple[str, ...]
+
+
+def group_names(keys: Iterable[str], kind: Callable[[str], Hashable]) -> list[Group]:
+    """Keys of one `kind` whose names differ only in whole numbers between dots or slashes, by first appearance."""
+    found: dict[Hashable, list[str]] = {}
+    for key in keys:
+        text = tuple(_NUMBER.split(key)[::2])
+        found.setdefault((text, kind(key)), []).append(key)
+    return [Group(_common_name(members), tuple(members)) for members in found.values()]
+
+
+def _common_name(keys: Sequence[str]) -> str:
+    if len(keys) == 1:
+        return keys[0]
+    parts = [_NUMBER.split(key) for key in keys]
+    values = [sorted({int(part[i]) for part in parts}) for i in range(1, len(parts[0]), 2)]
+    is_grid = prod(len(numbers) for numbers in values) == len(keys)
+    name = parts[0][0]
+    for numbers, text in zip(values, parts[0][2::2], strict=True):
+        name += _range(numbers, is_grid) + text
+    return name
+
+
+def _range(numbers: Sequence[int], is_grid: bool) -> str:
+    """`*` where the numbers would promise keys that are not there."""
+    if len(numbers) == 1:
+        return str(numbers[0])
+    if is_grid and numbers[-1] - numbers[0] == len(numbers) - 1:
+        return f"{{{numbers[0]}..{numbers[-1]}}}"
+    if is_grid and len(numbers) <= 4:
+        return f"{{{','.join(map(str, numbers))}}}"
+    return "*"

@@ -1,0 +1,258 @@
+"""`zero-ckpt inspect PATH`: what one checkpoint holds: tensors, files, who owns what, client state."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from math import prod
+from typing import Any
+
+from zero_ckpt.cli.groups import Group, group_names
+from zero_ckpt.cli.text import (
+    age_text,
+    count_text,
+    iso_time,
+    json_text,
+    local_time,
+    plural,
+    printable,
+    ranks_text,
+    size_text,
+    table,
+)
+from zero_ckpt.core.dtypes import itemsize
+from zero_ckpt.core.layout import ROLES
+from zero_ckpt.core.manifest import Manifest
+from zero_ckpt.core.planner import Placed
+from zero_ckpt.core.storage import LocalStorage, Storage
+from zero_ckpt.core.tags import check_files, fallback_notice, find_checkpoint, locate, read_manifest
+from zero_ckpt.errors import CorruptShardError
+
+SUMMARY = "show what one checkpoint holds"
+DESCRIPTION = """\
+Shows a checkpoint's tensors, files, and which ranks' files hold what; then client state and the other objects, with
+pickled values as <pickled type>. Runs no code from the checkpoint. For a checkpoint directory: its latest."""
+EXAMPLES = """\
+  zero-ckpt inspect checkpoints
+  zero-ckpt inspect checkpoints/global_step100 --full | less
+  zero-ckpt inspect checkpoints --json | jq .objects.client_state"""
+
+_TITLES = {"model": "MODEL", "optim": "OPTIMIZER STATE", "state": "TENSORS OF THE OBJECTS"}
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="PATH", help="a tag's folder, or a checkpoint directory")
+    parser.add_argument(
+        "--full", action="store_true", help="every tensor with its chunks, every file, all objects"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    storage = LocalStorage()
+    folder, manifest = _open(storage, options.path)
+    problems: list[str] = []
+    try:
+        check_files(storage, folder, manifest)
+    except CorruptShardError as error:
+        problems.append(str(error))
+    if options.json:
+        print(json_text(_document(storage, folder, manifest, problems)))
+    else:
+        for line in _lines(storage, folder, manifest, options.full, problems):
+            print(line)
+    for problem in problems:
+        print(f"zero-ckpt inspect: damaged: {printable(problem)}", file=sys.stderr)
+    return int(bool(problems))
+
+
+def _open(storage: Storage, path: str) -> tuple[str, Manifest]:
+    """A folder named by the user is shown even when files are damaged; `latest` falls back as a load does."""
+    absolute = os.path.abspath(path)
+    directory, tag = locate(storage, absolute, None)
+    if tag is not None:
+        folder = f"{directory}/{tag}"
+        return folder, read_manifest(storage, folder)
+    found = find_checkpoint(storage, absolute)
+    if found.problems:
+        print(printable(fallback_notice(found.problems, found.folder)), file=sys.stderr)
+    return found.folder, found.manifest
+
+
+def _lines(
+    storage: Storage, folder: str, m: Manifest, full: bool, problems: list[str]
+) -> Iterator[str]:
+    yield printable(folder)
+    yield ""
+    yield from _summary(m)
+    yield ""
+    yield from _file_lines(m, full)
+    for role in ROLES:
+        if m.tensors[role]:
+            yield ""
+            yield from _tensor_lines(m, role, full)
+    ranks = range(m.world_size) if full else range(min(1, m.world_size))
+    for rank in ranks:
+        yield from _object_lines(storage, folder, m, rank, full, problems)
+
+
+def _summary(m: Manifest) -> Iterator[str]:
+    rows = {
+        "step": str(m.step),
+        "saved": f"{local_time(m.created)} ({age_text(m.created)})",
+        "ZeRO stage": str(m.zero_stage),
+        "world size": str(m.world_size),
+        "size": f"{size_text(m.nbytes)} in {plural(len(m.files), 'file')}",
+        "written by": ", ".join(f"{name} {version}" for name, version in m.versions.items()),
+        "save took": ", ".join(f"{name} {s:.2f} s" for name, s in m.timings.items()),
+        "generation": f"{m.generation} (the tag was overwritten)" if m.generation > 1 else "",
+        "tied": ", ".join(f"{alias} = {key}" for alias, key in m.aliases.items()),
+        "left out": ", ".join(m.excluded),
+    }
+    for name, text in rows.items():
+        if text:
+            yield f"{name:<12}{printable(text)}"
+
+
+def _file_lines(m: Manifest, full: bool) -> list[str]:
+    if full:
+        rows = [[name, size_text(r.nbytes), r.checksum] for name, r in sorted(m.files.items())]
+        return table(("FILE", "SIZE", "XXH3-128"), rows, right="SIZE")
+    rows = []
+    for role in ROLES:
+        sizes = {_rank_of(n): r.nbytes for n, r in m.files.items() if n.startswith(f"{role}-")}
+        if sizes:
+            least, most = size_text(min(sizes.values())), size_text(max(sizes.values()))
+            each = least if least == most else f"{least} to {most}"
+            total = size_text(sum(sizes.values()))
+            rows.append([role, str(len(sizes)), total, each, ranks_text(sizes)])
+    return table(("ROLE", "FILES", "SIZE", "EACH", "RANKS"), rows, right="FILES SIZE")
+
+
+def _rank_of(name: str) -> int:
+    return int(name.split("-")[1])
+
+
+def _tensor_lines(m: Manifest, role: str, full: bool) -> Iterator[str]:
+    tensors = m.tensors[role]
+    elements = sum(prod(p.shape) for p in tensors.values())
+    total = size_text(sum(_nbytes(p) for p in tensors.values()))
+    count = plural(len(tensors), "tensor")
+    yield f"{_TITLES[role]}: {count}, {count_text(elements)} elements, {total}"
+    buffers, frozen = frozenset(m.buffers), frozenset(m.frozen)
+
+    def note(key: str) -> str:
+        flags = (("buffer", key in buffers), ("frozen", key in frozen))
+        return ", ".join(word for word, is_set in flags if is_set and role == "model")
+
+    def kind(key: str) -> tuple[object, ...]:
+        p = tensors[key]
+        return (key if full else "", p.dtype, p.shape, p.placements, note(key))
+
+    groups = group_names(tensors, kind)
+    rows = [_row(group, tensors, note(group.keys[0])) for group in groups]
+    header = ("NAME", "TENSORS", "DTYPE", "SHAPE", "SIZE", "PLACEMENT", "RANKS", "")
+    lines = table(header, rows, right="TENSORS SIZE")
+    if not full:
+        yield from lines
+        return
+    yield lines[0]
+    for group, line in zip(groups, lines[1:], strict=True):
+        yield line
+        yield from _chunk_lines(tensors[group.keys[0]])
+
+
+def _row(group: Group, tensors: dict[str, Placed], note: str) -> list[str]:
+    first = tensors[group.keys[0]]
+    ranks = {rank for key in group.keys for run in tensors[key].runs for rank in run.ranks()}
+    return [
+        printable(group.name),
+        str(len(group.keys)),
+        first.dtype,
+        str(list(first.shape)),
+        size_text(_nbytes(first) * len(group.keys)),
+        ", ".join(map(_placement_text, first.placements or ())) or "-",
+        ranks_text(ranks),
+        note,
+    ]
+
+
+def _placement_text(placement: str) -> str:
+    """As DTensor spells it."""
+    kind, dim = printable(placement[:1]), printable(placement[1:])
+    return {"R": "Replicate", "S": f"Shard({dim})", "T": f"StridedShard({dim})"}.get(kind, kind)
+
+
+def _chunk_lines(placed: Placed) -> Iterator[str]:
+    for run in placed.runs:
+        for rank, box in run:
+            spans = [f"{a}:{a + n}" for a, n in zip(box.offset, box.shape, strict=True)]
+            yield f"    rank {rank}: [{', '.join(spans)}]"
+
+
+def _nbytes(placed: Placed) -> int:
+    return prod(placed.shape) * itemsize(placed.dtype)
+
+
+def _object_lines(
+    storage: Storage, folder: str, m: Manifest, rank: int, full: bool, problems: list[str]
+) -> Iterator[str]:
+    # Loads numpy, which the other commands do without.
+    from zero_ckpt.cli.objects import MAX_ITEMS, read_objects, tree_lines
+
+    try:
+        trees = read_objects(storage, folder, m, rank)
+        for name, tree in trees.items():
+            lines = list(tree_lines(tree.shown(), None if full else MAX_ITEMS))
+            if lines:
+                yield ""
+                yield "OBJECTS" if name == "objects" else f"OBJECTS OF RANK {rank}"
+                yield from lines
+    except (CorruptShardError, OSError) as error:
+        problems.append(str(error))
+
+
+def _document(storage: Storage, folder: str, m: Manifest, problems: list[str]) -> dict[str, Any]:
+    from zero_ckpt.cli.objects import read_objects
+
+    objects: Any = None
+    by_rank: dict[str, Any] = {}
+    for rank in range(m.world_size):
+        try:
+            trees = read_objects(storage, folder, m, rank)
+            by_rank |= {str(rank): t.encoded() for n, t in trees.items() if n == "rank_objects"}
+            objects = trees["objects"].encoded() if "objects" in trees else objects
+        except (CorruptShardError, OSError) as error:
+            problems.append(str(error))
+    names = ("tag", "step", "world_size", "zero_stage", "generation", "versions", "timings")
+    lists = ("buffers", "frozen", "excluded", "aliases")
+    return {
+        "path": folder,
+        **{name: getattr(m, name) for name in names},
+        "created": iso_time(m.created),
+        "nbytes": m.nbytes,
+        **{name: getattr(m, name) for name in lists},
+        "files": {n: {"nbytes": r.nbytes, "checksum": r.checksum} for n, r in m.files.items()},
+        "tensors": {
+            role: {key: _tensor_record(m, role, placed) for key, placed in keys.items()}
+            for role, keys in m.tensors.items()
+        },
+        "objects": objects,
+        "rank_objects": by_rank,
+        "problems": problems,
+    }
+
+
+def _tensor_record(m: Manifest, role: str, placed: Placed) -> dict[str, Any]:
+    return {
+        "dtype": placed.dtype,
+        "shape": list(placed.shape),
+        "nbytes": _nbytes(placed),
+        "placements": None if placed.placements is None else list(placed.placements),
+        "chunks": [
+            {"file": m.file_of(role, rank), "offset": list(box.offset), "shape": list(box.shape)}
+            for run in placed.runs
+            for rank, box in run
+        ],
+    }

@@ -1,0 +1,142 @@
+"""`zero-ckpt ls DIR`: the checkpoints of a directory, oldest first."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from zero_ckpt.cli.text import age_text, iso_time, json_text, printable, size_text, table
+from zero_ckpt.core.storage import LocalStorage
+from zero_ckpt.core.tags import (
+    NOT_COMMITTED,
+    TagInfo,
+    check_files,
+    is_tag_folder,
+    list_tags,
+    read_latest,
+)
+from zero_ckpt.errors import CheckpointNotFoundError, CorruptShardError
+
+SUMMARY = "list the checkpoints of a directory"
+DESCRIPTION = """\
+Lists every tag of a checkpoint directory, oldest first. Reads manifests and file lengths, no data: 'verify' does that.
+A tag that is 'not committed' is a save that crashed or still runs; it is never loaded."""
+EXAMPLES = """\
+  zero-ckpt ls checkpoints
+  zero-ckpt ls checkpoints --json | jq -r '.tags[] | select(.committed) | .tag'"""
+
+
+@dataclass(slots=True)
+class Row:
+    """One tag. `links`: names of symbolic links in the directory that lead to it."""
+
+    info: TagInfo
+    nbytes: int
+    problem: str
+    is_latest: bool
+    links: list[str] = field(default_factory=list)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="DIR", help="checkpoint directory")
+
+
+def run(options: argparse.Namespace) -> int:
+    directory = os.path.abspath(options.path)
+    storage = LocalStorage()
+    if is_tag_folder(storage, directory):
+        raise CheckpointNotFoundError(
+            f"{options.path}: one checkpoint, not a directory of them: use 'zero-ckpt inspect {options.path}', "
+            f"or 'zero-ckpt ls {os.path.dirname(directory)}'"
+        )
+    infos = list_tags(storage, directory)
+    if not infos:
+        raise CheckpointNotFoundError(f"{options.path}: no zero_ckpt checkpoints in this directory")
+    latest, links = read_latest(storage, directory), _links(directory)
+    rows = [_row(storage, directory, info, latest, links) for info in infos]
+    if options.json:
+        tags = [_record(directory, row) for row in rows]
+        print(json_text({"directory": directory, "latest": latest, "tags": tags}))
+        return 0
+    print("\n".join(_table(rows)))
+    notes = [f"{row.info.name}: {row.problem}" for row in rows if _is_damaged(row)]
+    if latest is not None and not any(row.is_latest for row in rows):
+        notes.append(f"latest: names {latest!r}, which is not here")
+    print("".join(f"\n{printable(note)}" for note in notes), end="\n" if notes else "")
+    return 0
+
+
+def _row(
+    storage: LocalStorage,
+    directory: str,
+    info: TagInfo,
+    latest: str | None,
+    links: dict[str, list[str]],
+) -> Row:
+    folder = f"{directory}/{info.name}"
+    problem = info.problem
+    if info.manifest is None:
+        nbytes = sum(e.nbytes for e in storage.list(folder) if e.name.endswith(".safetensors"))
+    else:
+        nbytes = info.manifest.nbytes
+        try:
+            check_files(storage, folder, info.manifest)
+        except CorruptShardError as error:
+            problem = str(error).removeprefix(f"{folder}/")
+    return Row(info, nbytes, problem, info.name == latest, links.get(info.name, []))
+
+
+def _links(directory: str) -> dict[str, list[str]]:
+    """tag -> symbolic links beside it that lead to it, such as `last.ckpt`."""
+    found: dict[str, list[str]] = {}
+    real = os.path.realpath(directory)
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            target = os.path.realpath(entry.path) if entry.is_symlink() else ""
+            if os.path.dirname(target) == real:
+                found.setdefault(os.path.basename(target), []).append(entry.name)
+    return found
+
+
+def _table(rows: list[Row]) -> list[str]:
+    header = ("TAG", "STEP", "SIZE", "SAVED", "STAGE x RANKS", "STATUS")
+    return table(header, [_cells(row) for row in rows], right="STEP SIZE")
+
+
+def _cells(row: Row) -> list[str]:
+    m = row.info.manifest
+    step, saved, ranks = "-", "-", "-"
+    if m is not None:
+        step, saved, ranks = str(m.step), age_text(m.created), f"{m.zero_stage} x {m.world_size}"
+    return [printable(row.info.name), step, size_text(row.nbytes), saved, ranks, _status(row)]
+
+
+def _status(row: Row) -> str:
+    words = ["damaged" if _is_damaged(row) else row.problem or "committed"]
+    words += ["latest"] if row.is_latest else []
+    words += [f"linked as {printable(name)}" for name in sorted(row.links)]
+    return ", ".join(words)
+
+
+def _is_damaged(row: Row) -> bool:
+    return bool(row.problem) and row.problem != NOT_COMMITTED
+
+
+def _record(directory: str, row: Row) -> dict[str, Any]:
+    m = row.info.manifest
+    return {
+        "tag": row.info.name,
+        "path": f"{directory}/{row.info.name}",
+        "committed": m is not None,
+        "latest": row.is_latest,
+        "step": m and m.step,
+        "nbytes": row.nbytes,
+        "created": m and iso_time(m.created),
+        "zero_stage": m and m.zero_stage,
+        "world_size": m and m.world_size,
+        "generation": m and m.generation,
+        "links": sorted(row.links),
+        "problem": row.problem or None,
+    }

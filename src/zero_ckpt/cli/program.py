@@ -1,0 +1,80 @@
+"""The command line's grammar, and what becomes of errors.
+
+Exit status: 0 all is well; 1 damage was found; 2 it could not be done. Every error is one line on the error stream.
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from zero_ckpt import __version__
+from zero_ckpt.cli import export, inspect, ls, verify
+from zero_ckpt.cli.text import printable
+from zero_ckpt.errors import CorruptCheckpointError, ZeroCkptError
+
+__all__ = ["main"]
+
+DAMAGE, FAILURE = 1, 2
+
+_COMMANDS = {"ls": ls, "inspect": inspect, "verify": verify, "export": export}
+
+_DESCRIPTION = "Look at, verify and export sharded training checkpoints."
+_EPILOG = """\
+examples:
+  zero-ckpt ls checkpoints                                which checkpoints there are
+  zero-ckpt inspect checkpoints/global_step100            what one holds, and who wrote it
+  zero-ckpt verify checkpoints                            read every byte of every tag
+  zero-ckpt export checkpoints model.safetensors          full fp32 weights of the latest
+
+exit status: 0 all is well, 1 damage was found, 2 it could not be done (no checkpoint there, wrong usage, full disk)"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status. `arguments` default to the process's own."""
+    options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name that the terminal's encoding lacks is shown escaped, not an error.
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        status: int = _COMMANDS[options.command].run(options)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader (`head`, `less`) has gone. The interpreter must not try to flush again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except (ZeroCkptError, OSError) as error:
+        text = printable(" ".join(str(error).split()))
+        print(f"zero-ckpt {options.command}: {text}", file=sys.stderr)
+        return DAMAGE if isinstance(error, CorruptCheckpointError) else FAILURE
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="zero-ckpt",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
+    commands.required = True
+    for name, command in _COMMANDS.items():
+        part = commands.add_parser(
+            name,
+            help=command.SUMMARY,
+            description=command.DESCRIPTION,
+            epilog=f"examples:\n{command.EXAMPLES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.configure(part)
+        part.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    return parser

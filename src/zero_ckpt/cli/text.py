@@ -1,0 +1,108 @@
+"""Numbers, times and tables as people read them. Pure."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Collection, Iterable, Sequence
+from datetime import datetime, timezone
+from typing import Any
+
+__all__ = [
+    "age_text",
+    "count_text",
+    "iso_time",
+    "json_text",
+    "local_time",
+    "plural",
+    "printable",
+    "ranks_text",
+    "size_text",
+    "table",
+]
+
+
+def size_text(nbytes: float) -> str:
+    """Bytes in decimal units: `0 B`, `999 B`, `4.1 kB`, `12.0 GB`."""
+    if nbytes < 1000:
+        return f"{nbytes:.0f} B"
+    for unit in ("kB", "MB", "GB", "TB"):
+        nbytes /= 1000
+        if nbytes < 999.95:
+            return f"{nbytes:.1f} {unit}"
+    return f"{nbytes / 1000:.1f} PB"
+
+
+def count_text(number: int) -> str:
+    """`950`, `12.3 k`, `250.1 M`, `70.6 G`."""
+    return size_text(number).removesuffix("B").rstrip()
+
+
+def plural(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def age_text(created: float, now: float | None = None) -> str:
+    """Seconds since the epoch as `5 min ago`; as a date when it is long ago or in the future."""
+    age = (time.time() if now is None else now) - created
+    if -5 < age < 5:
+        return "just now"
+    for unit, seconds, limit in (("s", 1, 60), ("min", 60, 60), ("h", 3600, 24), ("d", 86400, 60)):
+        if 0 < age < seconds * limit:
+            return f"{int(age / seconds)} {unit} ago"
+    return local_time(created)[:10]
+
+
+def local_time(created: float) -> str:
+    return _moment(created).astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
+
+
+def iso_time(created: float) -> str:
+    """In UTC, ISO 8601."""
+    return _moment(created).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _moment(created: float) -> datetime:
+    """A damaged clock may have written any number; what no calendar has is the epoch."""
+    try:
+        return datetime.fromtimestamp(created, timezone.utc)
+    except (OverflowError, ValueError, OSError):
+        return datetime.fromtimestamp(0, timezone.utc)
+
+
+def printable(text: str) -> str:
+    """`text` with escapes for what a terminal would act on: names come from files that anyone may have made."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def ranks_text(ranks: Collection[int]) -> str:
+    """`0`, `0-7`, `0,2,5`, `0-3,8-11`; the number of them when that would be long."""
+    parts: list[list[int]] = []
+    for rank in sorted(set(ranks)):
+        if parts and parts[-1][1] == rank - 1:
+            parts[-1][1] = rank
+        else:
+            parts.append([rank, rank])
+    if len(parts) > 4:
+        return f"{len(set(ranks))} of {min(ranks)}-{max(ranks)}"
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in parts)
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: str = "") -> list[str]:
+    """Aligned lines, two spaces between columns. `right`: the headings of right-aligned columns, joined by spaces."""
+    lines = [list(header), *(list(row) for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    to_right = [title in right.split() for title in header]
+    return [
+        "  ".join(
+            cell.rjust(width) if flag else cell.ljust(width)
+            for cell, width, flag in zip(line, widths, to_right, strict=True)
+        ).rstrip()
+        for line in lines
+    ]
+
+
+def json_text(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)
