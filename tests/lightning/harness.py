@@ -49,9 +49,10 @@ class Model(L.LightningModule):
         self.losses: list[tuple[int, float]] = []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x)
         for block in self.blocks:
             x = block(x)
-        result: torch.Tensor = self.head(self.norm(x)) * self.scale
+        result: torch.Tensor = self.head(x) * self.scale
         return result
 
     def loss(self, batch: Any) -> torch.Tensor:
@@ -129,3 +130,52 @@ def on_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float
 def _quietly(fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     warnings.filterwarnings("ignore", module=r"(lightning|pytorch_lightning)(\.|$)")
     return fn(*args)
+
+
+class Probe(L.Callback):
+    """What a run starts training with: whole weights and optimizer state by name, on every rank."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        names = {id(p): name for name, p in pl_module.named_parameters()}
+        self.seen = {
+            "weights": whole_weights(pl_module),
+            "states": [_whole_state(optimizer, names) for optimizer in trainer.optimizers],
+            "options": [
+                [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+                for optimizer in trainer.optimizers
+            ],
+            "rates": [c.scheduler.state_dict() for c in trainer.lr_scheduler_configs],
+        }
+
+
+def _whole_state(optimizer: Any, names: dict[int, str]) -> dict[str, Any]:
+    inner = getattr(optimizer, "optim", optimizer)
+    own = {
+        f"{names[id(parameter)]}/{key}": whole(value) if isinstance(value, torch.Tensor) else value
+        for parameter, values in inner.state.items()
+        for key, value in values.items()
+    }
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, own)
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def assert_same(a: Any, b: Any, path: str = "") -> None:
+    """Equal, tensors bitwise with their dtypes; says where not."""
+    if isinstance(a, torch.Tensor):
+        assert isinstance(b, torch.Tensor), path
+        assert (a.dtype, a.shape) == (b.dtype, b.shape), path
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same(a[key], b[key], f"{path}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for index, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{path}/{index}")
+    else:
+        assert a == b, path

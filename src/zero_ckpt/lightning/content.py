@@ -20,7 +20,14 @@ from torch import nn
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.dtensors import TORCH_DTYPES, local_tensor
 from zero_ckpt.core.objects import decode_objects
-from zero_ckpt.core.state import EXTRA_STATE, Snapshot, add_value, clean_name, wrapper_prefixes
+from zero_ckpt.core.state import (
+    EXTRA_STATE,
+    Snapshot,
+    add_value,
+    clean_name,
+    split_state_name,
+    wrapper_prefixes,
+)
 from zero_ckpt.lightning.optimizers import STATES
 
 __all__ = ["VERSION_KEY", "ModuleNames", "from_checkpoint", "to_snapshot"]
@@ -219,10 +226,11 @@ def _optimizer(checkpoint: Checkpoint, name: str, record: Mapping[str, Any]) -> 
     state: dict[Any, dict[str, Any]] = {}
     marked: dict[tuple[str, str], str] = {}
     for parameter, key, stored in _state_keys(checkpoint.keys("optim"), prefix, known):
-        if "#" in key:
-            marked[parameter, key] = stored
-        else:
+        kind = split_state_name(key)[1]
+        if not kind:
             state.setdefault(parameter, {})[key] = checkpoint.lazy("optim", stored)
+        elif kind != "entry":  # a part of another value, which asks for it
+            marked[parameter, key] = stored
     for (parameter, key), value in _python_values(checkpoint, marked).items():
         state.setdefault(parameter, {})[key] = value
     if record.get("numbered"):
@@ -259,7 +267,7 @@ def _python_values(
     checkpoint.read([checkpoint.request("optim", key, target) for key, target in targets.items()])
     values = {}
     for (parameter, key), stored in marked.items():
-        name, _, kind = key.partition("#")
+        name, kind = split_state_name(key)
         values[parameter, name] = _python_value(checkpoint, kind, targets[stored])
     return values
 

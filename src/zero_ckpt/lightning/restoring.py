@@ -223,7 +223,7 @@ class RestoreMixin(StrategyBase):
         ]
         source = self._zero_source
         if source is not None:
-            requests = [request for plan in plans for request in plan.fresh]
+            requests = [request for plan in plans for request in (*plan.fresh, *plan.live)]
             self._together("resume: optimizers", lambda: self._read(source, requests))
         for plan in plans:
             plan.install()

@@ -1,0 +1,129 @@
+"""Stages 1, 2 and 3 train like stage 0 (DDP), whatever a Lightning user turns on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import pytest
+import torch
+from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
+
+from tests.lightning.harness import FEATURES, Block, Model, loader, on_ranks, trainer, whole_weights
+
+
+class Gan(L.LightningModule):
+    """Two optimizers, manual optimization, and a parameter of the module itself in both losses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.generator = nn.Sequential(Block(), Block())
+        self.critic = nn.Sequential(Block(), nn.Linear(FEATURES, 1))
+        self.gain = nn.Parameter(torch.ones(FEATURES))
+        self.losses: list[tuple[int, float]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        first, second = self.optimizers()
+        with first.toggle_model():
+            fake = self.generator(batch[0] * self.gain)
+            loss = -self.critic(fake).mean()
+            self.manual_backward(loss)
+            self.clip_gradients(first, gradient_clip_val=0.1, gradient_clip_algorithm="norm")
+            first.step()
+            first.zero_grad()
+        with second.toggle_model():
+            fake = self.generator(batch[0] * self.gain).detach()
+            gap = self.critic(fake).mean() - self.critic(batch[0]).mean()
+            self.manual_backward(gap + 0.01 * self.gain.square().sum())
+            second.step()
+            second.zero_grad()
+        self.losses.append((batch_idx, loss.item() + gap.item()))
+        for scheduler in self.lr_schedulers():
+            scheduler.step()
+
+    def configure_optimizers(self) -> Any:
+        first = torch.optim.Adam([*self.generator.parameters(), self.gain], lr=0.02)
+        second = torch.optim.SGD(self.critic.parameters(), lr=0.05, momentum=0.9)
+        make = torch.optim.lr_scheduler.ExponentialLR
+        return [first, second], [make(first, 0.9), make(second, 0.8)]
+
+
+class OwnClipping(Model):
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        self.clip_gradients(optimizer, 0.2, gradient_clip_algorithm="norm")
+
+
+def _options(feature: str) -> dict[str, Any]:
+    if feature == "16-mixed":  # Lightning itself uses a scaler on CUDA only
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=2)
+        return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
+    return {
+        "plain": {},
+        "accumulate": {"accumulate_grad_batches": 4},
+        "norm": {"gradient_clip_val": 0.3},
+        "value": {"gradient_clip_val": 0.02, "gradient_clip_algorithm": "value"},
+        "own clipping": {},
+        "manual": {"strategy_options": {"find_unused_parameters": True}},
+        "bf16-mixed": {"precision": "bf16-mixed"},
+        "bf16-true": {"precision": "bf16-true"},
+        "64-true": {"precision": "64-true"},
+    }[feature]
+
+
+def _train(root: Path, stage: int, feature: str) -> tuple[Any, dict[str, torch.Tensor]]:
+    L.seed_everything(5)
+    models = {"manual": Gan, "own clipping": OwnClipping}
+    model = models.get(feature, Model)()
+    options = _options(feature)
+    run = trainer(root, stage, max_epochs=2, **options)
+    run.fit(model, loader(64, shuffle=True), None if feature == "manual" else loader(16))
+    return model.losses, whole_weights(model)
+
+
+def _all_stages(root: Path, feature: str) -> list[Any]:
+    return [_train(root, stage, feature) for stage in range(4)]
+
+
+# Norms of gradients are summed in another order; the rest is exact to float32.
+TOLERANCES = {
+    "norm": 3e-5,
+    "own clipping": 3e-5,
+    "manual": 3e-5,
+    "bf16-mixed": 2e-2,
+    "16-mixed": 2e-3,
+    "bf16-true": 1e-1,
+}
+
+
+@pytest.mark.parametrize(
+    "feature",
+    [
+        "plain",
+        "accumulate",
+        "norm",
+        "value",
+        "own clipping",
+        "manual",
+        "bf16-mixed",
+        "16-mixed",
+        "bf16-true",
+        "64-true",
+    ],
+)
+def test_every_stage_trains_like_ddp(tmp_path: Path, feature: str) -> None:
+    tolerance = TOLERANCES.get(feature, 2e-6)
+    for expected, *others in on_ranks(_all_stages, 2, tmp_path, feature):
+        losses, weights = expected
+        assert len(losses) > 8
+        assert losses[0][1] != losses[-1][1]
+        for new_losses, new_weights in others:
+            assert new_losses == [(i, pytest.approx(loss, rel=tolerance)) for i, loss in losses]
+            for key, value in weights.items():
+                torch.testing.assert_close(
+                    new_weights[key], value, rtol=tolerance * 10, atol=tolerance, msg=key
+                )
