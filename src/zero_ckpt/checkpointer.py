@@ -189,7 +189,12 @@ class Checkpointer:
 
         def prepare(checkpoint: Checkpoint) -> tuple[Restoration, dict[str, Any]]:
             objects = checkpoint.objects(weights_only)
-            plan = self._plan(checkpoint, objects, load_module_strict, with_optimizers)
+            plan = plan_model(
+                checkpoint, capture_models(self.models), control.rank, strict=load_module_strict
+            )
+            plan.installs.append(lambda: self._set_extra_state(objects.get("extra_state", {})))
+            if with_optimizers:
+                self._plan_optimizers(plan, checkpoint, objects, weights_only)
             if with_schedulers:
                 plan.installs.append(self._scheduler_install(checkpoint, objects))
             if with_optimizers and self._rng:
@@ -214,24 +219,28 @@ class Checkpointer:
                     warnings.warn(notice, stacklevel=2)
             return checkpoint.path, loaded.prepared.get("client_state")
 
-    def _plan(
-        self, checkpoint: Checkpoint, objects: dict[str, Any], strict: bool, with_optimizers: bool
-    ) -> Restoration:
-        rank = self._engine.control.rank
-        state = capture_models(self.models)
-        plan = plan_model(checkpoint, state, rank, strict=strict)
-        plan.installs.append(lambda: self._set_extra_state(objects.get("extra_state", {})))
-        if with_optimizers:
-            names = self._names()
-            records = objects.get("optimizers", {})
-            _same_names(checkpoint.path, "optimizers", self.optimizers, records)
-            for name, optimizer in self.optimizers.items():
-                part = plan_optimizer(
-                    checkpoint, optimizer, names, records[name], rank, _prefix(name)
+    def _plan_optimizers(
+        self,
+        plan: Restoration,
+        checkpoint: Checkpoint,
+        objects: dict[str, Any],
+        weights_only: bool,
+    ) -> None:
+        names, rank = self._names(), self._engine.control.rank
+        records = objects.get("optimizers", {})
+        _same_names(checkpoint.path, "optimizers", self.optimizers, records)
+        for name, optimizer in self.optimizers.items():
+            plan.add(
+                plan_optimizer(
+                    checkpoint,
+                    optimizer,
+                    names,
+                    records[name],
+                    rank,
+                    _prefix(name),
+                    weights_only=weights_only,
                 )
-                plan.fresh += part.fresh
-                plan.installs += part.installs
-        return plan
+            )
 
     def _scheduler_install(self, checkpoint: Checkpoint, objects: dict[str, Any]) -> Any:
         saved = objects.get("lr_schedulers", {})
@@ -244,7 +253,9 @@ class Checkpointer:
             for path, module in model.named_modules():
                 raw = f"{path}.{EXTRA_STATE}" if path else EXTRA_STATE
                 key = (f"{name}." if name else "") + clean_name(raw, prefixes)
-                if key in extra:
+                # A wrapper goes by the name of what it wraps, and has no such state itself.
+                takes = type(module).set_extra_state is not nn.Module.set_extra_state
+                if takes and key in extra:
                     module.set_extra_state(extra[key])
 
     @property

@@ -128,7 +128,8 @@ class _Decoder:
                 f"{self._where}: '{path}' is a pickled {type_name}; opening it can run code. If you trust "
                 "this checkpoint, load it with weights_only=False; or store plain values, tensors and arrays there."
             )
-        blob = np.asarray(self._entry(name)).tobytes()
+        stored = self._entry(name)
+        blob = np.asarray(stored.cpu() if hasattr(stored, "cpu") else stored).tobytes()
         try:
             return pickle.loads(blob)
         except Exception as error:

@@ -101,6 +101,7 @@ class _Session:
                 live = checkpoint.plan_reads(plan.live)
                 live.verify(self._control.beat)
                 checkpoint.read(plan.fresh, self._control.beat)
+                plan.check()
             except Exception as error:
                 failure = error
             if self._meet("load: verified", _problem(failure), self._judge, failure)["next"]:

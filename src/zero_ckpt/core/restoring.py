@@ -27,7 +27,7 @@ from zero_ckpt.core.dtensors import (
 from zero_ckpt.core.objects import decode_objects
 from zero_ckpt.core.planner import Placed
 from zero_ckpt.core.reader import Request
-from zero_ckpt.core.state import ModelState, group_names
+from zero_ckpt.core.state import ModelState, group_names, split_state_name
 from zero_ckpt.errors import StateMismatchError
 
 __all__ = ["Restoration", "plan_model", "plan_optimizer"]
@@ -35,13 +35,28 @@ __all__ = ["Restoration", "plan_model", "plan_optimizer"]
 
 @dataclass(slots=True)
 class Restoration:
-    """Reads to make, what to do afterwards, and what did not match."""
+    """Reads to make, what to do afterwards, and what did not match.
+
+    `checks`: what may still fail once the fresh reads are made, and changes nothing.
+    """
 
     live: list[Request] = field(default_factory=list)
     fresh: list[Request] = field(default_factory=list)
+    checks: list[Callable[[], object]] = field(default_factory=list)
     installs: list[Callable[[], None]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
+
+    def add(self, other: Restoration) -> None:
+        """Take in what `other` has to read, check and install."""
+        self.live += other.live
+        self.fresh += other.fresh
+        self.checks += other.checks
+        self.installs += other.installs
+
+    def check(self) -> None:
+        for action in self.checks:
+            action()
 
     def install(self) -> None:
         for action in self.installs:
@@ -113,6 +128,8 @@ def plan_optimizer(
     record: Mapping[str, Any],
     rank: int,
     prefix: str = "",
+    *,
+    weights_only: bool = True,
 ) -> Restoration:
     """Create the state of every parameter that this rank holds state for, and take over the groups' options.
 
@@ -134,11 +151,12 @@ def plan_optimizer(
         cpu_step = not (group.get("capturable") or group.get("fused"))
         for parameter in group["params"]:
             live = holder.state.get(parameter) or {}
-            builder = _StateBuilder(checkpoint, parameter, live, rank, cpu_step)
+            builder = _StateBuilder(checkpoint, parameter, live, rank, cpu_step, weights_only)
             for name, key in stored.get(fqn_of[id(parameter)], {}).items():
                 builder.add(name, key)
             plan.live += builder.live
             plan.fresh += builder.fresh
+            plan.checks.append(builder.state)
             states[parameter] = builder
     plan.installs.append(lambda: _install(optimizer, holder, states, options))
     return plan
@@ -236,19 +254,24 @@ class _StateBuilder:
         state: Mapping[str, Any],
         rank: int,
         cpu_step: bool,
+        weights_only: bool,
     ) -> None:
         self.live: list[Request] = []
         self.fresh: list[Request] = []
         self._checkpoint, self._parameter, self._state = checkpoint, parameter, state
-        self._rank, self._cpu_step = rank, cpu_step
+        self._rank, self._cpu_step, self._weights_only = rank, cpu_step, weights_only
         self._tensors: dict[str, torch.Tensor] = {}
+        self._entries: dict[str, torch.Tensor] = {}
 
     def add(self, name: str, key: str) -> None:
         placed = self._checkpoint.placed("optim", key)
-        base, mark, _ = name.partition("#")
-        live = None if mark else self._fitting(placed, base)
-        tensor = self._empty(placed, base, python=bool(mark)) if live is None else live
-        self._tensors[name] = tensor
+        base, kind = split_state_name(name)
+        live = None if kind else self._fitting(placed, base)
+        tensor = self._empty(placed, base, kind) if live is None else live
+        if kind == "entry":
+            self._entries[key] = tensor
+        else:
+            self._tensors[name] = tensor
         local, box = local_part(key, tensor, layout_of(key, tensor), self._rank)
         if box is not None and box.numel:
             requests = self.fresh if live is None else self.live
@@ -272,37 +295,36 @@ class _StateBuilder:
         """The state, once every request is filled."""
         values: dict[str, Any] = {}
         for name, tensor in self._tensors.items():
-            base, mark, kind = name.partition("#")
-            if not mark:
+            base, kind = split_state_name(name)
+            if not kind:
                 values[base] = tensor
             elif kind == "json":
-                values[base] = self._decoded(tensor)
+                values[base] = self._decoded(tensor, base)
             else:
                 values[base] = _PYTHON[kind](tensor)
-        nested = {name.rpartition("#json")[0] for name in self._tensors if name.endswith("#json")}
-        return {k: v for k, v in values.items() if not any(k.startswith(f"{n}/") for n in nested)}
+        return values
 
-    def _decoded(self, tensor: torch.Tensor) -> Any:
-        by_key = {request.key: request for request in self.fresh + self.live}
-        entries = {key: self._tensors[_last(key, self._tensors)] for key in by_key}
-        data = tensor.numpy().tobytes()
-        return decode_objects(data, entries.__getitem__, dtensor=entries.__getitem__)
+    def _decoded(self, tensor: torch.Tensor, name: str) -> Any:
+        entry = self._entries.__getitem__
+        return decode_objects(
+            tensor.numpy().tobytes(),
+            entry,
+            dtensor=entry,
+            weights_only=self._weights_only,
+            where=f"{self._checkpoint.path}: optimizer state '{name}'",
+        )
 
-    def _empty(self, placed: Placed, name: str, *, python: bool) -> torch.Tensor:
+    def _empty(self, placed: Placed, name: str, kind: str) -> torch.Tensor:
         """A tensor of the stored dtype that lies where the optimizer wants it: like its parameter, where it can."""
         dtype = TORCH_DTYPES[placed.dtype]
         parameter = self._parameter
-        if python:
-            return torch.empty(placed.shape, dtype=dtype)
+        if kind:
+            device = parameter.device if kind == "entry" else torch.device("cpu")
+            return torch.empty(placed.shape, dtype=dtype, device=device)
         if isinstance(parameter, DTensor) and self._is_sharded(placed, name):
             return _empty_dtensor(placed, dtype, parameter)
         device = torch.device("cpu") if name == "step" and self._cpu_step else parameter.device
         return torch.empty(placed.shape, dtype=dtype, device=device)
-
-
-def _last(key: str, names: Mapping[str, Any]) -> str:
-    """The state name that a stored key ends with."""
-    return next(name for name in names if key.endswith(f"/{name}"))
 
 
 def _empty_dtensor(placed: Placed, dtype: torch.dtype, like: DTensor) -> DTensor:

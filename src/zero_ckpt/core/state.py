@@ -3,8 +3,8 @@
 A model's keys are its `state_dict` keys without the prefixes that wrappers add (DistributedDataParallel,
 `torch.compile`, activation checkpointing). Tied weights are stored once, under the first of their names. An
 optimizer's state is named after its parameter: `encoder.0.weight/exp_avg`; Python values of the state become small
-tensors whose names say what they were (`#int`, `#float`, `#bool`, `#none`, and `#json` for anything else): under
-ZeRO-1 only one rank has them.
+tensors whose names say what they were (`#int`, `#float`, `#bool`, `#none`, and `#json` for anything else, with the
+tensors in it as `#entry/<path>`): under ZeRO-1 only one rank has them.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ __all__ = [
     "clean_name",
     "local_states",
     "parameter_names",
+    "split_state_name",
     "wrapper_prefixes",
 ]
 
@@ -223,6 +224,18 @@ def add_value(tensors: dict[str, torch.Tensor], key: str, value: Any) -> None:
     elif type(value) is float:
         tensors[f"{key}#float"] = torch.tensor(value, dtype=torch.float64)
     else:
-        encoded = encode_objects(value, key)
+        encoded = encode_objects(value, f"{key}#entry")
         tensors[f"{key}#json"] = torch.frombuffer(bytearray(encoded.json), dtype=torch.uint8)
         tensors |= encoded.entries | encoded.dtensors
+
+
+def split_state_name(name: str) -> tuple[str, str]:
+    """(name, kind) of a stored state name; the kind is "" for what was a tensor, `entry` for a part of a `json`."""
+    base, entry, _ = name.partition("#entry")
+    if entry:
+        return base, "entry"
+    base, mark, kind = name.rpartition("#")
+    return (base, kind) if mark and kind in _PYTHON_KINDS else (name, "")
+
+
+_PYTHON_KINDS = frozenset({"int", "float", "bool", "none", "json"})
