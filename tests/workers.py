@@ -2,7 +2,8 @@
 
 Promises: every call gets new processes and a new store, so that no test sees another's state; no
 call outlives its timeout; no process outlives its call, nor the test session. Processes are forked
-from a server that has imported torch and the frameworks once, which makes a call cost about 0.1 s.
+from a server that has imported torch, the frameworks and the package once, which makes a call cost
+about 0.1 s.
 
     values = run_ranks(fn, 2, "argument")             # fn's return values by rank, or RankFailed
     ranks = start_ranks(fn, 2, "argument")            # the same, for tests which kill ranks
@@ -47,6 +48,7 @@ _PRELOAD = [
     "torch.distributed.tensor",
     "lightning.pytorch",
     "accelerate",
+    "zero_ckpt.checkpointer",
 ]
 
 STARTUP_SECONDS = 100.0  # the server's imports on a busy machine; not part of a call's timeout
