@@ -13,6 +13,7 @@ from zero_ckpt.cli.text import (
     age_text,
     count_text,
     iso_time,
+    listing,
     printable,
     ranks_text,
     size_text,
@@ -88,6 +89,12 @@ def test_printable_text_is_one_harmless_line(text: str) -> None:
 )
 def test_ranks_are_short(ranks: list[int], text: str) -> None:
     assert ranks_text(ranks) == text
+
+
+def test_long_lists_say_how_much_is_left_out() -> None:
+    assert listing(["a", "b"], 2) == "a, b"
+    assert listing(["a", "b", "c"], 2) == "a, b and 1 more"
+    assert listing(["a", "b", "c"], None) == "a, b, c"
 
 
 def test_columns_are_aligned() -> None:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -201,3 +203,39 @@ def test_progress_counts_every_byte_also_of_damaged_files(large: Path) -> None:
         assert len(list(verifier.damage(str(large), manifest))) == 1
     assert sum(counted) == manifest.nbytes
     assert len(counted) > 4
+
+
+def _meanwhile(monkeypatch: pytest.MonkeyPatch, happens: Callable[[], object]) -> None:
+    """Let something happen to the first tag after its manifest was read and before its files are."""
+    verify, events = Verifier.damage, [happens]
+
+    def damage(self: Verifier, folder: str, manifest: Manifest) -> Iterator[str]:
+        if events:
+            events.pop()()
+        return verify(self, folder, manifest)
+
+    monkeypatch.setattr(Verifier, "damage", damage)
+
+
+def test_a_tag_that_a_running_job_removes_is_no_damage(
+    sharded: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _meanwhile(monkeypatch, lambda: shutil.rmtree(sharded / "global_step100"))
+    result = command("verify", sharded)
+    assert (result.status, result.err) == (0, "")
+    assert result.lines[0] == f"{sharded}/global_step100: removed meanwhile, skipped"
+
+
+def test_a_tag_that_a_running_job_overwrites_is_verified_as_it_is_now(
+    sharded: Path, replicated: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = sharded / "global_step100"
+
+    def overwrite() -> None:
+        shutil.rmtree(folder)
+        shutil.copytree(replicated / "ddp", folder)
+
+    _meanwhile(monkeypatch, overwrite)
+    assert command("verify", sharded).status == 0
+    flip(folder / "model-00000-of-00002.safetensors", -1)
+    assert command("verify", sharded).status == 1

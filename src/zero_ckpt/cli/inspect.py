@@ -15,6 +15,7 @@ from zero_ckpt.cli.text import (
     count_text,
     iso_time,
     json_text,
+    listing,
     local_time,
     plural,
     printable,
@@ -38,6 +39,9 @@ EXAMPLES = """\
   zero-ckpt inspect checkpoints
   zero-ckpt inspect checkpoints/global_step100 --full | less
   zero-ckpt inspect checkpoints --json | jq .objects.client_state"""
+
+MAX_NAMES = 6
+"""Tied or left-out names that are shown, unless all are asked for."""
 
 _TITLES = {"model": "MODEL", "optim": "OPTIMIZER STATE", "state": "TENSORS OF THE OBJECTS"}
 
@@ -85,19 +89,19 @@ def _lines(
 ) -> Iterator[str]:
     yield printable(folder)
     yield ""
-    yield from _summary(m)
+    yield from _summary(m, None if full else MAX_NAMES)
     yield ""
     yield from _file_lines(m, full)
     for role in ROLES:
         if m.tensors[role]:
             yield ""
             yield from _tensor_lines(m, role, full)
-    ranks = range(m.world_size) if full else range(min(1, m.world_size))
-    for rank in ranks:
+    for rank in _state_ranks(m)[: None if full else 1]:
         yield from _object_lines(storage, folder, m, rank, full, problems)
 
 
-def _summary(m: Manifest) -> Iterator[str]:
+def _summary(m: Manifest, limit: int | None) -> Iterator[str]:
+    tied = [f"{alias} = {key}" for alias, key in m.aliases.items()]
     rows = {
         "step": str(m.step),
         "saved": f"{local_time(m.created)} ({age_text(m.created)})",
@@ -107,8 +111,8 @@ def _summary(m: Manifest) -> Iterator[str]:
         "written by": ", ".join(f"{name} {version}" for name, version in m.versions.items()),
         "save took": ", ".join(f"{name} {s:.2f} s" for name, s in m.timings.items()),
         "generation": f"{m.generation} (the tag was overwritten)" if m.generation > 1 else "",
-        "tied": ", ".join(f"{alias} = {key}" for alias, key in m.aliases.items()),
-        "left out": ", ".join(m.excluded),
+        "tied": listing(tied, limit),
+        "left out": listing(m.excluded, limit),
     }
     for name, text in rows.items():
         if text:
@@ -128,6 +132,11 @@ def _file_lines(m: Manifest, full: bool) -> list[str]:
             total = size_text(sum(sizes.values()))
             rows.append([role, str(len(sizes)), total, each, ranks_text(sizes)])
     return table(("ROLE", "FILES", "SIZE", "EACH", "RANKS"), rows, right="FILES SIZE")
+
+
+def _state_ranks(m: Manifest) -> list[int]:
+    """Ranks that stored objects."""
+    return sorted(_rank_of(name) for name in m.files if name.startswith("state-"))
 
 
 def _rank_of(name: str) -> int:
@@ -218,7 +227,7 @@ def _document(storage: Storage, folder: str, m: Manifest, problems: list[str]) -
 
     objects: Any = None
     by_rank: dict[str, Any] = {}
-    for rank in range(m.world_size):
+    for rank in _state_ranks(m):
         try:
             trees = read_objects(storage, folder, m, rank)
             by_rank |= {str(rank): t.encoded() for n, t in trees.items() if n == "rank_objects"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,7 +56,10 @@ def run(options: argparse.Namespace) -> int:
     if not infos:
         raise CheckpointNotFoundError(f"{options.path}: no zero_ckpt checkpoints in this directory")
     latest, links = read_latest(storage, directory), _links(directory)
-    rows = [_row(storage, directory, info, latest, links) for info in infos]
+    rows = []
+    for info in infos:
+        with suppress(FileNotFoundError):  # removed meanwhile, by the retention of a running job
+            rows.append(_row(storage, directory, info, latest, links))
     if options.json:
         tags = [_record(directory, row) for row in rows]
         print(json_text({"directory": directory, "latest": latest, "tags": tags}))

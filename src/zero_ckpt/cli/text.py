@@ -13,6 +13,7 @@ __all__ = [
     "count_text",
     "iso_time",
     "json_text",
+    "listing",
     "local_time",
     "plural",
     "printable",
@@ -70,6 +71,13 @@ def _moment(created: float) -> datetime:
         return datetime.fromtimestamp(0, timezone.utc)
 
 
+def listing(items: Sequence[str], limit: int | None) -> str:
+    """Joined by commas; of more than `limit` (None: any number) the first ones and how many more there are."""
+    if limit is None or len(items) <= limit:
+        return ", ".join(items)
+    return f"{', '.join(items[:limit])} and {len(items) - limit} more"
+
+
 def printable(text: str) -> str:
     """`text` with escapes for what a terminal would act on: names come from files that anyone may have made."""
     if text.isprintable():
@@ -105,4 +113,5 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: str = "")
 
 
 def json_text(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False)
+    """Indented, in ASCII: nothing in it can act on a terminal."""
+    return json.dumps(value, indent=2)

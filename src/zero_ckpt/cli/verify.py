@@ -11,7 +11,7 @@ from typing import Any
 
 from zero_ckpt.cli.progress import Progress
 from zero_ckpt.cli.text import json_text, plural, printable, size_text
-from zero_ckpt.core.storage import LocalStorage
+from zero_ckpt.core.storage import LocalStorage, Storage
 from zero_ckpt.core.tags import (
     LATEST_NAME,
     NOT_COMMITTED,
@@ -23,7 +23,7 @@ from zero_ckpt.core.tags import (
     read_manifest,
 )
 from zero_ckpt.core.verification import Verifier
-from zero_ckpt.errors import CorruptManifestError
+from zero_ckpt.errors import CheckpointNotFoundError, CorruptManifestError
 
 SUMMARY = "read every byte and report all damage"
 DESCRIPTION = """\
@@ -33,6 +33,9 @@ EXAMPLES = """\
   zero-ckpt verify checkpoints
   zero-ckpt verify checkpoints/global_step100
   zero-ckpt verify checkpoints || zero-ckpt ls checkpoints"""
+
+
+REMOVED = "removed meanwhile"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,7 @@ class Report:
 
     @property
     def is_committed(self) -> bool:
-        return self.info.problem != NOT_COMMITTED
+        return self.info.problem not in (NOT_COMMITTED, REMOVED)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
     reports = []
     with Progress("verifying", total) as progress, Verifier(storage, progress.add) as verifier:
         for info in chosen.infos:
-            report = _verify(verifier, chosen.directory, info)
+            report = _verify(storage, verifier, chosen.directory, info)
             reports.append(report)
             if not options.json:
                 progress.clear()
@@ -92,13 +95,6 @@ def _choose(storage: LocalStorage, path: str) -> Chosen:
     return Chosen(directory, infos, shown, _latest_faults(storage, directory, infos))
 
 
-def _read_tag(storage: LocalStorage, directory: str, tag: str) -> TagInfo:
-    try:
-        return TagInfo(tag, read_manifest(storage, f"{directory}/{tag}"))
-    except CorruptManifestError as error:
-        return TagInfo(tag, None, str(error))
-
-
 def _latest_faults(storage: LocalStorage, directory: str, infos: Sequence[TagInfo]) -> list[str]:
     if not any(entry.name == LATEST_NAME for entry in storage.list(directory)):
         return []
@@ -110,12 +106,26 @@ def _latest_faults(storage: LocalStorage, directory: str, infos: Sequence[TagInf
     return [f"{LATEST_NAME}: names {tag!r}, which is no committed checkpoint here"]
 
 
-def _verify(verifier: Verifier, directory: str, info: TagInfo) -> Report:
+def _verify(storage: Storage, verifier: Verifier, directory: str, info: TagInfo) -> Report:
     folder = f"{directory}/{info.name}"
-    if info.manifest is not None:
-        return Report(info, list(verifier.damage(folder, info.manifest)))
-    problem = info.problem.removeprefix(f"{folder}/")
-    return Report(info, [] if info.problem == NOT_COMMITTED else [problem])
+    while info.manifest is not None:
+        damage = list(verifier.damage(folder, info.manifest))
+        again = _read_tag(storage, directory, info.name) if damage else info
+        if again == info:
+            return Report(info, damage)
+        info = again  # a running job has overwritten or removed the tag meanwhile
+    if info.problem in (NOT_COMMITTED, REMOVED):
+        return Report(info, [])
+    return Report(info, [info.problem.removeprefix(f"{folder}/")])
+
+
+def _read_tag(storage: Storage, directory: str, tag: str) -> TagInfo:
+    try:
+        return TagInfo(tag, read_manifest(storage, f"{directory}/{tag}"))
+    except CheckpointNotFoundError:
+        return TagInfo(tag, None, REMOVED)
+    except CorruptManifestError as error:
+        return TagInfo(tag, None, str(error))
 
 
 def _lines(shown: str, report: Report) -> list[str]:
@@ -123,7 +133,7 @@ def _lines(shown: str, report: Report) -> list[str]:
     if report.damage:
         return [printable(os.path.join(shown, line)) for line in report.damage]
     if manifest is None:
-        return [printable(f"{shown}: not committed, skipped")]
+        return [printable(f"{shown}: {report.info.problem}, skipped")]
     text = f"{shown}: ok, {plural(len(manifest.files), 'file')}, {size_text(manifest.nbytes)}"
     return [printable(text)]
 
