@@ -98,9 +98,9 @@ class SyncEngine:
             session, os.path.abspath(os.fspath(directory)), str(tag), snapshot, step, tag_validation
         )
         planned = time.perf_counter()
-        vote = self._write(session, step)
-        voted = time.perf_counter()
         header = _header(session.snapshot, step, zero_stage)
+        vote = self._write(session, header)
+        voted = time.perf_counter()
         notice = self._vote(session, vote, header, save_latest, keep_last)
         timings = {"plan": planned - begin, **vote.timings, "commit": time.perf_counter() - voted}
         # Only now: a warning that is made an error on some rank must not keep it from the others.
@@ -171,11 +171,11 @@ class SyncEngine:
         )
         return plan_save(list(zip(parse_tables(merged), holders, strict=True)))
 
-    def _write(self, session: _Session, step: int) -> commit.Vote:
+    def _write(self, session: _Session, header: Mapping[str, Any]) -> commit.Vote:
         """Write this rank's files; an error becomes a vote against the commit."""
         agreement, control = session.agreement, self.control
         try:
-            metadata = {"tag": agreement.tag, "step": str(step)}
+            metadata = {"tag": agreement.tag, "step": str(header["step"])}
             shards = plan_shards(
                 session.captured,
                 session.plan,
@@ -183,6 +183,7 @@ class SyncEngine:
                 control.world_size,
                 agreement.generation,
                 metadata,
+                header,
             )
             pool = self._staging_pool(session.captured)
             files, timings = write_shards(

@@ -5,10 +5,12 @@ Knows the live tensors and the plan; knows nothing of other ranks' files, of vot
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -90,8 +92,13 @@ def plan_shards(
     world_size: int,
     generation: int,
     metadata: Mapping[str, str],
+    header: Mapping[str, Any],
 ) -> list[ShardPlan]:
-    """The files that `rank` writes, one for each role that it has anything of."""
+    """The files that `rank` writes, one for each role that it has anything of.
+
+    `metadata` goes into each. `header`, the manifest's fields that no shard shows, goes into rank 0's state file, so
+    that a lost manifest can be rebuilt from the shard files alone.
+    """
     shards = []
     for role in ROLES:
         live = captured.tensors[role]
@@ -107,6 +114,8 @@ def plan_shards(
             items += [_private_item(key, tensor) for key, tensor in captured.private.items()]
         if items:
             meta = {"role": role, "rank": str(rank), "world_size": str(world_size), **metadata}
+            if role == "state" and rank == 0:
+                meta["manifest"] = json.dumps(header, sort_keys=True)
             name = shard_name(role, rank, world_size, generation)
             shards.append(_shard(name, items, meta))
     return shards

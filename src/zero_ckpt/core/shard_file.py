@@ -98,10 +98,12 @@ def layout_shard(
     for key, *_ in items:
         counts[key] = counts.get(key, 0) + 1
     placed, at = [], 0
+    taken = set(_RESERVED)
     for key, dtype, shape, box in items:
         name = key if counts[key] == 1 else f"{key}@{','.join(map(str, box.offset))}"
-        if name in _RESERVED:
-            raise ValueError(f"a tensor may not be called '{name}'")
+        while name in taken:  # the chunk table has the key, so a name need only be unique
+            name += "~"
+        taken.add(name)
         end = at + box.numel * itemsize(dtype)
         placed.append(Chunk(name, key, dtype, shape, box, at, end))
         at = end
