@@ -172,13 +172,16 @@ class Checkpointer:
         load_module_only: bool = False,
         *,
         weights_only: bool = True,
+        verify_first: bool = True,
     ) -> tuple[str, Any]:
         """Load into the live objects; returns (path of the tag's folder, client state).
 
         `load_dir`: a checkpoint directory, or a tag's folder itself. `tag` None: what `latest` names, or, when that is
         missing or damaged, the newest checkpoint that verifies, with a warning. Any world size, stage and mesh loads
         any other. All or nothing: on an error nothing has changed on any rank. `weights_only=False` allows
-        pickled values in the client state, whose opening can run code.
+        pickled values in the client state, whose opening can run code. `verify_first=False` reads everything once
+        instead of twice: still no unverified byte is loaded, but damage found on the way leaves the live state partly
+        overwritten, and the error says so.
 
         Raises the same error on every rank: `CheckpointNotFoundError`, `CorruptCheckpointError`, `StateMismatchError`
         (all missing, unexpected and misshapen keys at once), `FormatVersionError` or `UnsafeObjectError`.
@@ -209,6 +212,7 @@ class Checkpointer:
             load_dir,
             None if tag is None else str(tag),
             prepare,
+            verify_first=verify_first,
             timeout=self._timeout,
         )
         with loaded.checkpoint as checkpoint:
