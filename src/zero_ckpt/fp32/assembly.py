@@ -31,8 +31,8 @@ class BlockCache:
     """The blocks read last, verified, in memory that is used again: fresh memory is slow to touch."""
 
     def __init__(self, num_files: int) -> None:
-        self._count = min(MAX_BLOCKS, num_files + 1)
-        self._reread = num_files >= MAX_BLOCKS
+        self._count = min(MAX_BLOCKS, num_files + 2)
+        self._reread = num_files + 2 > MAX_BLOCKS
         self._blocks: OrderedDict[tuple[str, int], memoryview] = OrderedDict()
         self._buffers: dict[tuple[str, int], memoryview] = {}
 

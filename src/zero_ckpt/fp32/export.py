@@ -34,6 +34,9 @@ __all__ = ["export_fp32"]
 
 Progress = Callable[[int, int], None]
 
+WORTHWHILE_BLOCKS = 4
+"""How many blocks for each shard file a rank must have to write, to be worth that it reads from all of those."""
+
 
 def export_fp32(
     checkpoint_dir: str | os.PathLike[str],
@@ -165,13 +168,10 @@ class _Export:
         return {"folder": found.folder, "nonce": nonce, "notices": notices + contents.notices()}
 
     def _shares(self, contents: Contents) -> list[list[tuple[int, int, int]]]:
-        """The parts of divisible files that each rank writes.
-
-        A rank must have enough to write to be worth that it reads from every shard file.
-        """
+        """The parts of divisible files that each rank writes."""
         world_size = self._control.world_size
         sizes = [contents.layout(file).nbytes for file in range(len(contents.names))]
-        least = 4 * BLOCK * contents.num_sources
+        least = WORTHWHILE_BLOCKS * BLOCK * contents.num_sources
         workers = min(world_size, max(1, sum(sizes) // max(1, least)))
         return [*divide(sizes, workers, WINDOW), *([] for _ in range(workers, world_size))]
 
