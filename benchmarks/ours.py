@@ -24,8 +24,12 @@ class Ours:
         self._checkpointer.save_checkpoint(str(directory), tag=TAG, step=STEP)
 
     def load(self, directory: Path) -> None:
-        """Collective; every byte verified."""
+        """Collective; every byte is verified before the first live one changes."""
         self._checkpointer.load_checkpoint(str(directory), tag=TAG)
+
+    def load_once(self, directory: Path) -> None:
+        """Collective; every byte is verified just before it is copied."""
+        self._checkpointer.load_checkpoint(str(directory), tag=TAG, verify_first=False)
 
 
 def collapse(directory: Path, output: Path) -> None:

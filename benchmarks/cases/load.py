@@ -21,9 +21,11 @@ WARM_WAY = Way(block=1 << 20, streams=1, direct=False)
 def load(bench: Bench) -> list[Row]:
     measured = bench.launch(RANKS, _measure)
     cold, warm = (f"load {kind}, {measured.labels['size']}" for kind in ("cold", "warm"))
+    once = f"{cold}, verify_first=False"
     memory = "memory of a load, per rank"
     return [
         faster("load", cold, measured, "cold ours", "cold raw", at_least(0.85)),
+        faster("load", once, measured, "cold once", "cold raw", at_least(0.85)),
         faster("load", cold, measured, "cold ours", "cold dcp"),
         faster("load", cold, measured, "cold ours", "cold torch"),
         faster("load", warm, measured, "warm ours", "warm raw"),
@@ -53,6 +55,8 @@ def _measure(rank: Rank) -> Measured:
             job.loading(f"{kind} {name}", rank.scratch / name, act, bring)
             for name, act in acts.items()
         ]
+        once = job.loading(f"{kind} once", rank.scratch / "ours", job.ours.load_once, bring)
+        contestants.append(once)
         measured.extend(interleave(rank, contestants, warm_up=0))
     measured.labels = _labels(way, raw.size * rank.world_size)
     rank.on_first(lambda: remove_and_settle(*(rank.scratch / name for name in ("raw", *loads))))

@@ -61,8 +61,8 @@ def load_together(
     """Collective. `prepare` runs on every rank and only plans; it may raise, and then every rank raises the same.
 
     `verify_first` False leaves out the pass over the bytes that will overwrite live tensors: each block is verified
-    just before it is copied. That reads everything once instead of twice; damage found on the way then leaves live tensors
-    partly overwritten, and the error says so.
+    just before it is copied. That reads everything once instead of twice; damage found on the way then leaves live
+    tensors partly overwritten, and the error says so.
 
     Raises `CheckpointNotFoundError`, `CorruptCheckpointError`, `StateMismatchError`, `FormatVersionError`,
     `UnsafeObjectError`, `DisagreementError` or `RankTimeoutError`.
