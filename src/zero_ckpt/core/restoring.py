@@ -89,7 +89,9 @@ def plan_model(
         local, box = local_part(key, tensor, layout_of(key, tensor), rank)
         if box is not None and box.numel:
             plan.live.append(Request("model", stored, placed, box, local.detach()))
-    plan.unexpected = [key for key in checkpoint.keys("model") if key not in used]
+    # A checkpoint of untied weights has a tensor for each name of a tied one: the first is taken.
+    known = used | state.aliases.keys()
+    plan.unexpected = [key for key in checkpoint.keys("model") if key not in known]
     _raise_mismatch(checkpoint.path, plan, wrong, strict)
     return plan
 

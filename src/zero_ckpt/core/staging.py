@@ -50,7 +50,8 @@ class Source:
         target = torch.frombuffer(memory, dtype=torch.uint8)
         at = 0
         for box in flat_range_boxes(tuple(tensor.shape), start // size, stop // size):
-            part = tensor[box.slices()].contiguous().view(-1).view(torch.uint8)
+            part = tensor[box.slices()].resolve_conj().resolve_neg().contiguous()
+            part = part.view(-1).view(torch.uint8)
             target[at : at + part.numel()].copy_(part)
             at += part.numel()
 
