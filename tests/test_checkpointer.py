@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -91,11 +91,9 @@ def _load_all(kind: str, directories: dict[str, str]) -> None:
 
 
 def _load_and_compare(job: Job, directory: str, saved_by: int) -> None:
-    import warnings
-
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        path, client_state = job.checkpointer().load_checkpoint(directory)
+        _, client_state = job.checkpointer().load_checkpoint(directory)
     told = any("random number generators are derived" in str(w.message) for w in caught)
     assert told == (dist.get_rank() == 0 and saved_by != dist.get_world_size())
     assert client_state == CLIENT_STATE

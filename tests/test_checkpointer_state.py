@@ -360,7 +360,7 @@ def test_several_models_optimizers_and_schedulers(form: str, tmp_path: Path) -> 
             same(dict(x.state_dict()), dict(y.state_dict())) for x, y in zip(a, b, strict=True)
         )
     with pytest.raises(StateMismatchError, match="holds the optimizers"):
-        Checkpointer(loaded[0], list(optimizers)[0]).load_checkpoint(tmp_path, "t")
+        Checkpointer(loaded[0], optimizers[0]).load_checkpoint(tmp_path, "t")
 
 
 def test_frozen_parameters_can_be_left_out_and_keep_their_live_values(tmp_path: Path) -> None:
