@@ -117,6 +117,36 @@ def test_meta_modules_get_equal_values_on_all_ranks(root: str) -> None:
     assert 0.5 < first["embed.weight"].std() < 1.5  # nn.Embedding's own initialization
 
 
+def _own_units_are_materialized(sharding_size: int | None, root: bool) -> dict[str, torch.Tensor]:
+    torch.manual_seed(dist.get_rank())
+    with torch.device("meta"):
+        net = Resettable()
+    net.scale = nn.Parameter(torch.empty(1, device="meta"))
+    net.empty = nn.Parameter(torch.zeros(1))  # fully_shard takes no scalar, and trains no empty one
+    mesh = make_mesh(dist.get_world_size(), sharding_size, "cpu")
+    for block in net.blocks:
+        fully_shard(block, mesh=mesh)
+    if root:
+        fully_shard(net, mesh=mesh)
+    shard_module(net, stage=3, mesh=mesh)
+    assert net.head.weight is net.embed.weight
+    backward(net, 0, 1)
+    assert not any(p.is_meta for p in net.parameters())
+    return whole_weights(net)
+
+
+@pytest.mark.parametrize("root", [False, True])
+@pytest.mark.parametrize(("world_size", "sharding_size"), [(1, None), (2, None), (4, 2)])
+def test_meta_modules_that_are_sharded_already_get_the_same_values_on_any_ranks(
+    world_size: int, sharding_size: int | None, root: bool
+) -> None:
+    expected = run_ranks(_own_units_are_materialized, 1, None, root)[0]
+    for weights in run_ranks(_own_units_are_materialized, world_size, sharding_size, root):
+        torch.testing.assert_close(weights, expected, rtol=0, atol=0)
+    first, second = (expected[f"blocks.{i}.mlp.0.weight"] for i in (0, 1))
+    assert not torch.equal(first, second)
+
+
 class HuggingFaceStyle(Resettable):
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Embedding):

@@ -86,3 +86,28 @@ def _equals_one_process(stage: int, root: str) -> None:
 @pytest.mark.parametrize(("stage", "root"), [(2, "shard"), (3, "shard"), (3, "replicate")])
 def test_tensor_parallel_units_train_as_in_one_process(stage: int, root: str) -> None:
     run_ranks(_equals_one_process, 4, stage, root)
+
+
+class Resettable(EvenNet):
+    def reset_parameters(self) -> None:
+        nn.init.constant_(self.shift, 0.1)
+        nn.init.constant_(self.scale, 1.5)
+        self.steps.fill_(7)
+
+
+def _meta_weights(parallel: bool) -> dict[str, torch.Tensor]:
+    torch.manual_seed(dist.get_rank() // 2)  # tensor-parallel ranks must start equal
+    with torch.device("meta"):
+        net = Resettable()
+    shape = (2, 2) if parallel else (1, 1)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "tensor"))
+    if parallel:
+        _parallel(net, mesh["tensor"])
+    shard_module(net, stage=3, mesh=mesh["data"])
+    return whole_weights(net)
+
+
+def test_tensor_parallel_meta_modules_get_the_values_of_whole_ones() -> None:
+    expected = run_ranks(_meta_weights, 1, False)[0]
+    for weights in run_ranks(_meta_weights, 4, True):
+        torch.testing.assert_close(weights, expected, rtol=0, atol=0)

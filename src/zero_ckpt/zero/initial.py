@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.zero.sync import buckets, local_part
@@ -39,12 +41,13 @@ _REMEDY = (
 
 
 def materialize(root: nn.Module, modules: Iterable[nn.Module], device: torch.device) -> None:
-    """Give the meta tensors that `modules` (of the tree under `root`) own memory and initial
-    values.
+    """Give the meta tensors that `modules` (of the tree under `root`) own memory and initial values.
 
     Tied parameters stay tied when all of their owners are in `modules`. Values come from the
     module's `reset_parameters` (or `_reset_parameters`), and then from the `_init_weights(module)`
     of the innermost module around it that has one (Hugging Face's convention, and a common one).
+    What was a DTensor is initialized whole and then cut, so that its values do not depend on how
+    many ranks there are; this is collective over its mesh, whose first rank's values count.
 
     Raises `ConfigurationError` naming the floating-point tensors that these left without a value.
     """
@@ -52,8 +55,9 @@ def materialize(root: nn.Module, modules: Iterable[nn.Module], device: torch.dev
     if not pending:
         return
     names = {module: name for name, module in root.named_modules()}
-    replaced: dict[torch.Tensor, torch.Tensor] = {}
-    fresh = [tensor for module in pending for tensor in _allocate(module, device, replaced)]
+    real: dict[torch.Tensor, torch.Tensor] = {}  # by the meta tensor in whose place it stands
+    for module in pending:
+        _allocate(module, device, real)
     # As when the model was built: children before parents, all of that before the model's own
     # convention. And backwards, so that among tied layers the model's first has the last word.
     backwards = list(reversed(pending))
@@ -62,12 +66,17 @@ def materialize(root: nn.Module, modules: Iterable[nn.Module], device: torch.dev
     for initialize in (*own, *around):
         if initialize is not None:
             initialize()
-    if any(bool(torch.isnan(local_part(tensor)).any()) for tensor in fresh):
+    if any(tensor.is_floating_point() and bool(tensor.isnan().any()) for tensor in real.values()):
         kinds = sorted({f"{names[m] or '(root)'} ({type(m).__name__})" for m in pending})
         raise ConfigurationError(
             "Initializing meta modules left tensors without a value, in one of: "
             f"{', '.join(kinds)}. {_REMEDY}"
         )
+    cut = {
+        whole: _cut_like(whole, meta) for meta, whole in real.items() if isinstance(meta, DTensor)
+    }
+    for module in pending:
+        _exchange(module, cut)
 
 
 def _is_pending(module: nn.Module) -> bool:
@@ -93,28 +102,51 @@ def _initializer_around(root: nn.Module, name: str, module: nn.Module) -> Initia
 
 
 def _allocate(
-    module: nn.Module, device: torch.device, replaced: dict[torch.Tensor, torch.Tensor]
-) -> list[torch.Tensor]:
-    """Replace a module's own meta tensors; returns the new ones in which NaN stands for "no
-    value"."""
-    fresh: list[torch.Tensor] = []
-
-    def real(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor not in replaced:
-            memory = torch.empty_like(tensor, device=device, requires_grad=False)
+    module: nn.Module, device: torch.device, real: dict[torch.Tensor, torch.Tensor]
+) -> None:
+    """Replace a module's own meta tensors by whole ones, in which NaN stands for "no value"."""
+    for tensor in (*module._parameters.values(), *module._buffers.values()):
+        if tensor is not None and tensor.is_meta and tensor not in real:
+            memory = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
             if memory.is_floating_point() and memory.element_size() > 1:
-                fresh.append(memory.fill_(torch.nan))
-            if isinstance(tensor, nn.Parameter):
-                memory = nn.Parameter(memory, tensor.requires_grad)
-                memory.__dict__.update(tensor.__dict__)
-            replaced[tensor] = memory
-        return replaced[tensor]
+                memory.fill_(torch.nan)
+            real[tensor] = _as_kind(memory, tensor)
+    _exchange(module, real)
 
+
+def _as_kind(memory: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """A parameter when `tensor` is one, with the attributes that its makers gave it."""
+    if not isinstance(tensor, nn.Parameter):
+        return memory
+    parameter = nn.Parameter(memory, tensor.requires_grad)
+    parameter.__dict__.update(tensor.__dict__)
+    return parameter
+
+
+def _exchange(module: nn.Module, by: Mapping[torch.Tensor, torch.Tensor]) -> None:
     for tensors in (module._parameters, module._buffers):
         for name, tensor in tensors.items():
-            if tensor is not None and tensor.is_meta:
-                tensors[name] = real(tensor)  # type: ignore[assignment]
-    return fresh
+            if tensor is not None and tensor in by:
+                tensors[name] = by[tensor]  # type: ignore[assignment]
+
+
+def _cut_like(whole: torch.Tensor, meta: DTensor) -> torch.Tensor:
+    """This rank's part of `whole`, as a DTensor placed as `meta` is."""
+    mesh, placements = meta.device_mesh, meta.placements
+    broadcast_from_first([whole], mesh)
+    shape, offset = compute_local_shape_and_global_offset(meta.shape, mesh, placements)
+    part = whole.detach()
+    for dimension, (start, length) in enumerate(zip(offset, shape, strict=True)):
+        part = part.narrow(dimension, min(start, part.shape[dimension]), length)
+    placed = DTensor.from_local(
+        part.clone(memory_format=torch.contiguous_format),
+        mesh,
+        placements,
+        run_check=False,
+        shape=meta.shape,
+        stride=meta.stride(),
+    )
+    return _as_kind(placed, whole)
 
 
 @torch.no_grad()

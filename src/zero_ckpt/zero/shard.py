@@ -149,6 +149,8 @@ def _shard(
     mesh: DeviceMesh = options["mesh"]
     replaced = WeakTensorKeyDictionary()
     whole: set[nn.Parameter] = set()
+    for own in [m for m in module.modules() if isinstance(m, FSDPModule)]:
+        materialize(module, _members(own), mesh_device(mesh))
     for unit in units.values():
         members = _members(unit)
         with _tracking(members, replaced):
