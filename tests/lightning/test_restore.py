@@ -8,9 +8,6 @@ from typing import Any
 
 import lightning.pytorch as L
 import pytest
-import torch
-import torch.distributed as dist
-from torch import nn
 
 from tests.lightning.harness import (
     Model,
@@ -19,7 +16,6 @@ from tests.lightning.harness import (
     loader,
     on_ranks,
     trainer,
-    whole_weights,
 )
 
 
@@ -51,7 +47,11 @@ def _save_at_all_stages(root: Path) -> list[Any]:
     return [_train(root, stage, f"stage{stage}.ckpt") for stage in range(4)]
 
 
-PAIRS = {1: [(1, 2), (2, 0), (3, 1)], 2: [(0, 3), (1, 0), (2, 1), (3, 2)], 3: [(0, 1), (1, 3), (3, 0)]}
+PAIRS = {
+    1: [(1, 2), (2, 0), (3, 1)],
+    2: [(0, 3), (1, 0), (2, 1), (3, 2)],
+    3: [(0, 1), (1, 3), (3, 0)],
+}
 
 
 def _resume_pairs(root: Path, pairs: list[tuple[int, int]]) -> list[Any]:

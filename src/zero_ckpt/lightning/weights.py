@@ -7,7 +7,8 @@ checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,7 +58,8 @@ def load_weights(
         if raw in live:
             values.setdefault(raw, live[raw])  # frozen, and left out of the save on purpose
     read(requests)
-    module.load_state_dict(_with_metadata(values, live), strict=strict)
+    with _undone_on_error(live, values, strict):
+        module.load_state_dict(_with_metadata(values, live), strict=strict)
 
 
 def _raw_names(module: nn.Module, live: Mapping[str, Any]) -> dict[str, str]:
@@ -97,6 +99,35 @@ def _like(value: Any, target: Any) -> Any:
     local = target.to_local()
     source = value.detach().to(local.device)
     return distribute_tensor(source, target.device_mesh, target.placements, src_data_rank=None)
+
+
+def _misshapen(live: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+    return any(
+        getattr(value, "shape", None) != getattr(live[key], "shape", None)
+        for key, value in values.items()
+        if key in live
+    )
+
+
+@contextmanager
+def _undone_on_error(
+    live: Mapping[str, Any], values: Mapping[str, Any], strict: bool
+) -> Iterator[None]:
+    """torch copies what fits before it raises for what does not. Here nothing shall be loaded.
+
+    Copies are kept only where an error is likely; a hook may still make the two fit.
+    """
+    if not _misshapen(live, values) and (live.keys() == values.keys() or not strict):
+        yield
+        return
+    before = {k: (v, v.clone()) for k, v in live.items() if isinstance(v, torch.Tensor)}
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for tensor, copy in before.values():
+                tensor.copy_(copy)
+        raise
 
 
 def _with_metadata(values: dict[str, Any], live: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,250 @@
+"""What users' hooks see and may change, strictness, unsafe objects, and forms of `ckpt_path`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as L
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from tests.lightning.harness import FEATURES, Model, loader, on_ranks, trainer, whole, whole_weights
+from zero_ckpt.errors import UnsafeObjectError
+
+STAGES = (0, 1, 2, 3)
+
+
+class Secret:
+    """An object that only a pickle can hold."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+
+class Hooked(Model):
+    """Puts tensors and shards anywhere into the checkpoint, and edits what is loaded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[str] = []
+        self.found: dict[str, Any] = {}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        live = self.blocks[0].lower.weight
+        checkpoint["mine"] = {"numbers": torch.arange(4.0), "nested": [{"part": live * 2}]}
+        del checkpoint["state_dict"]["scale"]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.events.append("module on_load_checkpoint")
+        mine = checkpoint["mine"]
+        self.found = {
+            "numbers": mine["numbers"] + 0,
+            "part": mine["nested"][0]["part"] + 0,
+            "lower": checkpoint["state_dict"]["blocks.0.lower.weight"] + 0,
+        }
+        checkpoint["state_dict"]["scale"] = torch.tensor([1.0, 2.0, 3.0])
+        checkpoint["state_dict"]["head.weight"] = torch.full((3, FEATURES), 0.5)
+        checkpoint["optimizer_states"][0]["param_groups"][0]["lr"] = 0.25
+        moment = checkpoint["optimizer_states"][0]["state"]["head.weight"]
+        moment["exp_avg"] = torch.full((3, FEATURES), 7.0)
+
+    def on_fit_start(self) -> None:
+        self.events.append("module on_fit_start")
+        self.found["weights"] = whole_weights(self)
+
+    def on_train_start(self) -> None:
+        optimizer = self.trainer.optimizers[0]
+        inner = getattr(optimizer, "optim", optimizer)
+        for parameter, state in inner.state.items():
+            if parameter is self.head.weight:
+                self.found["moment"] = whole(state["exp_avg"]).clone()
+        self.found["lr"] = optimizer.param_groups[0]["lr"]
+
+
+class Stateful(L.Callback):
+    def __init__(self, model: Hooked) -> None:
+        self.model = model
+        self.count = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": 5}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.count = state_dict["count"]
+        self.model.events.append("callback load_state_dict")
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.model.events.append(f"callback on_fit_start {self.count}")
+
+
+class Looking(Stateful):
+    """Looks at the weights as early as it can."""
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
+        self.model.found["early"] = whole(pl_module.head.weight).clone()
+
+
+def _hooks(root: Path, stage: int, callback: type[Stateful]) -> Any:
+    L.seed_everything(1)
+    model = Hooked()
+    run = trainer(root, stage, max_steps=3, callbacks=[callback(model)])
+    run.fit(model, loader())
+    saved = whole_weights(model)
+    run.save_checkpoint(root / f"stage{stage}.ckpt")
+    model = Hooked()
+    run = trainer(root, stage, max_steps=4, callbacks=[callback(model)])
+    run.fit(model, loader(), ckpt_path=str(root / f"stage{stage}.ckpt"))
+    return saved, model.events, model.found
+
+
+def _hooks_everywhere(root: Path) -> list[Any]:
+    return [_hooks(root, stage, callback) for stage in STAGES for callback in (Stateful, Looking)]
+
+
+def test_hooks_run_in_the_order_of_ddp_and_may_change_everything(tmp_path: Path) -> None:
+    for results in on_ranks(_hooks_everywhere, 2, tmp_path):
+        for saved, events, found in results:
+            assert events == [
+                "module on_load_checkpoint",
+                "callback load_state_dict",
+                "callback on_fit_start 5",
+                "module on_fit_start",
+            ]
+            assert torch.equal(found["numbers"], torch.arange(4.0))
+            assert torch.equal(found["lower"], saved["blocks.0.lower.weight"])
+            assert torch.equal(found["part"], saved["blocks.0.lower.weight"] * 2)
+            assert found["weights"]["scale"].tolist() == [1.0, 2.0, 3.0]
+            assert found["weights"]["head.weight"].eq(0.5).all()
+            assert found["lr"] == 0.25
+            assert found.get("early", found["weights"]["head.weight"]).eq(0.5).all()
+    moments = [
+        found["moment"]
+        for results in on_ranks(_hooks_everywhere, 1, tmp_path)
+        for _, _, found in results
+    ]
+    assert all(moment.eq(7).all() for moment in moments)
+    assert len(moments) == 2 * len(STAGES)
+
+
+class Wider(Model):
+    """Another layer than the checkpoint has."""
+
+    def __init__(self, strict: bool) -> None:
+        super().__init__()
+        self.more = nn.Linear(3, 3)
+        self.strict_loading = strict
+
+
+class Narrower(Model):
+    """Without the checkpoint's last layer."""
+
+    def __init__(self, strict: bool) -> None:
+        super().__init__()
+        del self.scale
+        self.scale = 1.0
+        self.strict_loading = strict
+
+
+def _strictness(root: Path) -> list[str]:
+    L.seed_everything(1)
+    run = trainer(root, 2, max_steps=2)
+    source = Model()
+    run.fit(source, loader())
+    run.save_checkpoint(root / "a.ckpt")
+    saved = whole_weights(source)
+    for name in ("running_mean", "running_var"):
+        dist.broadcast(saved[f"norm.{name}"], src=0)  # rank 0's buffers are the ones saved
+    problems = []
+    for stage in STAGES:
+        for kind in (Wider, Narrower):
+            model = kind(strict=False)
+            before = whole_weights(model)
+            trainer(root, stage).test(model, loader(8), str(root / "a.ckpt"), verbose=False)
+            for key, value in whole_weights(model).items():
+                assert torch.equal(value, saved.get(key, before[key])), key
+            model = kind(strict=True)
+            before = whole_weights(model)
+            with pytest.raises(RuntimeError) as caught:
+                trainer(root, stage).test(model, loader(8), str(root / "a.ckpt"), verbose=False)
+            problems.append(str(caught.value))
+            for key, value in whole_weights(model).items():
+                assert torch.equal(value, before[key]), key
+    return problems
+
+
+def test_strict_loading_in_both_directions(tmp_path: Path) -> None:
+    for problems in on_ranks(_strictness, 2, tmp_path):
+        for missing, unexpected in zip(problems[::2], problems[1::2], strict=True):
+            assert 'Missing key(s) in state_dict: "more.weight", "more.bias"' in missing
+            assert 'Unexpected key(s) in state_dict: "scale"' in unexpected
+
+
+class Hiding(Model):
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["secret"] = Secret(3)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        assert checkpoint["secret"].value == 3
+
+
+def _unsafe(root: Path, stage: int) -> str:
+    path = str(root / f"{stage}.ckpt")
+    run = trainer(root, stage, max_steps=1)
+    run.fit(Hiding(), loader())
+    run.save_checkpoint(path)
+    trainer(root, stage, max_steps=2).fit(Hiding(), loader(), ckpt_path=path, weights_only=False)
+    with pytest.raises(UnsafeObjectError) as caught:
+        trainer(root, stage, max_steps=2).fit(Hiding(), loader(), ckpt_path=path)
+    return str(caught.value)
+
+
+def test_pickled_objects_need_weights_only_false(tmp_path: Path) -> None:
+    for stage in (1, 3):
+        for problem in on_ranks(_unsafe, 2, tmp_path, stage):
+            assert "client_state/secret" in problem
+            assert "weights_only=False" in problem
+
+
+def _evaluations(root: Path, stage: int) -> Any:
+    """Before, after and without fit; losses by `ckpt_path`."""
+    L.seed_everything(2)
+    model = Model()
+    saver = ModelCheckpoint(
+        dirpath=root / "checkpoints", monitor="val_loss", mode="max", save_top_k=-1, save_last=True
+    )
+    run = trainer(root, stage, max_epochs=3, callbacks=[saver])
+    before = run.validate(model, loader(16, seed=5), verbose=False)
+    run.fit(model, loader(), loader(16, seed=5))
+    run.fit_loop.max_epochs = 4
+    losses = {}
+    for path in (None, "best", "last", saver.best_model_path, str(root / "checkpoints")):
+        fresh = trainer(root, stage, callbacks=[saver])
+        losses[str(path), "same"] = run.test(model, loader(16), path, verbose=False)
+        losses[str(path), "other"] = fresh.test(
+            model if path is None else Model(), loader(16), path, verbose=False
+        )
+    predicted = run.predict(model, loader(16), ckpt_path="last")
+    run.fit(model, loader(), loader(16, seed=5), ckpt_path="last")
+    return before, losses, torch.cat(predicted), whole_weights(model)
+
+
+def _evaluations_everywhere(root: Path) -> list[Any]:
+    return [_evaluations(root / f"{stage}", stage) for stage in STAGES]
+
+
+def test_validate_test_and_predict_around_fit(tmp_path: Path) -> None:
+    for expected, *others in on_ranks(_evaluations_everywhere, 2, tmp_path, timeout=150):
+        losses = list(expected[1].values())
+        assert losses[2] != losses[4]  # best is not last
+        assert [losses[0], losses[1], losses[5], losses[8], losses[9]] == [losses[4]] * 5
+        assert losses[6] == losses[7] == losses[2] == losses[3]
+        for other in others:
+            assert other[0] == expected[0]
+            assert list(other[1].values()) == losses
+            torch.testing.assert_close(other[2], expected[2])
+            for key, value in expected[3].items():
+                torch.testing.assert_close(other[3][key], value)
