@@ -90,7 +90,7 @@ def test_long_containers_are_cut_and_full_shows_all(pickled: Path, command: Comm
     assert f"  numbers: {list(range(100))}" in full
 
 
-def test_json_holds_every_tensor_chunk_and_object(sharded: Path, command: Command) -> None:
+def test_json_holds_every_tensor_file_and_object(sharded: Path, command: Command) -> None:
     document = command("inspect", sharded, "--json").document
     assert (document["tag"], document["step"], document["problems"]) == ("global_step200", 200, [])
     assert document["tensors"]["model"]["blocks.1.weight"] == {
@@ -98,16 +98,33 @@ def test_json_holds_every_tensor_chunk_and_object(sharded: Path, command: Comman
         "shape": [8, 8],
         "nbytes": 256,
         "placements": ["S0"],
-        "chunks": [
-            {"file": "model-00000-of-00002.safetensors", "offset": [0, 0], "shape": [4, 8]},
-            {"file": "model-00001-of-00002.safetensors", "offset": [4, 0], "shape": [4, 8]},
+        "runs": [
+            {
+                "rank": 0,
+                "offset": [0, 0],
+                "shape": [4, 8],
+                "count": 2,
+                "stride": 1,
+                "dim": 0,
+                "step": 4,
+                "last": 4,
+            }
         ],
     }
     assert document["objects"]["client_state"]["epoch"] == 2
     assert document["objects"]["client_state"]["losses"] == [0.5, {"$float": "nan"}]
-    assert sorted(document["rank_objects"]) == ["0", "1"]
+    assert sorted(document["rank_objects"]) == ["0"]
     path = sharded / "global_step200" / "optim-00001-of-00002.safetensors"
     assert document["files"][path.name]["nbytes"] == path.stat().st_size
+
+
+def test_full_json_adds_the_chunks_and_all_ranks_objects(sharded: Path, command: Command) -> None:
+    document = command("inspect", sharded, "--json", "--full").document
+    assert document["tensors"]["model"]["blocks.1.weight"]["chunks"] == [
+        {"file": "model-00000-of-00002.safetensors", "offset": [0, 0], "shape": [4, 8]},
+        {"file": "model-00001-of-00002.safetensors", "offset": [4, 0], "shape": [4, 8]},
+    ]
+    assert sorted(document["rank_objects"]) == ["0", "1"]
 
 
 def test_a_link_leads_to_its_tag(sharded: Path, command: Command) -> None:
@@ -133,7 +150,9 @@ def test_a_damaged_tag_is_shown_as_far_as_possible(sharded: Path, command: Comma
     assert "MODEL: 10 tensors" in result.out
     assert path.name in result.err
     path.unlink()
-    assert command("inspect", sharded / "global_step100").status == 1
+    result = command("inspect", sharded / "global_step100")
+    assert (result.status, result.err.count("\n")) == (1, 1)
+    assert "(and 1 more)" in result.err
     assert command("inspect", sharded / "global_step100", "--json").document["problems"]
 
 

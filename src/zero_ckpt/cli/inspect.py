@@ -27,6 +27,7 @@ from zero_ckpt.core.dtypes import itemsize
 from zero_ckpt.core.layout import ROLES
 from zero_ckpt.core.manifest import Manifest
 from zero_ckpt.core.planner import Placed
+from zero_ckpt.core.shard_file import REMEDY
 from zero_ckpt.core.storage import LocalStorage, Storage
 from zero_ckpt.core.tags import check_files, fallback_notice, find_checkpoint, locate, read_manifest
 from zero_ckpt.errors import CorruptShardError
@@ -49,7 +50,9 @@ _TITLES = {"model": "MODEL", "optim": "OPTIMIZER STATE", "state": "TENSORS OF TH
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="a tag's folder, or a checkpoint directory")
     parser.add_argument(
-        "--full", action="store_true", help="every tensor with its chunks, every file, all objects"
+        "--full",
+        action="store_true",
+        help="every tensor with its chunks, every file, all objects of all ranks",
     )
 
 
@@ -62,12 +65,14 @@ def run(options: argparse.Namespace) -> int:
     except CorruptShardError as error:
         problems.append(str(error))
     if options.json:
-        print(json_text(_document(storage, folder, manifest, problems)))
+        print(json_text(_document(storage, folder, manifest, options.full, problems)))
     else:
         for line in _lines(storage, folder, manifest, options.full, problems):
             print(line)
-    for problem in problems:
-        print(f"zero-ckpt inspect: damaged: {printable(problem)}", file=sys.stderr)
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        text = f"{problems[0].removesuffix(REMEDY)}{more} 'zero-ckpt verify' lists all damage."
+        print(f"zero-ckpt inspect: damaged: {printable(text)}", file=sys.stderr)
     return int(bool(problems))
 
 
@@ -222,18 +227,9 @@ def _object_lines(
         problems.append(str(error))
 
 
-def _document(storage: Storage, folder: str, m: Manifest, problems: list[str]) -> dict[str, Any]:
-    from zero_ckpt.cli.objects import read_objects
-
-    objects: Any = None
-    by_rank: dict[str, Any] = {}
-    for rank in _state_ranks(m):
-        try:
-            trees = read_objects(storage, folder, m, rank)
-            by_rank |= {str(rank): t.encoded() for n, t in trees.items() if n == "rank_objects"}
-            objects = trees["objects"].encoded() if "objects" in trees else objects
-        except (CorruptShardError, OSError) as error:
-            problems.append(str(error))
+def _document(
+    storage: Storage, folder: str, m: Manifest, full: bool, problems: list[str]
+) -> dict[str, Any]:
     names = ("tag", "step", "world_size", "zero_stage", "generation", "versions", "timings")
     lists = ("buffers", "frozen", "excluded", "aliases")
     return {
@@ -244,24 +240,45 @@ def _document(storage: Storage, folder: str, m: Manifest, problems: list[str]) -
         **{name: getattr(m, name) for name in lists},
         "files": {n: {"nbytes": r.nbytes, "checksum": r.checksum} for n, r in m.files.items()},
         "tensors": {
-            role: {key: _tensor_record(m, role, placed) for key, placed in keys.items()}
+            role: {key: _tensor_record(m, role, placed, full) for key, placed in keys.items()}
             for role, keys in m.tensors.items()
         },
-        "objects": objects,
-        "rank_objects": by_rank,
+        **_object_records(storage, folder, m, full, problems),
         "problems": problems,
     }
 
 
-def _tensor_record(m: Manifest, role: str, placed: Placed) -> dict[str, Any]:
-    return {
+def _tensor_record(m: Manifest, role: str, placed: Placed, full: bool) -> dict[str, Any]:
+    record = {
         "dtype": placed.dtype,
         "shape": list(placed.shape),
         "nbytes": _nbytes(placed),
         "placements": None if placed.placements is None else list(placed.placements),
-        "chunks": [
+        "runs": [run.to_json() for run in placed.runs],
+    }
+    if full:
+        record["chunks"] = [
             {"file": m.file_of(role, rank), "offset": list(box.offset), "shape": list(box.shape)}
             for run in placed.runs
             for rank, box in run
-        ],
-    }
+        ]
+    return record
+
+
+def _object_records(
+    storage: Storage, folder: str, m: Manifest, full: bool, problems: list[str]
+) -> dict[str, Any]:
+    from zero_ckpt.cli.objects import read_objects
+
+    objects: Any = None
+    by_rank: dict[str, Any] = {}
+    for rank in _state_ranks(m)[: None if full else 1]:
+        try:
+            for name, tree in read_objects(storage, folder, m, rank).items():
+                if name == "objects":
+                    objects = tree.encoded()
+                else:
+                    by_rank[str(rank)] = tree.encoded()
+        except (CorruptShardError, OSError) as error:
+            problems.append(str(error))
+    return {"objects": objects, "rank_objects": by_rank}

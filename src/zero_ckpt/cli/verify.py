@@ -80,7 +80,8 @@ def run(options: argparse.Namespace) -> int:
         print(json_text(_document(chosen, reports)))
     else:
         print("".join(f"{printable(fault)}\n" for fault in chosen.faults), end="")
-        print(_summary(reports, chosen.faults, total, time.monotonic() - begin))
+        seconds = time.monotonic() - begin
+        print(_summary(reports, chosen.faults, verifier.bytes_read, seconds))
     return int(bool(chosen.faults) or any(report.damage for report in reports))
 
 

@@ -25,11 +25,13 @@ READ_THREADS = 4
 class Verifier:
     """Verifies checkpoints one after the other with a few threads. Use it in a `with` statement.
 
-    `progress` is called with the number of bytes that were read or passed over, from any thread.
+    `progress` is called with the number of bytes that were read or passed over, from any thread; `bytes_read` counts
+    the bytes of the files that were read.
     """
 
     def __init__(self, storage: Storage, progress: Callable[[int], None] = lambda _: None) -> None:
         self._storage, self._progress = storage, progress
+        self.bytes_read = 0
         self._stop = threading.Event()
         self._buffers: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
         for _ in range(READ_THREADS):
@@ -61,6 +63,7 @@ class Verifier:
             self._progress(record.nbytes - reader.data_bytes)
             yield from _disagreements(reader, manifest)
             yield from self._block_damage(reader)
+            self.bytes_read += record.nbytes
         finally:
             reader.close()
 
