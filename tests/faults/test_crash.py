@@ -1,0 +1,136 @@
+"""SIGKILL of one rank, or of all, before every single storage operation of a save.
+
+Whatever the instant: what was committed loads bitwise, the new checkpoint is whole or absent, survivors raise and name
+the dead rank, and the next save succeeds and leaves nothing behind of the crashed one.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from tests.faults.jobs import Job, Raised, contents, files, raised, run_many, unlisted
+from tests.workers import Outcome, Ranks, run_ranks, start_ranks
+from zero_ckpt.core.storage import LocalStorage
+from zero_ckpt.testing import FaultyStorage, Operation
+
+WORLD = 2
+
+
+def save_recorded(directory: str, step: int, tag: str) -> list[tuple[str, str]]:
+    storage = FaultyStorage(LocalStorage())
+    Job.at(step, storage=storage).save(directory, tag=tag)
+    return [(operation.name, Path(operation.path).name) for operation in storage.log]
+
+
+def save_killed(directory: str, tag: str, victims: tuple[int, ...], number: int) -> Raised:
+    """The first of `victims` dies at its operation `number`, and with it the others, wherever they are."""
+    pids: list[int] = [0] * WORLD
+    dist.all_gather_object(pids, os.getpid())
+
+    def kill(operation: Operation) -> None:
+        if operation.number == number:
+            for rank in reversed(victims):
+                os.kill(pids[rank], signal.SIGKILL)
+
+    hook = kill if dist.get_rank() == victims[0] else ignore
+    return raised(Job.at(2, storage=FaultyStorage(LocalStorage(), hook)).save, directory, tag=tag)
+
+
+def ignore(_: Operation) -> None:
+    pass
+
+
+def save_again(directories: list[str], tag: str) -> list[str]:
+    """Resume from what each crash left, and save over it."""
+    loaded = []
+    for directory in directories:
+        job = Job.at(0)
+        loaded.append(job.load(directory))
+        job.advance()
+        job.save(directory, tag=tag)
+    return loaded
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A directory with step 1 committed, and a save of step 2 as `tag`, recorded in full by rank."""
+
+    start: Path
+    tag: str
+    logs: list[list[tuple[str, str]]]
+    old: dict[str, str]
+    new: dict[str, str]
+
+    @property
+    def commit(self) -> int:
+        """The number of rank 0's operation that commits."""
+        return self.logs[0].index(("put", "manifest.json"))
+
+
+@pytest.fixture(scope="module", params=["new tag", "overwrite"])
+def scenario(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Scenario:
+    root = tmp_path_factory.mktemp("crash")
+    tag = "step1" if request.param == "overwrite" else "step2"
+    run_ranks(save_recorded, WORLD, str(root / "start"), 1, "step1")
+    old = contents(root / "start", "step1")
+    shutil.copytree(root / "start", root / "clean")
+    logs = run_ranks(save_recorded, WORLD, str(root / "clean"), 2, tag)
+    return Scenario(root / "start", tag, logs, old, contents(root / "clean", tag))
+
+
+@pytest.mark.parametrize("victims", [(0,), (1,), (0, 1)], ids=["rank 0", "rank 1", "all ranks"])
+def test_a_kill_at_any_operation_of_a_save_leaves_whole_checkpoints(
+    scenario: Scenario, victims: tuple[int, ...], tmp_path: Path
+) -> None:
+    count = len(scenario.logs[victims[0]])
+    assert count > 12
+    directories = [tmp_path / str(number) for number in range(count)]
+    starts: list[Callable[[], Ranks]] = []
+    for number, directory in enumerate(directories):
+        shutil.copytree(scenario.start, directory)
+        args = (str(directory), scenario.tag, victims, number)
+        starts.append(partial(start_ranks, save_killed, WORLD, *args))
+    for number, outcomes in enumerate(run_many(starts)):
+        committed = 0 in victims and number > scenario.commit
+        _check_survivors(outcomes, victims, committed)
+        _check_disk(scenario, directories[number], committed)
+    run_ranks(save_again, WORLD, [str(directory) for directory in directories], scenario.tag)
+    for directory in directories:
+        assert unlisted(directory, scenario.tag) == []
+        assert not [name for name in files(directory) if name.endswith(".tmp")]
+        assert (directory / "latest").read_text() == f"{scenario.tag}\n"
+
+
+def _check_survivors(outcomes: list[Outcome], victims: tuple[int, ...], committed: bool) -> None:
+    for outcome in outcomes:
+        if outcome.rank in victims:
+            assert outcome.exit_code == -signal.SIGKILL, outcome.describe()
+            continue
+        assert outcome.status == "returned", outcome.describe()
+        error = outcome.value
+        assert error.kind == "RankTimeoutError"
+        assert f"rank {victims[0]} died" in error.text
+        if not committed:
+            assert "is not known" in error.text or "Nothing was committed" in error.text
+        else:
+            assert "Nothing was committed" not in error.text
+
+
+def _check_disk(scenario: Scenario, directory: Path, committed: bool) -> None:
+    """Old and new are both whole, each where it should be; what `latest` names is one of them."""
+    if committed:
+        assert contents(directory, scenario.tag) == scenario.new
+    else:
+        assert contents(directory, "step1") == scenario.old
+    if scenario.tag != "step1":
+        assert contents(directory, "step1") == scenario.old
+    assert contents(directory) in (scenario.old, scenario.new)
