@@ -40,7 +40,7 @@ def test_operations_are_counted_in_order_with_their_paths(tmp_path: Path) -> Non
 def test_only_the_chosen_operation_fails_and_it_never_happens(tmp_path: Path) -> None:
     storage = FaultyStorage(LocalStorage(), fail_at(1, errno.ENOSPC), names={"put"})
     storage.put(f"{tmp_path}/0", b"")
-    with pytest.raises(OSError, match="No space left on device: '.*/1'") as caught:
+    with pytest.raises(OSError, match=r"No space left on device: '.*/1'") as caught:
         storage.put(f"{tmp_path}/1", b"")
     assert caught.value.errno == errno.ENOSPC
     storage.put(f"{tmp_path}/2", b"")
