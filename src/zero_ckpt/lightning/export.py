@@ -1,0 +1,168 @@
+"""`Fp32Export`: when fit ends normally, the best checkpoint becomes one full fp32 state dict.
+
+`ZeroStrategy` adds it to every fit by `attach_export`, and runs it from its own `on_train_end` by
+`run_export`: after all callbacks and the module have had theirs, weight averaging included. Under
+another strategy, or when there was nothing left to train, it runs when fit has ended.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from zero_ckpt.core.control import control_for_process_group
+from zero_ckpt.errors import ConfigurationError
+from zero_ckpt.fp32 import export_fp32
+from zero_ckpt.lightning.namespaces import Namespace, load
+from zero_ckpt.lightning.paths import is_checkpoint_folder
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback as Host
+else:
+    Host = object  # the Callback of either copy of Lightning comes after the mixin
+
+__all__ = ["Fp32ExportMixin", "attach_export", "make_export", "run_export"]
+
+FOLDER = "fp32"
+"""Where the export goes, beside the checkpoint."""
+
+LIVE_TAG = ".live"
+"""Name of the checkpoint of live weights that exists while they are exported."""
+
+
+class Fp32ExportMixin(Host):
+    """Writes the weights of the best checkpoint as fp32, all ranks sharing the work, when fit ends.
+
+    Best is what `ModelCheckpoint` monitors; without a monitor it is the last checkpoint, and the
+    weights as they are when none was saved. The result is in `fp32/` beside the checkpoint, or in
+    the log directory, else in `default_root_dir`, and takes the place of an earlier one.
+    An export that fails is a warning: the training is done, and its checkpoints are intact.
+    Nothing is written after an exception, nor in a `fast_dev_run`.
+
+    dirpath: another folder to write to.
+    format: "safetensors", "bin" (`pytorch_model.bin`), or "ckpt" (for `load_from_checkpoint`).
+    max_shard_size: bytes, or a text like "5GB"; more than that becomes several files and an index.
+    strip_prefix: names of parameters that start with it lose it.
+    exclude_frozen_parameters: leave out what has `requires_grad=False`.
+    weights_only: False lets "ckpt" take over hyper-parameters that had to be pickled.
+    """
+
+    namespace: ClassVar[Namespace]
+
+    def __init__(
+        self,
+        dirpath: str | os.PathLike[str] | None = None,
+        *,
+        format: str = "safetensors",
+        max_shard_size: int | str | None = None,
+        strip_prefix: str | None = None,
+        exclude_frozen_parameters: bool = False,
+        weights_only: bool = True,
+    ) -> None:
+        super().__init__()
+        self.dirpath = dirpath
+        self.options: dict[str, Any] = {
+            "format": format,
+            "max_shard_size": max_shard_size,
+            "strip_prefix": strip_prefix,
+            "exclude_frozen_parameters": exclude_frozen_parameters,
+            "weights_only": weights_only,
+        }
+        self._has_trained = self._is_done = False
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        self._has_trained = self._is_done = False
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self._has_trained = True
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        self.run(trainer)
+
+    def run(self, trainer: Any) -> None:
+        """Collective: export once in this fit, or warn why that failed."""
+        if self._is_done or trainer.fast_dev_run:
+            return
+        self._is_done = True
+        try:
+            self._export(trainer)
+        except Exception as error:
+            self._warn(
+                trainer,
+                f"the fp32 export failed; training and checkpoints are not affected: {error}",
+            )
+
+    def _export(self, trainer: Any) -> None:
+        strategy = trainer.strategy
+        source = strategy.broadcast(best_checkpoint(trainer))
+        if source:
+            self._collapse(trainer, source, os.path.join(os.path.dirname(source), FOLDER))
+        elif self._has_trained:
+            folder = os.path.join(trainer.log_dir or trainer.default_root_dir, FOLDER)
+            source = strategy.broadcast(os.path.join(os.path.abspath(folder), LIVE_TAG))
+            trainer.save_checkpoint(source, weights_only=True)
+            try:
+                self._collapse(trainer, source, os.path.dirname(source))
+            finally:
+                strategy.remove_checkpoint(source)
+
+    def _collapse(self, trainer: Any, source: str, folder: str) -> None:
+        if not is_checkpoint_folder(source):
+            raise ConfigurationError(
+                f"{source} is no sharded checkpoint: use strategy='zero_ckpt' or ZeroCheckpointIO"
+            )
+        control = getattr(trainer.strategy, "control", None) or control_for_process_group()
+        written = export_fp32(source, self.dirpath or folder, control=control, **self.options)
+        self._say(f"fp32 weights of {source} are in {written[-1]}")
+
+    def _say(self, text: str) -> None:
+        self.namespace.module("utilities.rank_zero").rank_zero_info(text)
+
+    def _warn(self, trainer: Any, text: str) -> None:
+        if trainer.is_global_zero:
+            warnings.warn(text, stacklevel=2)
+
+
+@cache
+def make_export(namespace: str) -> type[Any]:
+    """The callback's class for `lightning.pytorch` or `pytorch_lightning`."""
+    copy = load(namespace)
+    name = "Fp32Export" if namespace == "lightning.pytorch" else "StandaloneFp32Export"
+    body = {
+        "__doc__": Fp32ExportMixin.__doc__,
+        "__module__": "zero_ckpt.lightning",  # where it is found again when unpickled
+        "__qualname__": name,
+        "namespace": copy,
+    }
+    return type(name, (Fp32ExportMixin, copy.callback), body)
+
+
+def best_checkpoint(trainer: Any) -> str:
+    """The path to export: of the first `ModelCheckpoint` that has saved one; else ""."""
+    for callback in trainer.checkpoint_callbacks:
+        best = getattr(callback, "best_model_path", "")
+        last = getattr(callback, "last_model_path", "")
+        path = best or last if getattr(callback, "monitor", None) else last or best
+        if path:
+            return os.path.abspath(path)
+    return ""
+
+
+def attach_export(trainer: Any, namespace: Namespace, export: Any) -> None:
+    """Give a fit its export, unless the user has added one or `export` is False. Call it in `setup`.
+
+    `export`: True, False, or an `Fp32Export` to use.
+    """
+    if trainer.state.fn != "fit" or export is False:
+        return
+    if not any(isinstance(callback, Fp32ExportMixin) for callback in trainer.callbacks):
+        trainer.callbacks.append(make_export(namespace.name)() if export is True else export)
+
+
+def run_export(trainer: Any) -> None:
+    """Collective: run the fit's exports now. Call it as the last thing of the strategy's `on_train_end`."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, Fp32ExportMixin):
+            callback.run(trainer)

@@ -1,0 +1,91 @@
+"""`load_module`: `LightningModule.load_from_checkpoint` for a sharded checkpoint."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from zero_ckpt.core.checkpoint import open_checkpoint
+from zero_ckpt.errors import ConfigurationError
+from zero_ckpt.lightning.content import from_checkpoint
+from zero_ckpt.lightning.namespaces import Namespace, installed, load
+from zero_ckpt.lightning.paths import is_checkpoint_folder
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+__all__ = ["load_module"]
+
+Module = TypeVar("Module", bound="LightningModule")
+
+
+def load_module(
+    module_class: type[Module],
+    path: str | os.PathLike[str],
+    *,
+    tag: str | int | None = None,
+    map_location: torch.device | str | int | None = None,
+    strict: bool | None = None,
+    weights_only: bool = True,
+    **kwargs: Any,
+) -> Module:
+    """A `module_class` with the hyper-parameters and weights of a checkpoint, in one process.
+
+    What `module_class.load_from_checkpoint` does with a file: hyper-parameters come from the
+    checkpoint and `kwargs` override them, `configure_model` and `on_load_checkpoint` are called,
+    weights are loaded as they were saved (not converted to fp32). They are read one by one,
+    straight from the shard files; those of optimizer state are not opened.
+
+    path: a checkpoint's folder, or a checkpoint directory, of which `tag` or else the latest is
+        loaded. A file of Lightning's is loaded by Lightning.
+    map_location: the device to put the module on; None: the CPU.
+    strict: as in `load_state_dict`; None: the module's `strict_loading`.
+    weights_only: False allows hyper-parameters that were stored as pickles, whose opening can run
+        code.
+
+    Raises `CheckpointNotFoundError`, `CorruptCheckpointError`, `FormatVersionError`,
+    `UnsafeObjectError`, and what the module's own `__init__` and `load_state_dict` raise.
+    """
+    if tag is None and not is_checkpoint_folder(path) and os.path.isfile(path):
+        return module_class.load_from_checkpoint(
+            os.fspath(path),
+            map_location=map_location,
+            strict=strict,
+            weights_only=weights_only,
+            **kwargs,
+        )
+    namespace = _namespace_of(module_class)
+    location = os.fspath(path).removeprefix("file://")
+    with open_checkpoint(location, None if tag is None else str(tag)) as checkpoint:
+        content = from_checkpoint(
+            checkpoint, namespace.version, weights_only, with_optimizers=False
+        )
+        module = _build(namespace, module_class, content, checkpoint.path, strict, kwargs)
+    return module if map_location is None else module.to(map_location)
+
+
+def _namespace_of(module_class: type[Any]) -> Namespace:
+    for name in installed():
+        if issubclass(module_class, load(name).lightning_module):
+            return load(name)
+    raise ConfigurationError(f"{module_class!r} is no LightningModule class")
+
+
+def _build(
+    namespace: Namespace,
+    module_class: type[Module],
+    content: dict[str, Any],
+    path: str,
+    strict: bool | None,
+    kwargs: dict[str, Any],
+) -> Module:
+    """The steps that `load_from_checkpoint` takes once its file is read."""
+    migration = namespace.module("utilities.migration.utils")
+    content = migration._pl_migrate_checkpoint(content, checkpoint_path=path)
+    key = module_class.CHECKPOINT_HYPER_PARAMS_KEY
+    content.setdefault(key, {}).update(kwargs)
+    saving = namespace.module("core.saving")
+    module: Module = saving._load_state(module_class, content, strict=strict, **kwargs)
+    return module
