@@ -27,7 +27,8 @@ def test_equal_blocks_are_one_line_with_the_ranks_that_own_them(
     lines = command("inspect", sharded).lines
     row = _row(lines, "blocks.{0..2}.weight")
     assert row[1:] == ["3", "F32", "[8,", "8]", "768", "B", "Shard(0)", "0-1"]
-    assert _row(lines, "blocks.{0..2}.weight/exp_avg")[1:4] == ["3", "F32", "[8,"]
+    states = _row(lines, "blocks.{0..2}.weight/{exp_avg,exp_avg_sq}")
+    assert states[1:4] == ["6", "F32", "[8,"]
     assert _row(lines, "seen")[-1] == "buffer"
     assert _row(lines, "norm.bias")[-1] == "frozen"
 
@@ -68,8 +69,7 @@ def test_every_kind_of_object_is_shown_and_no_code_runs(
         "  size: torch.Size([2, 3])",
         "  parameter: <tensor F32 [2], 8 B>",
         "  array: <tensor F32 [2, 2], 16 B>",
-        "  ('a', 1):",
-        "    nested: (1, 2)",
+        "  ('a', 1): {nested: (1, 2)}",
     ]:
         assert line in result.lines
 

@@ -121,6 +121,17 @@ def test_groups_name_exactly_the_keys_they_stand_for() -> None:
     assert _names(["7", "8"]) == ["{7..8}"]
 
 
+def test_states_of_the_same_parameters_are_one_group() -> None:
+    keys = [f"{i}.weight/{state}" for i in range(2) for state in ("step", "exp_avg", "exp_avg_sq")]
+    groups = group_names(keys, lambda key: key.endswith("step"))
+    assert [(group.name, len(group.keys)) for group in groups] == [
+        ("{0..1}.weight/step", 2),
+        ("{0..1}.weight/{exp_avg,exp_avg_sq}", 4),
+    ]
+    assert _names(["a/x", "b/x"]) == ["a/x", "b/x"]
+    assert _names(["a", "a/b", "b", "/a"]) == ["a", "a/b", "b", "/a"]
+
+
 def test_keys_of_different_kinds_stay_apart() -> None:
     keys = ["l.0.w", "l.1.w", "l.2.w"]
     groups = group_names(keys, lambda key: key == "l.1.w")
@@ -135,6 +146,8 @@ def test_every_key_is_in_one_group(keys: list[str]) -> None:
     groups = group_names(keys, lambda key: None)
     assert sorted(key for group in groups for key in group.keys) == sorted(keys)
     assert all(group.name == group.keys[0] for group in groups if len(group.keys) == 1)
+    exact = [group.name for group in groups if "*" not in group.name]
+    assert len(set(exact)) == len(exact)
 
 
 class _Terminal(io.StringIO):

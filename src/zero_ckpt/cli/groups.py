@@ -1,4 +1,4 @@
-"""Tensors that differ only in numbers of their names, as one line: `blocks.{0..31}.mlp.weight`. Pure."""
+"""Tensors whose names differ little, as one line: `blocks.{0..31}.mlp.weight/{exp_avg,exp_avg_sq}`. Pure."""
 
 from __future__ import annotations
 
@@ -21,12 +21,34 @@ class Group:
 
 
 def group_names(keys: Iterable[str], kind: Callable[[str], Hashable]) -> list[Group]:
-    """Keys of one `kind` whose names differ only in whole numbers between dots or slashes, by first appearance."""
+    """Keys of one `kind` whose names differ in whole numbers between dots or slashes, or behind the last slash.
+
+    In the order of first appearance.
+    """
     found: dict[Hashable, list[str]] = {}
     for key in keys:
         text = tuple(_NUMBER.split(key)[::2])
         found.setdefault((text, kind(key)), []).append(key)
-    return [Group(_common_name(members), tuple(members)) for members in found.values()]
+    groups = [Group(_common_name(members), tuple(members)) for members in found.values()]
+    return _merge_endings(groups, kind)
+
+
+def _merge_endings(groups: Sequence[Group], kind: Callable[[str], Hashable]) -> list[Group]:
+    """Groups of the same parameters: optimizer states are named `<parameter>/<state>`."""
+    found: dict[Hashable, list[Group]] = {}
+    for group in groups:
+        parameter, slash, name = group.name.rpartition("/")
+        base = parameter + slash or name
+        found.setdefault((base, len(group.keys), kind(group.keys[0])), []).append(group)
+    return [_merged(members) for members in found.values()]
+
+
+def _merged(groups: Sequence[Group]) -> Group:
+    if len(groups) == 1:
+        return groups[0]
+    parameter = groups[0].name.rpartition("/")[0]
+    endings = ",".join(group.name.rpartition("/")[2] for group in groups)
+    return Group(f"{parameter}/{{{endings}}}", tuple(key for group in groups for key in group.keys))
 
 
 def _common_name(keys: Sequence[str]) -> str:

@@ -21,6 +21,10 @@ MAX_ITEMS = 20
 """Entries of one container that are shown, unless all are asked for."""
 
 
+MAX_LINE = 80
+"""Characters of a line up to which a mapping inside of another is shown in one."""
+
+
 class StoredObjects:
     """One tree of objects: as it is encoded in the file, and as values to show."""
 
@@ -75,11 +79,13 @@ def tree_lines(tree: Any, limit: int | None, indent: str = "") -> Iterator[str]:
     """
     items = list(_items(tree))
     for key, value in items[:limit]:
-        if _is_branch(value):
+        text = _inline(value) if _is_branch(value) else _leaf(value, limit)
+        line = f"{indent}{key}: {text}"
+        if not _is_branch(value) or (indent and text and len(line) <= MAX_LINE):
+            yield line
+        else:
             yield f"{indent}{key}:"
             yield from tree_lines(value, limit, f"{indent}  ")
-        else:
-            yield f"{indent}{key}: {_leaf(value, limit)}"
     if limit is not None and len(items) > limit:
         yield f"{indent}... and {len(items) - limit} more (--full shows all)"
 
@@ -96,6 +102,13 @@ def _is_branch(value: Any) -> bool:
     if isinstance(value, dict):
         return bool(value)
     return isinstance(value, (list, tuple)) and any(isinstance(v, (dict, list)) for v in value)
+
+
+def _inline(value: Any) -> str:
+    """A mapping of plain values in one line; nothing for anything else."""
+    if not isinstance(value, dict) or any(map(_is_branch, value.values())):
+        return ""
+    return f"{{{', '.join(f'{key}: {_leaf(item, None)}' for key, item in _items(value))}}}"
 
 
 class _Repr(reprlib.Repr):
