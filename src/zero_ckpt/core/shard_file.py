@@ -23,6 +23,7 @@ import xxhash
 
 from zero_ckpt.core.chunks import Box
 from zero_ckpt.core.dtypes import ITEMSIZE, itemsize, stored_dtype, stored_shape
+from zero_ckpt.core.layout import MAX_DIMS
 from zero_ckpt.core.manifest import FORMAT_VERSION, FileRecord
 from zero_ckpt.core.storage import ALIGNMENT, FileReader, Storage, aligned_buffer, round_up
 from zero_ckpt.errors import CorruptShardError
@@ -335,15 +336,19 @@ def _chunk(name: str, entry: dict[str, Any], place: dict[str, Any] | None) -> Ch
     begin, end = entry["data_offsets"]
     stored = tuple(entry["shape"])
     place = place or {}
-    dtype = place.get("dtype", entry["dtype"])
+    key, dtype = place.get("key", name), place.get("dtype", entry["dtype"])
     box_shape = stored if dtype == entry["dtype"] else stored[:-1]
     shape = tuple(place.get("shape", box_shape))
     offset = tuple(place.get("offset", (0,) * len(shape)))
     numbers = (begin, end, *box_shape, *shape, *offset)
-    if {*map(type, numbers)} != {int} or min(numbers) < 0 or dtype not in ITEMSIZE:
-        raise ValueError(f"entry '{name}' is not made of natural numbers and a known dtype")
-    if not len(shape) == len(offset) == len(box_shape):
+    if {*map(type, numbers)} != {int} or not 0 <= min(numbers) <= max(numbers) < 1 << 63:
+        raise ValueError(f"entry '{name}' is not made of natural numbers")
+    if not isinstance(key, str) or dtype not in ITEMSIZE or begin % itemsize(dtype):
+        raise ValueError(f"entry '{name}' has no name, no known dtype, or begins within an element")
+    if entry["dtype"] != stored_dtype(dtype) or stored != stored_shape(dtype, box_shape):
+        raise ValueError(f"entry '{name}' does not hold elements of {dtype}")
+    if len(shape) > MAX_DIMS or not len(shape) == len(offset) == len(box_shape):
         raise ValueError(f"entry '{name}' has different numbers of dimensions")
     if prod(box_shape) and any(a + n > s for a, n, s in zip(offset, box_shape, shape, strict=True)):
         raise ValueError(f"entry '{name}' reaches outside of its tensor")
-    return Chunk(name, place.get("key", name), dtype, shape, Box(offset, box_shape), begin, end)
+    return Chunk(name, key, dtype, shape, Box(offset, box_shape), begin, end)
