@@ -36,7 +36,6 @@ class SetupMixin(RestoreMixin, StepMixin):
         else:
             self.materialize_replicated()
             super().setup(trainer)
-            self._zero_trainable = 0
         self.is_set_up = True
 
     def _setup_sharded(self, trainer: Any) -> None:

@@ -25,13 +25,12 @@ class StepMixin(StrategyBase):
 
     _zero_trainable = 0
     _zero_accumulating = False
+    _zero_shared = False
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """FSDP2 gathers parameters in hooks of the module's forward, so steps run inside it."""
         if self.stage < 2:
             return super().training_step(*args, **kwargs)
-        if not self._zero_accumulating:
-            self.share_buffers()
         with self.precision_plugin.train_step_context():
             return self._through_forward("training_step", *args, **kwargs)
 
@@ -54,6 +53,11 @@ class StepMixin(StrategyBase):
             return self._through_forward("predict_step", *args, **kwargs)
 
     def _through_forward(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        if name == "training_step":
+            self._zero_shared = self._zero_accumulating
+        if not self._zero_shared:
+            self._share_buffers()
+            self._zero_shared = True
         assert self.model is not None
         assert self.lightning_module is not None
         return self._forward_redirection(self.model, self.lightning_module, name, *args, **kwargs)
@@ -69,9 +73,10 @@ class StepMixin(StrategyBase):
         finally:
             self._zero_accumulating = False
 
-    def share_buffers(self) -> None:
-        """Give every rank rank 0's buffers (batch norm statistics, ...), as DDP does before a
-        forward pass that synchronizes gradients. Collective.
+    def _share_buffers(self) -> None:
+        """Give every rank rank 0's buffers (batch norm statistics, ...), as DDP does. Collective.
+
+        In training before each pass that reduces gradients; else once, for they do not change.
         """
         if self.stage < 2 or self.world_size == 1 or self._zero_mesh is None:
             return
@@ -83,15 +88,15 @@ class StepMixin(StrategyBase):
 
     def on_validation_start(self) -> None:
         super().on_validation_start()
-        self.share_buffers()
+        self._zero_shared = False
 
     def on_test_start(self) -> None:
         super().on_test_start()
-        self.share_buffers()
+        self._zero_shared = False
 
     def on_predict_start(self) -> None:
         super().on_predict_start()
-        self.share_buffers()
+        self._zero_shared = False
 
     def adapt_precision(self) -> None:
         """Let the precision plugin scale and clip gradients of which some are sharded."""
@@ -135,12 +140,15 @@ class StepMixin(StrategyBase):
         if isinstance(self.model, DistributedDataParallel):
             self._wrap_anew_when_unfrozen(self.model)
 
+    def configure_ddp(self) -> None:
+        super().configure_ddp()
+        assert self.model is not None
+        self._zero_trainable = sum(p.requires_grad for p in self.model.parameters())
+
     def _wrap_anew_when_unfrozen(self, wrapped: DistributedDataParallel) -> None:
         """DDP reduces only what was trainable when it wrapped the model: not what a finetuning
         callback has unfrozen since.
         """
-        trainable = sum(p.requires_grad for p in wrapped.module.parameters())
-        if trainable > self._zero_trainable > 0:
+        if sum(p.requires_grad for p in wrapped.module.parameters()) > self._zero_trainable:
             self.model = wrapped.module
             self.configure_ddp()
-        self._zero_trainable = trainable
