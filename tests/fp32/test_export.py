@@ -37,6 +37,7 @@ from zero_ckpt.errors import (
     UnsafeObjectError,
 )
 from zero_ckpt.fp32 import convert_zero_checkpoint_to_fp32_state_dict, export, export_fp32
+from zero_ckpt.testing import FaultyStorage, fail_at, kill_at
 
 ROWS = 120_000
 """Rows of a tensor that is large enough to be written by three ranks: 17 MB."""
@@ -300,6 +301,96 @@ def test_progress_counts_every_byte(sharded: Path, tmp_path: Path) -> None:
     assert seen[-1] == (size, size)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert len(seen) == -(-size // (4 << 20))
+
+
+WRITES = {"create", "write", "finish", "put", "sync", "remove"}
+
+
+def result_of(out: Path) -> dict[str, Any] | None:
+    """What a reader finds; None when there is no result. Fails on one that is not whole."""
+    if not (out / "model.safetensors.index.json").exists():
+        return (
+            load_file(out / "model.safetensors") if (out / "model.safetensors").exists() else None
+        )
+    return load_sharded(out / "model.safetensors.index.json", load_file)
+
+
+@pytest.mark.parametrize("limit", [None, "200B"])
+def test_whatever_operation_fails_a_reader_finds_one_whole_result_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str | None
+) -> None:
+    old, new = Net(seed=1), Net(seed=2)
+    for name, model in (("old", old), ("new", new)):
+        zero_ckpt.save_checkpoint(tmp_path / name, model, step=1)
+    out = tmp_path / "out"
+    for number in range(1000):
+        export_fp32(tmp_path / "old", out, max_shard_size=limit)
+        with monkeypatch.context() as patch:
+            storage = FaultyStorage(LocalStorage(), fail_at(number, errno.EIO), names=WRITES)
+            patch.setattr(export, "LocalStorage", lambda storage=storage: storage)
+            problem = ""
+            try:
+                export_fp32(tmp_path / "new", out, max_shard_size=limit)
+            except SaveError as error:
+                problem = str(error)
+        if not problem:
+            break
+        assert "Input/output error" in problem
+        found = result_of(out)
+        if found is not None:
+            same = [torch.equal(found["embed.weight"], m.embed.weight) for m in (old, new)]
+            assert_same(found, expected(old if same[0] else new))
+        assert not list(out.glob(".*.partial"))
+    assert number >= 4
+    assert_same(result_of(out) or {}, expected(new))
+
+
+def export_and_die(source: Path, out: Path, number: int) -> None:
+    storage = FaultyStorage(LocalStorage(), kill_at(number), names=WRITES)
+    export.LocalStorage = lambda: storage  # type: ignore[assignment, misc]
+    export_fp32(source, out, max_shard_size="1MB")
+
+
+def test_a_kill_leaves_the_earlier_result_and_the_next_export_is_whole(
+    sharded: Path, tmp_path: Path
+) -> None:
+    (path,) = export_fp32(sharded, tmp_path, exclude_frozen_parameters=True)
+    before = Path(path).read_bytes()
+    for number in (1, 4, 7):
+        with start_ranks(export_and_die, 1, sharded, tmp_path, number) as ranks:
+            assert ranks.wait(60)[0].status == "died"
+        assert Path(path).read_bytes() == before
+        assert not (tmp_path / "model.safetensors.index.json").exists()
+    paths = export_fp32(sharded, tmp_path, max_shard_size="1MB")
+    assert_same(result_of(tmp_path) or {}, sharded_expected(ROWS))
+    assert set(os.listdir(tmp_path)) == {Path(each).name for each in paths}
+
+
+# ---- memory
+
+
+def peak_of_export(source: Path, out: Path) -> int:
+    """Bytes of memory that an export takes above what there was before."""
+    before = _memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from now on
+    export_fp32(source, out)
+    return _memory("VmHWM") - before
+
+
+def _memory(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (line,) = (line for line in lines if line.startswith(f"{name}:"))
+    return int(line.split()[1]) << 10
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    layers = [torch.nn.Linear(4096, 4096, bias=False) for _ in range(3)]
+    model = torch.nn.Sequential(*layers, torch.nn.Linear(4096, 4096, bias=False).bfloat16())
+    zero_ckpt.save_checkpoint(tmp_path / "checkpoints", model, step=1)
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    for name in ("x.safetensors", "x.bin"):
+        (extra,) = run_ranks(peak_of_export, 1, tmp_path / "checkpoints", tmp_path / name)
+        assert extra < 64 << 20 < total / 3
 
 
 # ---- several ranks

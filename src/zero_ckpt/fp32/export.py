@@ -222,11 +222,14 @@ class _Export:
             same = all(problem == found[0][1] for problem in problems)
             raise by_name(name, text if same else f"rank {rank}: {text}")
         assert self._contents is not None
+        names, index = self._contents.names, self._contents.index
         try:
-            names, index = self._contents.names, self._contents.index
-            return {"paths": self._output.publish(names, nonce, index)}
+            return {"paths": self._output.publish(self._storage, names, nonce, index)}
         except OSError as error:
-            raise _as_save_error(error, self._output) from error
+            raise SaveError(
+                f"export to {self._output.path}: putting the finished files in place: {error}. Check which result is "
+                "there, or export again; the checkpoint is intact."
+            ) from error
 
 
 def _problem(error: Exception, output: Output) -> list[str]:
@@ -237,6 +240,6 @@ def _problem(error: Exception, output: Output) -> list[str]:
 
 def _as_save_error(error: Exception, output: Output) -> SaveError:
     return SaveError(
-        f"export to {output.folder}/{output.stem}{output.suffix}: {type(error).__name__}: {error}. Nothing was put in "
+        f"export to {output.path}: {type(error).__name__}: {error}. Nothing was put in "
         "place, and an earlier result there is untouched; the checkpoint is intact."
     )

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from zero_ckpt.core.storage import LocalStorage
+from zero_ckpt.core.storage import Storage
 from zero_ckpt.errors import ConfigurationError
 
 __all__ = ["FORMATS", "Output", "output_of"]
@@ -39,8 +39,13 @@ class Output:
 
     def names(self, count: int) -> list[str]:
         if count == 1:
-            return [f"{self.stem}{self.suffix}"]
+            return [os.path.basename(self.path)]
         return [f"{self.stem}-{i:05d}-of-{count:05d}{self.suffix}" for i in range(1, count + 1)]
+
+    @property
+    def path(self) -> str:
+        """Where a result of one file goes."""
+        return f"{self.folder}/{self.stem}{self.suffix}"
 
     @property
     def index_name(self) -> str:
@@ -62,10 +67,14 @@ class Output:
                         os.unlink(f"{self.folder}/{name}")
 
     def publish(
-        self, names: Sequence[str], nonce: str, index: Mapping[str, object] | None
+        self,
+        storage: Storage,
+        names: Sequence[str],
+        nonce: str,
+        index: Mapping[str, object] | None,
     ) -> list[str]:
         """Put the finished files `names` in place of what was there; returns all paths. `index`: for several files."""
-        storage, old = LocalStorage(), self._old_files()
+        old = self._old_files()
         index_path = f"{self.folder}/{self.index_name}"
         if old & set(names) and len(names) > 1:
             # New files take the names of old ones: without its index the old set is no result, so none is ever mixed.
