@@ -4,7 +4,7 @@ import io
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from zero_ckpt.cli.groups import group_names
@@ -70,6 +70,7 @@ def test_times_no_calendar_has_are_shown_all_the_same() -> None:
     assert age_text(1e300)
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_printable_text_is_one_harmless_line(text: str) -> None:
     shown = printable(text)
@@ -141,6 +142,7 @@ def test_keys_of_different_kinds_stay_apart() -> None:
     ]
 
 
+@settings(deadline=None)
 @given(st.lists(st.from_regex(r"[a-c0-9./]{1,8}", fullmatch=True), unique=True))
 def test_every_key_is_in_one_group(keys: list[str]) -> None:
     groups = group_names(keys, lambda key: None)
