@@ -61,14 +61,16 @@ class TagInfo:
 def check_tag(tag: object) -> str:
     """The tag as a string. Raises `ConfigurationError` for one that a path or a file system would misread."""
     name = str(tag)
+    encoded = name.encode(errors="replace")
     bad = (
         set(name) & set("/\\\0\n\r")
-        or name in ("", ".", "..", LATEST_NAME)
-        or len(name.encode()) > 200
+        or name in ("", ".", "..", LATEST_NAME, f"{LATEST_NAME}.tmp")
+        or len(encoded) > 200
+        or encoded.decode() != name
     )
     if bad or name != name.strip() or name.startswith("-"):
         raise ConfigurationError(
-            f"tag {name!r} cannot be a folder's name: expected 1 to 200 bytes without slashes, line breaks, "
+            f"tag {name!r} cannot be a folder's name: expected 1 to 200 bytes of UTF-8 without slashes, line breaks, "
             f"surrounding spaces or a leading '-', and not '{LATEST_NAME}', '.' or '..'"
         )
     return name
@@ -309,12 +311,15 @@ def _holds_shards(names: Sequence[str]) -> bool:
 
 
 def remove_tag(storage: Storage, directory: str, tag: str) -> None:
-    """Remove a checkpoint: first the manifest, durably, so that a crash leaves garbage, never a torn checkpoint."""
+    """Remove a checkpoint: first the manifest, durably, so that a crash leaves garbage, never a torn checkpoint.
+
+    Of a link to a checkpoint only the link is removed.
+    """
     folder = f"{directory}/{tag}"
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        storage.list(folder)
-        storage.remove(f"{folder}/{MANIFEST_NAME}")
-        storage.sync(folder)
+        if any(entry.name == tag and entry.is_dir for entry in storage.list(directory)):
+            storage.remove(f"{folder}/{MANIFEST_NAME}")
+            storage.sync(folder)
         storage.remove(folder)
         storage.sync(directory)
 
