@@ -102,7 +102,7 @@ def _put_manifest(storage: Storage, agreement: Agreement, manifest: Manifest) ->
     try:
         storage.put(f"{agreement.folder}/{MANIFEST_NAME}", manifest.to_bytes())
     except OSError as error:
-        if not _may_be_committed(storage, agreement):
+        if not _is_committed(storage, agreement):
             raise
         raise SaveError(
             f"{agreement.folder}: the manifest is in place, but the disk did not make it durable: {describe(error)}. "
@@ -172,7 +172,7 @@ def discard(storage: Storage, agreement: Agreement, ranks: Iterable[int], world_
         shard_name(role, rank, world_size, agreement.generation) for rank in ranks for role in ROLES
     }
     with suppress(OSError):
-        if _may_be_committed(storage, agreement):
+        if _is_committed(storage, agreement) is not False:
             return
         entries = storage.list(agreement.folder)
         for entry in entries:
@@ -182,14 +182,14 @@ def discard(storage: Storage, agreement: Agreement, ranks: Iterable[int], world_
             storage.remove(agreement.folder)
 
 
-def _may_be_committed(storage: Storage, agreement: Agreement) -> bool:
-    """Whether the manifest in place is this save's, or cannot be read to tell."""
+def _is_committed(storage: Storage, agreement: Agreement) -> bool | None:
+    """Whether the manifest in place is this save's; None when it cannot be read."""
     try:
         return read_manifest(storage, agreement.folder).generation == agreement.generation
     except CheckpointNotFoundError:
         return False
     except (ZeroCkptError, OSError):
-        return True
+        return None
 
 
 def _slowest(votes: Sequence[Vote]) -> dict[str, float]:
