@@ -176,8 +176,8 @@ class RestoreMixin(StrategyBase):
     def _somebody_may_look(self) -> bool:
         """Whether a callback sees the module between here and `setup`."""
         base = self.namespace.callback.on_load_checkpoint
-        callbacks = self._current_trainer().callbacks
-        return any(type(callback).on_load_checkpoint is not base for callback in callbacks)
+        hooks = (getattr(c, "on_load_checkpoint", None) for c in self._current_trainer().callbacks)
+        return any(getattr(hook, "__func__", hook) is not base for hook in hooks)
 
     def apply_deferred_weights(self) -> None:
         """Load what `load_model_state_dict` kept, now that the model is sharded."""

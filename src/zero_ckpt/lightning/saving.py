@@ -78,7 +78,8 @@ class SaveMixin(StrategyBase):
     def _save(self, checkpoint: dict[str, Any], filepath: Any, timeout: float | None) -> None:
         assert self.lightning_module is not None
         directory, tag = paths.split(filepath)
-        own = capture_rank(self.lightning_module.trainer, checkpoint, self.root_device)
+        trainer = self._current_trainer()
+        own = {} if trainer is None else capture_rank(trainer, checkpoint, self.root_device)
         snapshot = to_snapshot(checkpoint, ModuleNames.of(self.lightning_module), own)
         with paths.making_way(directory, tag) if self.is_global_zero else nullcontext():
             self.engine.save(

@@ -1,16 +1,17 @@
 """Lets Lightning's tests look into a checkpoint folder where they open a checkpoint file.
 
-Many tests read `*.ckpt` themselves, with `torch.load`, or ask whether it is a file. A test module
-(and nothing else) gets for a folder of ours what it would get for the file; so a test says whether
-the content is right, and not only that it lies in a folder. The library's own code and Lightning's
-see the file system as it is, but for `load_from_checkpoint`, whose reader has no other seam.
+Many tests read `*.ckpt` themselves, with `torch.load`, ask whether it is a file, or list what lies
+beside it. A test module (and nothing else) gets for a folder of ours what it would get for the
+file, and does not see `latest`; so a test says whether the content is right, and not only that it
+lies in a folder. The library's own code and Lightning's see the file system as it is, but for
+`load_from_checkpoint`, whose reader has no other seam.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import lightning.fabric.utilities.cloud_io as cloud_io
 import lightning.pytorch.core.saving as saving
 import torch
 
+from zero_ckpt.core.tags import LATEST_NAME
 from zero_ckpt.lightning import ZeroCheckpointIO
 
 __all__ = ["show_folders_as_files"]
@@ -29,6 +31,13 @@ def show_folders_as_files() -> None:
     saving.pl_load = _reading_folders(saving.pl_load)
     os.path.isfile = _accepting_folders(os.path.isfile)
     Path.is_file = _accepting_folders(Path.is_file)
+    os.listdir = _without_latest(os.listdir)
+    Path.iterdir = _iterating_without_latest(Path.iterdir)
+
+
+def _asked_by_test() -> bool:
+    """Whether the function two calls up is one of a test module."""
+    return str(sys._getframe(2).f_globals["__name__"]).startswith("tests_pytorch.")
 
 
 def _is_checkpoint(path: Any) -> bool:
@@ -47,7 +56,24 @@ def _reading_folders(load: Callable[..., Any]) -> Callable[..., Any]:
 
 def _accepting_folders(is_file: Callable[..., bool]) -> Callable[..., bool]:
     def check(path: Any, *args: Any, **options: Any) -> bool:
-        asked_by_test = sys._getframe(1).f_globals["__name__"].startswith("tests_pytorch.")
-        return is_file(path, *args, **options) or (asked_by_test and _is_checkpoint(path))
+        is_shown = _asked_by_test() and _is_checkpoint(path)
+        return is_shown or is_file(path, *args, **options)
 
     return check
+
+
+def _without_latest(list_names: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    def names(*args: Any, **options: Any) -> list[str]:
+        is_shown = _asked_by_test()
+        found = list_names(*args, **options)
+        return [name for name in found if name != LATEST_NAME] if is_shown else found
+
+    return names
+
+
+def _iterating_without_latest(entries: Callable[..., Iterator[Path]]) -> Callable[..., Any]:
+    def iterate(folder: Path) -> Iterator[Path]:
+        is_shown = _asked_by_test()
+        return (e for e in entries(folder) if not (is_shown and e.name == LATEST_NAME))
+
+    return iterate

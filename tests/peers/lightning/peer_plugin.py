@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.connectors.accelerator_connector import _AcceleratorConnector
 
@@ -32,15 +33,17 @@ def pytest_configure(config: pytest.Config) -> None:
     stage = config.getoption("--peer-stage")
     if stage is not None:  # a run with Lightning's own strategies imports nothing of ours
         from peer_folders import show_folders_as_files
+        from peer_tensors import compare_whole_tensors
 
         from zero_ckpt.lightning import make_strategy
 
         _replace_default(make_strategy("lightning.pytorch"), stage)
         show_folders_as_files()
+        compare_whole_tensors()
 
 
 class _Record:
-    """Test id -> [outcome, the line of the error that says most], written at the end."""
+    """Test id -> [outcome, the error's message], written after every test: a run may be killed."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -53,9 +56,8 @@ class _Record:
         if _WORST_LAST.index(outcome) >= _WORST_LAST.index(known[0]):
             crash = getattr(report.longrepr, "reprcrash", None)
             self._outcomes[name] = [outcome, getattr(crash, "message", "")[:500]]
-
-    def pytest_sessionfinish(self) -> None:
-        self._path.write_text(json.dumps(self._outcomes, indent=0))
+        if report.when == "teardown":
+            self._path.write_text(json.dumps(self._outcomes, indent=0))
 
 
 def _replace_default(strategy: type[Any], stage: int) -> None:
@@ -76,5 +78,7 @@ def _replace_default(strategy: type[Any], stage: int) -> None:
         else:
             init(self)
 
+    # Each test waits for this thread, which looks for dead processes every 5 seconds.
+    _ChildProcessObserver.__init__.__defaults__ = (0.05,)
     _AcceleratorConnector._choose_strategy = choose_zero
     _AcceleratorConnector._init_strategy = init_zero

@@ -91,9 +91,9 @@ def run_file(arguments: argparse.Namespace, file: str, stage: int | None) -> Out
     if stage is None and record.exists() and arguments.reuse:
         return dict(json.loads(record.read_text()))
     record.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", f"tests/tests_pytorch/{file}", "-q", "--color=no"]
+    command = [sys.executable, "-m", "pytest", f"tests/tests_pytorch/{file}", "-v", "--color=no"]
     command += ["-p", "peer_plugin", "-p", "no:cacheprovider", f"--timeout={arguments.timeout}"]
-    command += [f"--peer-record={record}"]
+    command += [f"--peer-record={record}", "--durations=10"]
     command += [] if stage is None else [f"--peer-stage={stage}"]
     command += ["-k", arguments.k] if arguments.k else []
     search = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
