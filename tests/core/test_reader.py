@@ -1,0 +1,198 @@
+"""Whatever the ranks held, any box of any tensor reads back bitwise into any live tensor; damage never reaches one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.core.memory import MemoryStorage
+from tests.core.strategies import boxes_in, held_boxes, layouts
+from zero_ckpt.core.checkpoint import Checkpoint
+from zero_ckpt.core.chunks import Box, full_box
+from zero_ckpt.core.dtensors import TORCH_DTYPES
+from zero_ckpt.core.layout import Layout
+from zero_ckpt.core.manifest import Manifest
+from zero_ckpt.core.planner import plan_save
+from zero_ckpt.core.reader import Request
+from zero_ckpt.core.saving import Captured, plan_shards, write_shards
+from zero_ckpt.core.staging import StagingPool
+from zero_ckpt.errors import CorruptShardError
+
+RANKS = 8
+SMALL_BLOCK = 4096
+DTYPES = ["F32", "BF16", "U8", "F64", "BOOL", "F8_E5M2", "C128"]
+
+
+@contextmanager
+def small_blocks() -> Iterator[None]:
+    """Blocks of one page and windows of less, so that small tensors span several."""
+    modules = [f"zero_ckpt.core.{name}.BLOCK" for name in ("shard_file", "staging", "reader")]
+    with (
+        patch(modules[0], SMALL_BLOCK),
+        patch(modules[1], SMALL_BLOCK),
+        patch(modules[2], SMALL_BLOCK),
+        patch("zero_ckpt.core.staging._WINDOW", 1024),
+    ):
+        yield
+
+
+def values(dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """Every element differs from its neighbours, in every dtype."""
+    numel = torch.Size(shape).numel()
+    return (torch.arange(numel) % 113).reshape(shape).to(TORCH_DTYPES[dtype])
+
+
+def save(tensors: dict[str, Layout]) -> tuple[MemoryStorage, Manifest]:
+    """What `RANKS` ranks write that hold the tensors in the given layouts, some with odd strides."""
+    storage = MemoryStorage()
+    captured = [Captured() for _ in range(RANKS)]
+    for number, (key, layout) in enumerate(tensors.items()):
+        whole = values(layout.dtype, layout.shape)
+        held = (
+            held_boxes(layout) if layout.mesh else {r: full_box(layout.shape) for r in range(RANKS)}
+        )
+        for rank in range(RANKS):
+            captured[rank].table.roles["model"][key] = layout
+            part = whole[held[rank].slices()] if rank in held else torch.empty(0)
+            if part.ndim > 1 and number % 2:
+                part = part.transpose(0, -1).contiguous().transpose(0, -1)
+            captured[rank].tensors["model"][key] = part
+    plan = plan_save([(captured[0].table, range(RANKS))])
+    manifest = Manifest("t", 1, RANKS, 3, tensors=plan.roles)
+    pool = StagingPool()
+    for rank in range(RANKS):
+        captured[rank].private = {"rank_objects.json": torch.tensor(list(b"{}"), dtype=torch.uint8)}
+        shards = plan_shards(captured[rank], plan, rank, RANKS, 1, {}, {})
+        manifest.files |= write_shards(storage, "/t", shards, pool, lambda: None)[0]
+    return storage, Manifest.from_bytes(manifest.to_bytes())
+
+
+@st.composite
+def tensor_sets(draw: st.DrawFn) -> dict[str, Layout]:
+    found = {}
+    for index in range(draw(st.integers(1, 3))):
+        grown = draw(st.sampled_from([1, 1, 9, 40]))
+        drawn = draw(layouts())
+        shape = tuple(
+            n * (grown if d == len(drawn.shape) - 1 else 1) for d, n in enumerate(drawn.shape)
+        )
+        dtype = draw(st.sampled_from(DTYPES))
+        mesh = drawn.mesh if draw(st.booleans()) else None
+        found[f"t{index}"] = Layout(dtype, shape, mesh, drawn.placements if mesh else ())
+    return found
+
+
+def target_of(data: st.DataObject, dtype: torch.dtype, box: Box) -> torch.Tensor:
+    """A tensor of the box's shape: contiguous, transposed in memory, or with holes between its elements."""
+    kind = data.draw(st.sampled_from(["contiguous", "transposed", "holes"]))
+    shape = box.shape
+    if kind == "transposed":
+        return torch.empty(shape[::-1], dtype=dtype).permute(tuple(range(len(shape)))[::-1])
+    if kind == "holes" and shape:
+        return torch.empty((*shape[:-1], shape[-1] * 2), dtype=dtype)[..., ::2]
+    return torch.empty(shape, dtype=dtype)
+
+
+@settings(max_examples=40)
+@given(st.data(), tensor_sets())
+def test_any_box_reads_back_bitwise_into_any_tensor(
+    data: st.DataObject, tensors: dict[str, Layout]
+) -> None:
+    with small_blocks():
+        storage, manifest = save(tensors)
+        requests: list[Request] = []
+        with Checkpoint(storage, "/t", manifest) as checkpoint:
+            for key, layout in tensors.items():
+                for _ in range(2):
+                    box = data.draw(boxes_in(layout.shape))
+                    target = target_of(data, TORCH_DTYPES[layout.dtype], box)
+                    requests.append(checkpoint.request("model", key, target, box))
+            plan = checkpoint.plan_reads(requests)
+            plan.verify(lambda: None)
+            plan.fill(lambda: None)
+            for key, layout in tensors.items():
+                assert same(checkpoint.tensor("model", key), values(layout.dtype, layout.shape))
+        for request in requests:
+            layout = tensors[request.key]
+            expected = values(layout.dtype, layout.shape)[request.box.slices()]
+            assert same(request.target, expected)
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    raw = [t.clone(memory_format=torch.contiguous_format).view(-1) for t in (a, b)]
+    alike = a.shape == b.shape and a.dtype == b.dtype
+    return alike and (a.numel() == 0 or torch.equal(*(t.view(torch.uint8) for t in raw)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int64, torch.bool])
+def test_other_dtypes_are_converted(dtype: torch.dtype) -> None:
+    storage, manifest = save({"w": Layout("F32", (10, 7))})
+    target = torch.empty(10, 7, dtype=dtype)
+    with Checkpoint(storage, "/t", manifest) as checkpoint:
+        checkpoint.read([checkpoint.request("model", "w", target)])
+    assert torch.equal(target, values("F32", (10, 7)).to(dtype))
+
+
+def flip(storage: MemoryStorage, name: str, at: int) -> None:
+    data = bytearray(storage.files[name])
+    data[at] ^= 1
+    storage.files[name] = bytes(data)
+
+
+def test_damage_is_found_where_it_is_read_and_reaches_no_tensor() -> None:
+    with small_blocks():
+        storage, manifest = save({"w": Layout("U8", (3 * SMALL_BLOCK,), None)})
+        rank = next(iter(manifest.tensors["model"]["w"].runs)).rank
+        name = f"/t/{manifest.file_of('model', rank)}"
+        header = len(storage.files[name]) - 3 * SMALL_BLOCK - 3 * 8
+        flip(storage, name, header + SMALL_BLOCK + 5)
+        for first, damaged in ((0, False), (SMALL_BLOCK, True), (2 * SMALL_BLOCK, False)):
+            box = Box((first,), (100,))
+            target = torch.full((100,), 7, dtype=torch.uint8)
+            with Checkpoint(storage, "/t", manifest) as checkpoint:
+                plan = checkpoint.plan_reads([checkpoint.request("model", "w", target, box)])
+                if not damaged:
+                    plan.verify(lambda: None)
+                    plan.fill(lambda: None)
+                    assert same(target, values("U8", (3 * SMALL_BLOCK,))[box.slices()])
+                    continue
+                for step in (plan.verify, plan.fill):
+                    with pytest.raises(CorruptShardError, match=r"block 1 .*tensor 'w'.*checksum"):
+                        step(lambda: None)
+                assert set(target.tolist()) == {7}
+
+
+def test_a_manifest_that_lies_about_a_file_is_found_before_any_byte_is_read() -> None:
+    storage, manifest = save({"w": Layout("F32", (8,)), "x": Layout("F32", (4, 2))})
+    lies: list[Any] = [
+        Layout("F64", (8,)), Layout("F32", (2, 4)), Layout("F32", (9,)), Layout("F32", ()),
+    ]  # fmt: skip
+    for lie in lies:
+        table = Captured().table
+        table.roles["model"]["w"] = lie
+        wrong = plan_save([(table, range(RANKS))]).roles["model"]["w"]
+        manifest.tensors["model"]["w"] = wrong
+        with Checkpoint(storage, "/t", manifest) as checkpoint, pytest.raises(CorruptShardError):
+            checkpoint.tensor("model", "w")
+
+
+def test_blocks_are_read_once_however_many_tensors_they_hold() -> None:
+    tensors = {f"t{i}": Layout("F32", (5,)) for i in range(300)}
+    storage, manifest = save(tensors)
+    beats: list[None] = []
+    with Checkpoint(storage, "/t", manifest) as checkpoint:
+        targets = [torch.empty(5) for _ in tensors]
+        requests = [
+            checkpoint.request("model", k, t) for k, t in zip(tensors, targets, strict=True)
+        ]
+        plan = checkpoint.plan_reads(requests)
+        plan.fill(lambda: beats.append(None))
+    assert len(beats) == sum(name.startswith("model") for name in manifest.files)
+    assert all(torch.equal(target, values("F32", (5,))) for target in targets)
