@@ -70,7 +70,12 @@ def read_shard(path: Path, nbytes: int, checksum: str) -> dict[tuple[str, tuple[
     found = [xxhash.xxh3_64_intdigest(block) for block in blocks]
     assert found == list(struct.unpack(f"<{len(found)}Q", sums))
     places = json.loads(metadata["chunks"])
-    return dict(_chunks(header, places, data))
+    chunks = dict(_chunks(header, places, data))
+    sizes = [SIZES[dtype] for dtype, _, _ in chunks.values()]
+    assert sizes == sorted(sizes, reverse=True)
+    if pad := header.get("__zero_ckpt_pad__"):
+        assert data[pad["data_offsets"][0] :] == bytes(*pad["shape"])
+    return chunks
 
 
 def _chunks(header: Any, places: Any, data: bytes) -> Iterator[tuple[Any, Chunk]]:
