@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from zero_ckpt import zero
 from zero_ckpt.lightning.copies import shard_copies
+from zero_ckpt.lightning.export import attach_export, run_export
 from zero_ckpt.lightning.restoring import RestoreMixin
 from zero_ckpt.lightning.steps import StepMixin
 from zero_ckpt.zero.initial import materialize
@@ -31,6 +32,7 @@ class SetupMixin(RestoreMixin, StepMixin):
 
     def setup(self, trainer: Any) -> None:
         self.agree_nothing_to_restore()
+        attach_export(trainer, self.namespace, self.export)
         if self.stage >= 2:
             self._setup_sharded(trainer)
         else:
@@ -115,6 +117,11 @@ class SetupMixin(RestoreMixin, StepMixin):
                 optimizers[index] = self._partitioned(whole, parts)
         if any(a is not b for a, b in zip(optimizers, self.optimizers, strict=True)):
             self.optimizers = optimizers
+
+    def on_train_end(self) -> None:
+        """After every callback and the module: weights are what the fit leaves behind."""
+        super().on_train_end()
+        run_export(self._current_trainer())
 
     def teardown(self) -> None:
         """Leaves a sharded model sharded, where it is: its parts live on the mesh's devices."""
