@@ -120,8 +120,8 @@ def _verified_body(data: bytes, path: str) -> bytes:
     match = _HEAD.match(data)
     if match is None:
         raise CorruptManifestError(
-            f"{path}: not a zero_ckpt manifest (found {len(data)} bytes, starting {data[:24]!r}). "
-            "If its shard files are intact the checkpoint can be rebuilt from them; an earlier tag is not affected."
+            f"{path}: not a zero_ckpt manifest, or damaged: {len(data)} bytes found, starting {data[:24]!r}. "
+            "Use an earlier tag, or restore the file."
         )
     version = int(match[1])
     if version > FORMAT_VERSION:

@@ -239,9 +239,10 @@ class ShardReader:
         stop = start + self.block_bytes(index)
         names = [c.key for c in self.chunks if c.begin < stop and c.end > start]
         tensors = ", ".join(f"'{n}'" for n in names[:2]) + (" ..." if len(names) > 2 else "")
+        plural = "s" if len(names) > 1 else ""
         return (
-            f"{self.name}: block {index} (bytes {self.data_start + start}-{self.data_start + stop}, "
-            f"tensor {tensors}): checksum {self._table[index]:016x} expected, {found:016x} found. {REMEDY}"
+            f"{self.name}: block {index} (bytes {self.data_start + start}-{self.data_start + stop}, tensor{plural} "
+            f"{tensors}): checksum {self._table[index]:016x} expected, {found:016x} found. {REMEDY}"
         )
 
     def close(self) -> None:
@@ -312,7 +313,7 @@ def _parse_header(
             raise ValueError("the block table has no place")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CorruptShardError(
-            f"{name}: not the header of a zero_ckpt shard file: {error!r}. {REMEDY}"
+            f"{name}: the header is damaged, or not that of a zero_ckpt shard file ({error!r}). {REMEDY}"
         ) from error
     expected = len(header) + data_bytes + 8 * -(-data_bytes // BLOCK)
     if expected != file_bytes or len(header) + stop != file_bytes:

@@ -147,7 +147,7 @@ class LocalStorage:
         with open(path, "rb") as file:
             data = file.read(limit + 1)
         if len(data) > limit:
-            raise ValueError(f"{path}: longer than the {limit} bytes that such a file may have")
+            raise ValueError(f"it is longer than the {limit} bytes that such a file may have")
         return data
 
     def list(self, path: str) -> list[Entry]:

@@ -20,7 +20,6 @@ from zero_ckpt.errors import (
     CorruptManifestError,
     CorruptShardError,
     ZeroCkptError,
-    describe,
 )
 
 __all__ = [
@@ -87,7 +86,7 @@ def read_manifest(storage: Storage, folder: str) -> Manifest:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointNotFoundError(_why_none(storage, folder)) from error
     except (OSError, ValueError) as error:
-        raise CorruptManifestError(f"{path}: cannot be read: {describe(error)}") from error
+        raise CorruptManifestError(f"{path}: cannot be read: {_reason(error)}") from error
     return Manifest.from_bytes(data, path)
 
 
@@ -99,22 +98,32 @@ def _why_none(storage: Storage, folder: str) -> str:
         return f"{folder}: a file, where a checkpoint's folder was expected"
     except FileNotFoundError:
         directory = os.path.dirname(folder)
-        return (
-            f"{folder}: no such checkpoint in '{directory}', {_shown(_names(storage, directory))}"
-        )
+        return f"{folder}: no such checkpoint; {directory} {_shown(storage, directory)}"
     except OSError as error:
-        return f"{describe(error)}: cannot be opened as a checkpoint"
+        return f"{folder}: cannot be opened: {_reason(error)}"
     if _holds_shards(names):
         return (
-            f"{folder}: not committed: it holds shard files, but no {MANIFEST_NAME}. Its save did not finish (or "
-            "still runs); use another tag"
+            f"{folder}: not committed: it holds shard files, but no {MANIFEST_NAME}. Its save did not finish, or "
+            "still runs, or that file was deleted; use another tag"
         )
-    return f"{folder}: not a zero_ckpt checkpoint: no {MANIFEST_NAME}, {_shown(names)}"
+    return f"{folder}: not a zero_ckpt checkpoint: no {MANIFEST_NAME} there, it {_shown(storage, folder)}"
 
 
-def _shown(names: Sequence[str]) -> str:
+def _reason(error: Exception) -> str:
+    """Why a file could not be read. The caller names it."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return "it is no text" if isinstance(error, UnicodeDecodeError) else str(error)
+
+
+def _shown(storage: Storage, folder: str) -> str:
+    """A few words on what is in a folder."""
+    try:
+        names = [entry.name for entry in storage.list(folder)]
+    except OSError:
+        return "does not exist"
     shown = ", ".join(f"'{name}'" for name in names[:4]) + (" ..." if len(names) > 4 else "")
-    return f"but {shown}" if names else "nothing in it"
+    return f"holds {shown}" if names else "is empty"
 
 
 def is_tag_folder(storage: Storage, path: str) -> bool:
@@ -141,7 +150,7 @@ def _latest(storage: Storage, directory: str) -> tuple[str | None, str]:
     except ConfigurationError:
         return None, f"{path} names no tag, it holds {text[:40]!r}"
     except (OSError, ValueError) as error:
-        return None, f"{path} cannot be read: {describe(error)}"
+        return None, f"{path} cannot be read: {_reason(error)}"
 
 
 def list_tags(storage: Storage, directory: str) -> list[TagInfo]:
@@ -155,9 +164,11 @@ def list_tags(storage: Storage, directory: str) -> list[TagInfo]:
         raise CheckpointNotFoundError(
             f"{directory}: a file, where a checkpoint directory or a tag's folder was expected"
         ) from error
+    except FileNotFoundError as error:
+        raise CheckpointNotFoundError(f"{directory}: no such checkpoint directory") from error
     except OSError as error:
         raise CheckpointNotFoundError(
-            f"{directory}: cannot be opened as a checkpoint directory: {error.strerror}"
+            f"{directory}: cannot be opened as a checkpoint directory: {_reason(error)}"
         ) from error
     infos = [info for e in entries if e.is_dir and (info := _inspect(storage, directory, e.name))]
     return sorted(infos, key=_age)
@@ -194,9 +205,9 @@ def check_files(storage: Storage, folder: str, manifest: Manifest) -> None:
     for name, record in manifest.files.items():
         found = there.get(name)
         if found != record.nbytes:
-            text = "it is missing" if found is None else f"{found} bytes found"
+            text = "no such file" if found is None else f"{found} bytes"
             raise CorruptShardError(
-                f"{folder}/{name}: {record.nbytes} bytes expected, {text}. Restore the file, or load another tag."
+                f"{folder}/{name}: {record.nbytes} bytes expected, {text} found. Restore the file, or load another tag."
             )
 
 
@@ -240,7 +251,7 @@ class Candidates:
                 )
         if self._damaged:
             raise CorruptCheckpointError(
-                f"{self._directory}: no checkpoint here is whole. {'; '.join(self._problems)}"
+                f"{self._directory}: no checkpoint here is whole: {_joined(self._problems)}"
             )
         raise no_checkpoint(self._storage, self._directory, self._problems)
 
@@ -276,9 +287,11 @@ def _check(storage: Storage, folder: str, problems: Sequence[str]) -> Found:
 
 
 def fallback_notice(problems: Sequence[str], path: str) -> str:
-    return (
-        f"falling back to {path}, because {'; '.join(problem.rstrip('.') for problem in problems)}"
-    )
+    return f"falling back to {path}, because {_joined(problems)}"
+
+
+def _joined(problems: Sequence[str]) -> str:
+    return "; ".join(problem.rstrip(".") for problem in problems)
 
 
 def no_checkpoint(
@@ -288,10 +301,10 @@ def no_checkpoint(
     names = _names(storage, directory)
     if _holds_shards(names):
         return CheckpointNotFoundError(_why_none(storage, directory))
-    why = f" Tried: {'; '.join(problems)}" if problems else ""
+    why = f" Tried: {_joined(problems)}" if LATEST_NAME in names else ""
     return CheckpointNotFoundError(
-        f"{directory}: no committed checkpoint here, {_shown(names)}. Give the checkpoint directory or a tag's "
-        f"folder.{why}"
+        f"{directory}: no committed checkpoint here, it {_shown(storage, directory)}. Give the checkpoint directory or "
+        f"a tag's folder.{why}"
     )
 
 
