@@ -36,7 +36,12 @@ from zero_ckpt.errors import (
     SaveError,
     UnsafeObjectError,
 )
-from zero_ckpt.fp32 import convert_zero_checkpoint_to_fp32_state_dict, export, export_fp32
+from zero_ckpt.fp32 import (
+    assembly,
+    convert_zero_checkpoint_to_fp32_state_dict,
+    export,
+    export_fp32,
+)
 from zero_ckpt.testing import FaultyStorage, fail_at, kill_at
 
 ROWS = 120_000
@@ -49,6 +54,11 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("sharded")
     run_ranks(save_sharded, 3, directory, ROWS)
     return directory
+
+
+@pytest.fixture(autouse=True)
+def _small_files_are_divided_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export, "WORTHWHILE_BLOCKS", 0)
 
 
 @pytest.fixture
@@ -97,6 +107,14 @@ def test_shards_of_three_ranks_are_assembled(
     """Rows, columns, pieces of a replica, and a dtype that is converted; windows end inside of tensors."""
     (path,) = export_fp32(sharded, tmp_path / f"weights{suffix}")
     assert_same(load(Path(path)), sharded_expected(ROWS))
+
+
+def test_more_shard_files_than_blocks_are_kept_change_nothing(
+    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assembly, "MAX_BLOCKS", 1)
+    (path,) = export_fp32(sharded, tmp_path)
+    assert_same(load_file(path), sharded_expected(ROWS))
 
 
 def test_a_tag_folder_and_a_file_without_a_folder_are_fine(

@@ -16,7 +16,6 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from math import prod
 
 import torch
 
@@ -253,11 +252,24 @@ def _direct_address(part: _Part) -> int:
         return 0
     if not target.is_contiguous() or target.is_conj() or target.is_neg():
         return 0
-    if overlap.shape[1:] != part.chunk.box.shape[1:] or overlap.shape[1:] != request.box.shape[1:]:
+    if not all(_in_one_piece(overlap.shape, b.shape) for b in (part.chunk.box, request.box)):
         return 0
-    row = prod(overlap.shape[1:]) * itemsize(part.chunk.dtype)
-    rows = overlap.offset[0] - request.box.offset[0] if overlap.shape else 0
-    return target.data_ptr() + rows * row
+    at = 0
+    for offset, size in zip(
+        overlap.relative_to(request.box).offset, request.box.shape, strict=True
+    ):
+        at = at * size + offset
+    return target.data_ptr() + at * itemsize(part.chunk.dtype)
+
+
+def _in_one_piece(shape: Sequence[int], outer: Sequence[int]) -> bool:
+    """Whether a box of `shape` in a row-major tensor of shape `outer` is one range of its memory."""
+    whole = True
+    for extent, size in zip(reversed(shape), reversed(outer), strict=True):
+        if extent != 1 and not whole:
+            return False
+        whole = whole and extent == size
+    return True
 
 
 def _copy_strided(data: memoryview, begin: int, part: _Part) -> None:

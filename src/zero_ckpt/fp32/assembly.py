@@ -1,8 +1,7 @@
 """Fills any range of an output file from the stored chunks that it needs. Every source block is verified.
 
-Output is written front to back, so each shard file is read front to back too, and a few of the blocks read last are all
-that has to be kept: one for each shard file, up to `MAX_BLOCKS`. With more shard files than that some blocks are read
-again, from the page cache.
+Output is written front to back, so each shard file is read front to back too, and its last block is all that has to be
+kept. With more shard files than `MAX_BLOCKS` some blocks are read again, from the page cache.
 """
 
 from __future__ import annotations
@@ -23,36 +22,31 @@ from zero_ckpt.fp32.layout import FileLayout, Slot
 
 __all__ = ["Assembler", "BlockCache"]
 
-MAX_BLOCKS = 24
+MAX_BLOCKS = 16
 """Blocks of 4 MiB that are kept: the most memory that reading takes."""
 
 
 class BlockCache:
-    """The blocks read last, verified, in memory that is used again: fresh memory is slow to touch."""
+    """The last block of each shard file, verified, in memory that is used again: fresh memory is slow to touch."""
 
     def __init__(self, num_files: int) -> None:
-        self._count = min(MAX_BLOCKS, num_files + 2)
-        self._reread = num_files + 2 > MAX_BLOCKS
-        self._blocks: OrderedDict[tuple[str, int], memoryview] = OrderedDict()
-        self._buffers: dict[tuple[str, int], memoryview] = {}
+        self._count = max(1, min(MAX_BLOCKS, num_files))
+        self._reread = num_files > MAX_BLOCKS
+        self._kept: OrderedDict[str, tuple[int, memoryview, memoryview]] = OrderedDict()
 
     def read(self, file: ShardReader, index: int) -> memoryview:
         """Block `index` of a file's data. Raises `CorruptShardError` or OSError."""
-        place = file.name, index
-        block = self._blocks.get(place)
-        if block is None:
-            buffer = self._free_buffer()
-            self._buffers[place] = buffer
-            block = self._blocks[place] = file.read_block(index, buffer, self._reread)
-        self._blocks.move_to_end(place)
-        return block
+        kept = self._kept.pop(file.name, None)
+        if kept is None or kept[0] != index:
+            buffer = kept[2] if kept is not None else self._buffer()
+            kept = index, file.read_block(index, buffer, self._reread), buffer
+        self._kept[file.name] = kept
+        return kept[1]
 
-    def _free_buffer(self) -> memoryview:
-        if len(self._buffers) < self._count:
+    def _buffer(self) -> memoryview:
+        if len(self._kept) < self._count:
             return memoryview(aligned_buffer(BLOCK))
-        oldest = next(iter(self._blocks))
-        del self._blocks[oldest]
-        return self._buffers.pop(oldest)
+        return self._kept.popitem(last=False)[1][2]
 
 
 class Assembler:

@@ -11,9 +11,12 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import uuid
 import warnings
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from typing import Any
 
@@ -34,8 +37,14 @@ __all__ = ["export_fp32"]
 
 Progress = Callable[[int, int], None]
 
+Part = tuple[int, int, int]
+"""(file, begin, end) of bytes to write."""
+
+LANES = 2
+"""Parts that one process writes at a time when it works alone: while one waits for the disk the other assembles."""
+
 WORTHWHILE_BLOCKS = 4
-"""How many blocks for each shard file a rank must have to write, to be worth that it reads from all of those."""
+"""Blocks for each shard file that a lane must have to write, to be worth that it reads from all of those."""
 
 
 def export_fp32(
@@ -62,7 +71,7 @@ def export_fp32(
     `max_shard_size`: bytes, or a text like `5GB`; more than that becomes several files and a Hugging Face index.
     `strip_prefix`: names that start with it lose it. `dtype`: `fp32`, `bf16`, `fp16` or `keep`, of floating parameters.
     `weights_only=False` allows pickled objects in what `bin` and `ckpt` take over, whose opening can run code.
-    `progress(done, total)`: bytes of this rank's part, after every few MiB.
+    `progress(done, total)`: bytes of this rank's part, after every few MiB, on threads of the export, one at a time.
     `control`: the ranks that share the work; all make the same call. `timeout`: seconds of silence after which one of
     them counts as lost. Without it this process works alone.
 
@@ -167,48 +176,59 @@ class _Export:
         notices = [fallback_notice(found.problems, found.folder)] if found.problems else []
         return {"folder": found.folder, "nonce": nonce, "notices": notices + contents.notices()}
 
-    def _shares(self, contents: Contents) -> list[list[tuple[int, int, int]]]:
-        """The parts of divisible files that each rank writes."""
+    def _lanes(self, contents: Contents) -> list[list[list[Part]]]:
+        """The parts of divisible files that each lane of each rank writes."""
         world_size = self._control.world_size
+        lanes = LANES if world_size == 1 else 1
         sizes = [contents.layout(file).nbytes for file in range(len(contents.names))]
         least = WORTHWHILE_BLOCKS * BLOCK * contents.num_sources
-        workers = min(world_size, max(1, sum(sizes) // max(1, least)))
-        return [*divide(sizes, workers, WINDOW), *([] for _ in range(workers, world_size))]
+        workers = min(world_size * lanes, max(1, sum(sizes) // max(1, least)))
+        parts = [*divide(sizes, workers, WINDOW), *([] for _ in range(workers, world_size * lanes))]
+        return [parts[rank * lanes : (rank + 1) * lanes] for rank in range(world_size)]
 
-    def _share(self, contents: Contents) -> list[tuple[int, int, int]]:
-        """(file, begin, end) of what this rank writes."""
+    def _own_lanes(self, contents: Contents) -> list[list[Part]]:
+        """What this rank writes."""
         rank, world_size = self._control.rank, self._control.world_size
         if contents.divisible:
-            return self._shares(contents)[rank]
+            return self._lanes(contents)[rank]
         mine = range(rank, len(contents.names), world_size)
-        return [(file, 0, contents.layout(file).nbytes) for file in mine]
+        return [[(file, 0, contents.layout(file).nbytes) for file in mine]]
 
     def _shared_files(self, contents: Contents) -> list[int]:
-        """Files that more than one rank writes parts of."""
+        """Files that more than one lane writes parts of."""
         if not contents.divisible:
             return []
-        writers = [file for share in self._shares(contents) for file, _, _ in share]
-        return sorted(file for file in set(writers) if writers.count(file) > 1)
+        parts = [part for lanes in self._lanes(contents) for lane in lanes for part in lane]
+        writers = Counter(file for file, _, _ in parts)
+        return [file for file, count in writers.items() if count > 1]
 
     def _write(self, contents: Contents, nonce: str) -> None:
-        share = self._share(contents)
+        lanes = self._own_lanes(contents)
+        meter = _Meter(sum(e - b for lane in lanes for _, b, e in lane), self._advance)
+        with ThreadPoolExecutor(len(lanes), thread_name_prefix="zero_ckpt-export") as pool:
+            running = [
+                pool.submit(self._write_lane, contents, lane, nonce, meter) for lane in lanes
+            ]
+            try:
+                for lane in as_completed(running):
+                    lane.result()
+            finally:
+                meter.stop()
+
+    def _advance(self, done: int, total: int) -> None:
+        self._control.beat()
+        self._progress(done, total)
+
+    def _write_lane(self, contents: Contents, lane: list[Part], nonce: str, meter: _Meter) -> None:
         shared = self._shared_files(contents)
-        total, done = sum(end - begin for _, begin, end in share), 0
-
-        def written(nbytes: int) -> None:
-            nonlocal done
-            done += nbytes
-            self._control.beat()
-            self._progress(done, total)
-
         cache, pool = BlockCache(contents.num_sources), StagingPool()
-        for file, begin, end in share:
+        for file, begin, end in lane:
             layout = contents.layout(file)
             path = self._output.partial(contents.names[file], nonce)
             writer = self._storage.create(path, layout.nbytes, shared=file in shared)
             try:
                 assembler = Assembler(contents.checkpoint.shards, cache, layout)
-                write_range(writer, layout, assembler, begin, end, pool, written)
+                write_range(writer, layout, assembler, begin, end, pool, meter.add)
                 writer.finish(layout.nbytes)
             except BaseException:
                 writer.abort()
@@ -230,6 +250,24 @@ class _Export:
                 f"export to {self._output.path}: putting the finished files in place: {error}. Check which result is "
                 "there, or export again; the checkpoint is intact."
             ) from error
+
+
+class _Meter:
+    """Counts what all lanes of this rank have written, and stops them all."""
+
+    def __init__(self, total: int, advance: Progress) -> None:
+        self._total, self._advance, self._done = total, advance, 0
+        self._lock, self._stopped = threading.Lock(), False
+
+    def add(self, nbytes: int) -> bool:
+        """Whether to go on."""
+        with self._lock:
+            self._done += nbytes
+            self._advance(self._done, self._total)
+            return not self._stopped
+
+    def stop(self) -> None:
+        self._stopped = True
 
 
 def _problem(error: Exception, output: Output) -> list[str]:

@@ -26,11 +26,12 @@ def write_range(
     begin: int,
     end: int,
     pool: StagingPool,
-    written: Callable[[int], None],
+    written: Callable[[int], bool],
 ) -> None:
     """Write bytes `begin .. end`; `begin` is a multiple of `WINDOW`, and 0 for a layout with checksums.
 
-    `written(nbytes)` is called after each window. Raises what reading or writing raised; the writer stays open.
+    `written(nbytes)` is called after each window and says whether to go on. Raises what reading or writing raised; the
+    writer stays open.
     """
     checksums = _Checksums(layout)
     thread = WriteThread(writer, pool, lambda: None)
@@ -47,7 +48,8 @@ def write_range(
                 pool.give(buffer)
                 raise
             thread.put(start, buffer, stop - start)
-            written(stop - start)
+            if not written(stop - start):
+                break
     finally:
         thread.join()
 
