@@ -175,7 +175,7 @@ def _check_kind(path: str, optimizer: torch.optim.Optimizer, record: Mapping[str
     if mine != saved and not ({mine, saved} <= {"Adam", "AdamW"}):
         raise StateMismatchError(
             f"{path}: the optimizer was {saved} when it was saved and is {mine} now; their states are not the same "
-            "thing. Use the same class, or load with load_optimizer_states=False."
+            "thing. Nothing was loaded. Use the same class, or load with load_optimizer_states=False."
         )
 
 
@@ -204,7 +204,7 @@ def _matched_options(
         if any(not _same(found[0], other) for other in found[1:]):
             raise StateMismatchError(
                 f"{path}: parameter group {index} joins parameters of the saved groups {homes}, whose options "
-                "differ. Group the parameters as they were, or load with load_optimizer_states=False."
+                "differ. Nothing was loaded. Group the parameters as they were, or load with load_optimizer_states=False."
             )
         matched.append(found[0])
     return matched
