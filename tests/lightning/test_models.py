@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
@@ -50,16 +50,21 @@ class Late(Model):
 
 
 class Tensorwise(Late):
-    """Tensor parallelism within blocks: every rank gets the same data."""
+    """Tensor parallelism within blocks, and sharding by its user or by the strategy."""
+
+    def __init__(self, by_user: bool) -> None:
+        super().__init__(meta=False)
+        self.by_user = by_user
 
     def configure_model(self) -> None:
         if self.blocks is None:
             super().configure_model()
-            mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("shard", "tensor"))
+            mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
             for block in self.blocks:
                 plan = {"lower": ColwiseParallel(), "upper": RowwiseParallel()}
                 parallelize_module(block, mesh["tensor"], plan)
-            fully_shard(self, mesh=mesh["shard"])
+            if self.by_user:
+                fully_shard(self, mesh=mesh["data"])
 
 
 class Tied(Model):
@@ -173,28 +178,43 @@ def test_a_compiled_lightning_module_trains_at_every_stage(tmp_path: Path) -> No
             torch.testing.assert_close(value, results[0][0][key])
 
 
-def _tensor_parallel(root: Path) -> Any:
+def _tensor_parallel(root: Path, by_user: bool) -> Any:
     L.seed_everything(6)
-    model = Tensorwise(meta=False)
-    run = trainer(root, 3, max_steps=4, use_distributed_sampler=False)
+    model = Tensorwise(by_user)
+    run = trainer(root, 3, max_steps=4)
     run.fit(model, loader())
     saved = Probe()
     saved.on_train_start(run, model)
-    run.save_checkpoint(root / "tp.ckpt")
+    run.save_checkpoint(root / f"{by_user}.ckpt")
     L.seed_everything(60)
     resumed = Probe()
-    fresh = Tensorwise(meta=False)
-    again = trainer(root, 3, max_steps=5, callbacks=[resumed], use_distributed_sampler=False)
-    again.fit(fresh, loader(), ckpt_path=str(root / "tp.ckpt"))
-    kinds = [type(m).__name__ for m in fresh.modules() if isinstance(m, FSDPModule)]
-    placed = str(fresh.blocks[0].lower.weight.placements)
-    return saved.seen, resumed.seen, kinds, placed, model.losses
+    fresh = Tensorwise(by_user)
+    again = trainer(root, 3, max_steps=5, callbacks=[resumed])
+    again.fit(fresh, loader(), ckpt_path=str(root / f"{by_user}.ckpt"))
+    placed = str(fresh.blocks[0].upper.weight.placements)
+    return saved.seen, resumed.seen, placed, model.losses
 
 
-def test_tensor_parallel_model_is_left_as_its_user_made_it(tmp_path: Path) -> None:
-    first, second = on_ranks(_tensor_parallel, 2, tmp_path)
-    for saved, resumed, kinds, placed, losses in (first, second):
-        assert_same(saved, resumed)
-        assert kinds == ["FSDPTensorwise"]
-        assert "Shard(dim=0)" in placed
-        assert losses == first[4]
+def _tensor_parallel_ways(root: Path) -> list[Any]:
+    return [_tensor_parallel(root, by_user) for by_user in (True, False)]
+
+
+def _data_parallel(root: Path) -> Any:
+    L.seed_everything(6)
+    model = Late(meta=False)
+    trainer(root, 0, max_steps=4).fit(model, loader())
+    return model.losses
+
+
+def test_tensor_parallelism_is_honoured(tmp_path: Path) -> None:
+    expected = on_ranks(_data_parallel, 2, tmp_path)
+    for rank, ways in enumerate(on_ranks(_tensor_parallel_ways, 4, tmp_path)):
+        for saved, resumed, placed, losses in ways:
+            assert_same(saved["weights"], resumed["weights"]) if rank == 0 else None
+            assert_same(saved["states"], resumed["states"])
+            assert "Shard(dim=0)" in placed or "StridedShard" in placed
+            assert "Shard(dim=1)" in placed
+            # Two ranks share a model, so four see the data of two.
+            assert [x for _, x in losses] == pytest.approx(
+                [x for _, x in expected[rank // 2]], rel=1e-5
+            )

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from zero_ckpt import zero
+from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.lightning.copies import shard_copies
 from zero_ckpt.lightning.export import attach_export, run_export
 from zero_ckpt.lightning.restoring import RestoreMixin
@@ -59,6 +61,7 @@ class SetupMixin(RestoreMixin, StepMixin):
     def _shard(self, model: nn.Module) -> None:
         """Shard, unless this model already is: by an earlier run, or by its `configure_model`."""
         automatic = self.lightning_module is None or self.lightning_module.automatic_optimization
+        self._zero_mesh = users_mesh(model) or self._zero_mesh
         if self._zero_mesh is None:
             kind = self.root_device.type
             self._zero_mesh = zero.make_mesh(self.world_size, self.sharding_size, kind)
@@ -74,9 +77,27 @@ class SetupMixin(RestoreMixin, StepMixin):
         )
         zero.reshard(model)
 
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        """Ranks that split one model between them (tensor parallelism) see the same data."""
+        mesh = self._zero_mesh
+        place = None if mesh is None else mesh.get_coordinate()
+        if mesh is None or place is None or self.stage < 2:
+            return super().distributed_sampler_kwargs
+        rank = 0
+        for coordinate, size in zip(place, mesh.shape, strict=True):
+            rank = rank * size + coordinate
+        return {"num_replicas": mesh.size(), "rank": rank}
+
     def materialize_replicated(self) -> None:
         """At stages 0 and 1, give memory and initial values to a model made on the meta device."""
         assert self.lightning_module is not None
+        if is_sharded(self.lightning_module):
+            raise ConfigurationError(
+                f"{type(self.lightning_module).__name__} is sharded already (by configure_model or "
+                f"an earlier run), which stage={self.stage} cannot train. Use stage 2 or 3, or a "
+                "fresh model."
+            )
         modules = list(self.lightning_module.modules())
         materialize(self.lightning_module, modules, self.root_device)
 
@@ -146,6 +167,35 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules()) or any(
         isinstance(parameter, DTensor) for parameter in model.parameters()
     )
+
+
+def users_mesh(model: nn.Module) -> DeviceMesh | None:
+    """The data-parallel mesh of a model that its user has sharded or made tensor-parallel.
+
+    With `fully_shard` that is the mesh given to it; with tensor parallelism alone, the other
+    dimensions of the mesh that the tensor-parallel one was taken from.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                return group.mesh_info.mesh
+    for parameter in model.parameters():
+        if isinstance(parameter, DTensor):
+            return _other_dimensions(parameter.device_mesh)
+    return None
+
+
+def _other_dimensions(mesh: DeviceMesh) -> DeviceMesh:
+    whole = mesh._get_root_mesh()
+    own = set(mesh.mesh_dim_names or ())
+    others = tuple(name for name in whole.mesh_dim_names or () if name not in own)
+    if not others or not own:
+        raise ConfigurationError(
+            "parameters are spread over a device mesh that has no dimension left for data "
+            "parallelism. Take the tensor-parallel mesh from one with named dimensions, for "
+            'example init_device_mesh("cuda", (2, 4), mesh_dim_names=("data", "tensor")).'
+        )
+    return whole[others]
 
 
 @torch.no_grad()
