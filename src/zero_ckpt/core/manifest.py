@@ -17,6 +17,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from json.encoder import encode_basestring_ascii as quote
+from math import prod
 from typing import Any
 
 import xxhash
@@ -189,6 +190,7 @@ def _parse(body: Any) -> Manifest:
     counts = {name: body[name] for name in ("step", "world_size", "zero_stage", "generation")}
     for name, value in counts.items():
         _expect(type(value) is int and value >= 0, f"'{name}' is {value!r}")
+    _expect(counts["generation"] >= 1, "'generation' is 0")
     _expect(isinstance(body["tag"], str), "'tag' is no string")
     files = {name: _file(name, record) for name, record in body["files"].items()}
     world_size = counts["world_size"]
@@ -215,7 +217,7 @@ def _parse(body: Any) -> Manifest:
 
 
 def _check_references(manifest: Manifest) -> None:
-    """Aliases name stored tensors, and runs name listed files."""
+    """Aliases name stored tensors, runs name listed files, and these are long enough for the tensors."""
     missing = set(manifest.aliases.values()) - manifest.tensors["model"].keys()
     _expect(not missing, f"aliases of tensors that are not there: {sorted(missing)[:3]}")
     ranks: dict[str, set[int]] = {role: set() for role in ROLES}
@@ -225,6 +227,11 @@ def _check_references(manifest: Manifest) -> None:
             ranks[role].add(rank)
     for role, keys in manifest.tensors.items():
         distinct = {id(placed): placed for placed in keys.values()}
+        # A reader makes room for a tensor before it reads it.
+        sizes = {key: prod(p.shape) * ITEMSIZE[p.dtype] for key, p in distinct.items()}
+        needed = sum(sizes[id(placed)] for placed in keys.values())
+        there = sum(manifest.files[manifest.file_of(role, rank)].nbytes for rank in ranks[role])
+        _expect(needed <= there, f"{role} tensors of {needed} bytes in files of {there}")
         # The first rank without a file ends it: a manifest that lies may claim any number of ranks.
         for rank in (r for p in distinct.values() for run in p.runs for r in run.ranks()):
             name = manifest.file_of(role, rank) if rank not in ranks[role] else ""
