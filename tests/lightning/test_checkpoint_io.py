@@ -11,6 +11,7 @@ import pytest
 import pytorch_lightning
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import AsyncCheckpointIO, TorchCheckpointIO
 
 from tests.lightning.harness import (
     Model,
@@ -169,3 +170,39 @@ def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "foreign.ckpt").mkdir()
     with pytest.raises(CheckpointNotFoundError, match=r"foreign\.ckpt"):
         io.load_checkpoint(tmp_path / "foreign.ckpt")
+
+
+def _foreign(root: Path, stage: int, io: Any) -> Any:
+    """A user's plugin under our strategy: save, resume, and what the file holds."""
+    L.seed_everything(1)
+    probe = Probe()
+    model = Model()
+    saver = ModelCheckpoint(dirpath=root / str(stage), filename="a", save_top_k=1)
+    run = trainer(root, stage, plugins=[io], max_epochs=2, callbacks=[probe, saver])
+    run.fit(model, loader())
+    saved = Probe()
+    saved.on_train_start(run, model)
+    path = root / str(stage) / "a.ckpt"
+    assert not run.is_global_zero or not path.is_file() or os.listdir(path.parent) == ["a.ckpt"]
+    run.strategy.barrier()
+    run = trainer(root, stage, plugins=[type(io)()], max_epochs=3, callbacks=[probe])
+    run.fit(Model(), loader(), ckpt_path=str(path))
+    return saved.seen, probe.seen, path.is_file()
+
+
+def _foreign_everywhere(root: Path) -> Any:
+    kinds = (TorchCheckpointIO, AsyncCheckpointIO)
+    return [_foreign(root / k.__name__, stage, k()) for k in kinds for stage in range(4)]
+
+
+def test_another_plugin_gets_the_whole_checkpoint_on_rank_0(tmp_path: Path) -> None:
+    results = on_ranks(_foreign_everywhere, 2, tmp_path, timeout=120)
+    for rank in results:
+        for (saved, _, _), (_, resumed, _) in zip(results[0], rank, strict=True):
+            assert_same(saved, resumed)
+        assert [kind for *_, kind in rank] == [True] * 4 + [False] * 4
+    path = str(tmp_path / "TorchCheckpointIO" / "1" / "a.ckpt")
+    content = torch.load(path, weights_only=True)
+    state = content["optimizer_states"][0]
+    assert set(state["state"]) == set(state["param_groups"][0]["params"]) == set(range(12))
+    torch.optim.AdamW(Model().parameters()).load_state_dict(state)

@@ -21,8 +21,10 @@ from zero_ckpt.core.loading import load_together
 from zero_ckpt.core.reader import Request
 from zero_ckpt.core.restoring import Restoration
 from zero_ckpt.core.state import parameter_names
+from zero_ckpt.core.tags import is_tag_folder
 from zero_ckpt.errors import DisagreementError, StateMismatchError
 from zero_ckpt.lightning.base import StrategyBase
+from zero_ckpt.lightning.checkpoint_io import ZeroCheckpointIO
 from zero_ckpt.lightning.content import from_checkpoint
 from zero_ckpt.lightning.optimizers import Pristine, plan_state
 from zero_ckpt.lightning.paths import is_checkpoint_folder
@@ -77,7 +79,7 @@ class RestoreMixin(StrategyBase):
         self._zero_asked = True
         path = self._agreed_path(os.fspath(checkpoint_path)) or ""
         self.close_checkpoint()
-        if not is_checkpoint_folder(path):
+        if not self._is_ours(path):
             return self._load_file(path, weights_only)
         loaded = load_together(
             self.engine.storage,
@@ -121,6 +123,13 @@ class RestoreMixin(StrategyBase):
             return Restoration(), content
 
         return prepare
+
+    def _is_ours(self, path: str) -> bool:
+        """Whether to read `path` as a sharded checkpoint; another plugin may write folders too."""
+        if not is_checkpoint_folder(path):
+            return False
+        io = self.checkpoint_io
+        return isinstance(io, ZeroCheckpointIO) or is_tag_folder(self.engine.storage, path)
 
     def _load_file(self, path: str, weights_only: bool | None) -> dict[str, Any]:
         torch.cuda.empty_cache()

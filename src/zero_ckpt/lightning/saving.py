@@ -17,6 +17,7 @@ from zero_ckpt.lightning import paths
 from zero_ckpt.lightning.base import INTERRUPTED_TIMEOUT, StrategyBase
 from zero_ckpt.lightning.checkpoint_io import ZeroCheckpointIO
 from zero_ckpt.lightning.content import ModuleNames, to_snapshot
+from zero_ckpt.lightning.gathering import gather_content
 from zero_ckpt.lightning.optimizers import state_of
 from zero_ckpt.lightning.ranks import capture_rank
 
@@ -41,6 +42,11 @@ class SaveMixin(StrategyBase):
     def checkpoint_io(self, io: Any) -> None:
         self._checkpoint_io = io
 
+    @property
+    def has_foreign_io(self) -> bool:
+        """Whether the user's plugin writes checkpoints, and not this strategy."""
+        return not isinstance(self.checkpoint_io, ZeroCheckpointIO)
+
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """This rank's part of the weights: sharded ones as DTensors."""
         assert self.lightning_module is not None
@@ -62,6 +68,9 @@ class SaveMixin(StrategyBase):
 
         In an exception handler a failure is a warning: the exception shall surface, not it.
         """
+        if self.has_foreign_io:
+            self._save_by_plugin(checkpoint, filepath, storage_options)
+            return
         if storage_options is not None:
             raise ConfigurationError(
                 "storage_options are for CheckpointIO plugins that write single files; zero_ckpt "
@@ -74,6 +83,20 @@ class SaveMixin(StrategyBase):
             self._save(checkpoint, filepath, min(self.save_timeout or 300.0, INTERRUPTED_TIMEOUT))
         except (ZeroCkptError, OSError) as error:
             warnings.warn(f"no checkpoint was written at {filepath}: {error}", stacklevel=2)
+
+    def _save_by_plugin(self, checkpoint: dict[str, Any], filepath: Any, options: Any) -> None:
+        """Gather everything on rank 0 and let the user's `CheckpointIO` write it."""
+        if self.interrupted and self.world_size > 1:
+            warnings.warn(
+                f"no checkpoint was written at {filepath}: {type(self.checkpoint_io).__name__} "
+                "writes from one process, and after an exception the ranks cannot be gathered",
+                stacklevel=3,
+            )
+            return
+        capture_rank(self._current_trainer(), checkpoint, self.root_device)
+        content = gather_content(checkpoint, self.global_rank, self.world_size)
+        if self.is_global_zero:
+            self.checkpoint_io.save_checkpoint(content, filepath, storage_options=options)
 
     def _save(self, checkpoint: dict[str, Any], filepath: Any, timeout: float | None) -> None:
         assert self.lightning_module is not None
@@ -95,5 +118,7 @@ class SaveMixin(StrategyBase):
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Remove a checkpoint of any kind; rank 0 does it. Never leaves a dangling `last`."""
-        if self.is_global_zero:
+        if self.is_global_zero and self.has_foreign_io:
+            self.checkpoint_io.remove_checkpoint(filepath)
+        elif self.is_global_zero:
             paths.remove(filepath)
