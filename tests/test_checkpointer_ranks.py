@@ -1,0 +1,284 @@
+"""What only several ranks have: generators of their own, sharded optimizer state, tensors that not all of them hold."""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from tests.core.jobs import assert_same, whole
+from tests.workers import run_ranks
+from zero_ckpt import Checkpointer, load_checkpoint, save_checkpoint
+from zero_ckpt.core.lazy import LazyTensor
+from zero_ckpt.errors import StateMismatchError
+
+
+def draws() -> list[Any]:
+    return [torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random()]
+
+
+def _save_generators(directory: str) -> list[Any]:
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(dist.get_rank())
+    save_checkpoint(directory, nn.Linear(1, 1), step=1)
+    expected = draws()
+    load_checkpoint(directory, nn.Linear(1, 1))
+    assert draws() == expected
+    return expected
+
+
+def _derive_generators(directory: str) -> list[Any]:
+    found = []
+    for _ in range(2):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            load_checkpoint(directory, nn.Linear(1, 1))
+        told = [str(w.message) for w in caught if "random number generators" in str(w.message)]
+        assert len(told) == (dist.get_rank() == 0)
+        found.append(draws())
+    assert found[0] == found[1]
+    return found[0]
+
+
+def test_every_rank_continues_its_own_random_numbers(tmp_path: Path) -> None:
+    saved = run_ranks(_save_generators, 2, str(tmp_path))
+    assert saved[0] != saved[1]
+    derived = run_ranks(_derive_generators, 3, str(tmp_path))
+    assert len({repr(found) for found in [*saved, *derived]}) == 5
+
+
+class Nothing(torch.optim.SGD):
+    """Keeps `None` where other optimizers keep a tensor, and a number beside it."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.state[p] |= {"buffer": None, "count": self.state[p].get("count", 0) + 1}
+
+
+SHARDED: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "adam": lambda p: torch.optim.Adam(p, 0.1, amsgrad=True),
+    "momentum": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
+    "nothing": lambda p: Nothing(p, 0.1),
+    "adagrad": lambda p: torch.optim.Adagrad(p, 0.1),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, centered=True),
+    "rowwise": lambda p: RowWise(p),
+}
+
+
+class RowWise(torch.optim.Optimizer):
+    """Factored state: one number for each row and each column of a gradient, in other dtypes."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                square = p.grad.square()
+                if p.ndim == 2:
+                    state["row"] = square.mean(1).double()
+                    column = square.mean(0).half()
+                    if isinstance(column, DTensor):
+                        column = column.redistribute(placements=[Replicate()])
+                    state["column"] = column
+                else:
+                    state["full"] = square.bfloat16()
+                state["step"] = torch.tensor(float(len(state)))
+                p.sub_(p.grad, alpha=group["lr"])
+
+
+def small_net(seed: int, sharded: bool) -> nn.Module:
+    torch.manual_seed(seed)
+    net = nn.Sequential(
+        nn.Linear(3, 5), nn.Linear(5, 1)
+    )  # 5 rows, and 1: uneven, and fewer than ranks
+    return fully_shard(net) if sharded else net
+
+
+def one_step(net: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    net(torch.ones(2, 3)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def state_of(net: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    names = {id(p): name for name, p in net.named_parameters()}
+    found: dict[str, Any] = {name: whole(p) for name, p in net.named_parameters()}
+    for p, state in optimizer.state.items():
+        for name, value in state.items():
+            tensor = isinstance(value, torch.Tensor)
+            found[f"{names[id(p)]}/{name}"] = whole(value) if tensor else torch.tensor([value or 0])
+    return found
+
+
+def _save_sharded(directory: str) -> dict[str, Any]:
+    found = {}
+    for name, make in SHARDED.items():
+        net = small_net(0, sharded=dist.get_world_size() > 1)
+        optimizer = make(net.parameters())
+        one_step(net, optimizer)
+        save_checkpoint(directory, net, optimizer, tag=name, step=1)
+        found[name] = state_of(net, optimizer)
+    return found
+
+
+def _load_sharded(directory: str, expected: dict[str, Any]) -> None:
+    for name, make in SHARDED.items():
+        net = small_net(1, sharded=dist.get_world_size() > 1)
+        optimizer = make(net.parameters())
+        with Checkpointer(net, optimizer, rng=False) as checkpointer:
+            checkpointer.load_checkpoint(directory, name)
+        assert_same(state_of(net, optimizer), expected[name])
+        for p, state in optimizer.state.items():
+            for key, value in state.items():
+                sharded = isinstance(p, DTensor) and isinstance(value, torch.Tensor) and value.ndim
+                assert isinstance(value, DTensor) == bool(sharded), key
+        one_step(net, optimizer)
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [(2, 4), (4, 2), (1, 3), (3, 1), (2, 2)])
+def test_sharded_optimizer_state_of_any_shape_goes_anywhere(
+    saved: int, loaded: int, tmp_path: Path
+) -> None:
+    expected = run_ranks(_save_sharded, saved, str(tmp_path))[0]
+    run_ranks(_load_sharded, loaded, str(tmp_path), expected)
+
+
+def _save_client_dtensor(directory: str) -> None:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    average = distribute_tensor(torch.arange(10.0).reshape(5, 2), mesh, [Shard(0)])
+    state = {"ema": {"w": average, "again": average}, "n": 3}
+    save_checkpoint(directory, nn.Linear(1, 1), step=1, client_state=state)
+
+
+def _load_client_dtensor(directory: str) -> None:
+    with Checkpointer(nn.Linear(1, 1), rng=False) as checkpointer:
+        _, state = checkpointer.load_checkpoint(directory)
+    assert state["n"] == 3
+    assert isinstance(state["ema"]["w"], LazyTensor)
+    assert torch.equal(state["ema"]["w"][1:3], torch.arange(10.0).reshape(5, 2)[1:3])
+    assert torch.equal(state["ema"]["again"] + 0, torch.arange(10.0).reshape(5, 2))
+
+
+def test_sharded_tensors_in_the_client_state_come_back_whole(tmp_path: Path) -> None:
+    run_ranks(_save_client_dtensor, 3, str(tmp_path))
+    run_ranks(_load_client_dtensor, 2, str(tmp_path))
+    run_ranks(_load_client_dtensor, 1, str(tmp_path))
+
+
+class Holder(nn.Module):
+    def __init__(self, **tensors: torch.Tensor) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_parameter(name, nn.Parameter(tensor))
+
+
+def stage(number: int, filled: bool) -> Holder:
+    shape = (3, number + 1)
+    return Holder(w=torch.full(shape, float(number)) if filled else torch.zeros(shape))
+
+
+def _save_stages(directory: str) -> None:
+    rank = dist.get_rank()
+    save_checkpoint(directory, {f"stage{rank}": stage(rank, True)}, step=1)
+
+
+def _load_stages(directory: str, places: list[list[int]]) -> None:
+    mine = places[dist.get_rank()]
+    models = {f"stage{number}": stage(number, False) for number in mine}
+    with Checkpointer(models, rng=False) as checkpointer:
+        checkpointer.load_checkpoint(directory, load_module_strict=len(mine) == 3)
+    for number in mine:
+        assert models[f"stage{number}"].w.tolist() == [[number] * (number + 1)] * 3
+
+
+def test_ranks_may_hold_different_tensors(tmp_path: Path) -> None:
+    """As the stages of a pipeline do."""
+    run_ranks(_save_stages, 3, str(tmp_path))
+    run_ranks(_load_stages, 3, str(tmp_path), [[0], [1], [2]])
+    run_ranks(_load_stages, 2, str(tmp_path), [[2, 0], [1]])
+    run_ranks(_load_stages, 1, str(tmp_path), [[0, 1, 2]])
+
+
+def _some_ranks_only(directory: str) -> None:
+    """Two meshes of two ranks each hold one expert each; all ranks know of both."""
+    experts = [torch.arange(6.0).reshape(3, 2) + 10 * n for n in range(2)]
+    meshes = [DeviceMesh("cpu", [0, 2]), DeviceMesh("cpu", [1, 3])]
+
+    def make(values: list[torch.Tensor]) -> Holder:
+        pairs = zip(values, meshes, strict=True)
+        return Holder(
+            **{f"e{n}": distribute_tensor(v, m, [Shard(0)]) for n, (v, m) in enumerate(pairs)}
+        )
+
+    model = make(experts)
+    save_checkpoint(directory, model, step=1)
+    live = make([torch.zeros(3, 2)] * 2)
+    load_checkpoint(directory, live)
+    for name, p in live.named_parameters():
+        saved = dict(model.named_parameters())[name]
+        assert torch.equal(p.to_local(), saved.to_local())
+
+
+def _load_experts_whole(directory: str) -> None:
+    live = Holder(e0=torch.zeros(3, 2), e1=torch.zeros(3, 2))
+    with Checkpointer(live, rng=False) as checkpointer:
+        checkpointer.load_checkpoint(directory)
+    assert live.e0.tolist() == torch.arange(6.0).reshape(3, 2).tolist()
+    assert live.e1.tolist() == (torch.arange(6.0).reshape(3, 2) + 10).tolist()
+
+
+def test_tensors_on_a_part_of_the_ranks(tmp_path: Path) -> None:
+    run_ranks(_some_ranks_only, 4, str(tmp_path))
+    run_ranks(_load_experts_whole, 2, str(tmp_path))
+
+
+def _equal_bytes(directory: str) -> None:
+    net = small_net(0, sharded=True)
+    optimizer = torch.optim.Adam(net.parameters())
+    one_step(net, optimizer)
+    with Checkpointer(net, optimizer) as checkpointer:
+        for place in ("one", "other"):
+            checkpointer.save_checkpoint(f"{directory}/{place}", "t", {"words": {"a", "b"}})
+
+
+def test_equal_state_gives_equal_files_on_every_rank(tmp_path: Path) -> None:
+    run_ranks(_equal_bytes, 2, str(tmp_path))
+    one, other = (
+        {p.name: p.read_bytes() for p in (tmp_path / place / "t").glob("*.safetensors")}
+        for place in ("one", "other")
+    )
+    assert len(one) == 6
+    assert one == other
+
+
+def _different_shapes() -> str:
+    with pytest.raises(StateMismatchError) as caught:
+        save_checkpoint("/nowhere", Holder(w=torch.ones(2 + dist.get_rank())), step=1)
+    return str(caught.value)
+
+
+def test_one_name_for_different_tensors_is_refused_on_every_rank() -> None:
+    found = run_ranks(_different_shapes, 2)
+    assert found[0] == found[1]
+    assert "tensor 'w' is F32 [2] on one rank and F32 [3] on another" in found[0]
+    assert not Path("/nowhere").exists()
