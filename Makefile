@@ -4,10 +4,9 @@
 PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3.10 python3; do \
 	command -v $$python > /dev/null && \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 10))' && echo $$python && break; done)
-# The tests need no GPU: the CPU build saves a download of gigabytes. A torch of this version that
-# is already in .venv stays, whatever its build.
+# The tests need no GPU: the CPU build, where an index offers it, saves a download of gigabytes (set
+# PIP_EXTRA_INDEX_URL to one that does). A torch of this version that is already in .venv stays.
 TORCH_VERSION := 2.13.0
-TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -28,7 +27,7 @@ $(READY): pyproject.toml Makefile
 	$(BIN)/python -c 'from importlib.metadata import version as v; \
 		assert v("torch").startswith("$(TORCH_VERSION)")' 2> /dev/null \
 	|| $(PIP) install "torch==$(TORCH_VERSION)+cpu" 2> /dev/null \
-	|| $(PIP) install --extra-index-url $(TORCH_INDEX) "torch==$(TORCH_VERSION)"
+	|| $(PIP) install "torch==$(TORCH_VERSION)"
 	$(PIP) install "torch==$(TORCH_VERSION)" --editable '.[dev]'
 	touch $@
 
