@@ -29,6 +29,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.zero.gathered import keep_gathered
+from zero_ckpt.zero.generic import allow_generic
 from zero_ckpt.zero.initial import (
     broadcast_from_first,
     materialize,
@@ -159,6 +160,7 @@ def _shard(
             # torch 2.6 knows no ignored parameters, so they are named only when there are any.
             ignored: dict[str, Any] = {"ignored_params": kept} if kept else {}
             kept_gathered = unit is module or (stage == 2 and root == "shard")
+            allow_generic(unit)
             fully_shard(unit, reshard_after_forward=not kept_gathered, **options, **ignored)
         if kept_gathered:
             keep_gathered(unit)
