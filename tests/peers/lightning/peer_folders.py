@@ -1,10 +1,10 @@
 """Lets Lightning's tests look into a checkpoint folder where they open a checkpoint file.
 
 Many tests read `*.ckpt` themselves, with `torch.load`, ask whether it is a file, or list what lies
-beside it. A test module (and nothing else) gets for a folder of ours what it would get for the
-file, and does not see `latest`; so a test says whether the content is right, and not only that it
-lies in a folder. The library's own code and Lightning's see the file system as it is, but for
-`load_from_checkpoint`, whose reader has no other seam.
+there. A test module (and nothing else) gets for a folder of ours what it would get for the file,
+and does not see what we put beside it (`latest`, and the export `fp32`); so a test says whether the
+content is right, and not only that it lies in a folder. The library's own code and Lightning's see
+the file system as it is, but for `load_from_checkpoint`, whose reader has no other seam.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from zero_ckpt.lightning import ZeroCheckpointIO
 
 __all__ = ["show_folders_as_files"]
 
+_OURS = (LATEST_NAME, "fp32")
+
 
 def show_folders_as_files() -> None:
     torch.load = _reading_folders(torch.load)
@@ -31,8 +33,8 @@ def show_folders_as_files() -> None:
     saving.pl_load = _reading_folders(saving.pl_load)
     os.path.isfile = _accepting_folders(os.path.isfile)
     Path.is_file = _accepting_folders(Path.is_file)
-    os.listdir = _without_latest(os.listdir)
-    Path.iterdir = _iterating_without_latest(Path.iterdir)
+    os.listdir = _without_ours(os.listdir)
+    Path.iterdir = _iterating_without_ours(Path.iterdir)
 
 
 def _asked_by_test() -> bool:
@@ -62,18 +64,18 @@ def _accepting_folders(is_file: Callable[..., bool]) -> Callable[..., bool]:
     return check
 
 
-def _without_latest(list_names: Callable[..., list[str]]) -> Callable[..., list[str]]:
+def _without_ours(list_names: Callable[..., list[str]]) -> Callable[..., list[str]]:
     def names(*args: Any, **options: Any) -> list[str]:
         is_shown = _asked_by_test()
         found = list_names(*args, **options)
-        return [name for name in found if name != LATEST_NAME] if is_shown else found
+        return [name for name in found if name not in _OURS] if is_shown else found
 
     return names
 
 
-def _iterating_without_latest(entries: Callable[..., Iterator[Path]]) -> Callable[..., Any]:
+def _iterating_without_ours(entries: Callable[..., Iterator[Path]]) -> Callable[..., Any]:
     def iterate(folder: Path) -> Iterator[Path]:
         is_shown = _asked_by_test()
-        return (e for e in entries(folder) if not (is_shown and e.name == LATEST_NAME))
+        return (e for e in entries(folder) if not (is_shown and e.name in _OURS))
 
     return iterate

@@ -50,8 +50,11 @@ class _Record:
         self._outcomes: dict[str, list[str]] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        outcome = "error" if report.failed and report.when != "call" else report.outcome
         name = report.nodeid.removeprefix("tests/tests_pytorch/")
+        if report.outcome == "rerun":  # a test marked as flaky failed, and starts again
+            self._outcomes.pop(name, None)
+            return
+        outcome = "error" if report.failed and report.when != "call" else report.outcome
         known = self._outcomes.get(name, ["passed"])
         if _WORST_LAST.index(outcome) >= _WORST_LAST.index(known[0]):
             crash = getattr(report.longrepr, "reprcrash", None)
