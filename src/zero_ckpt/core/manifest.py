@@ -17,7 +17,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from json.encoder import encode_basestring_ascii as quote
-from math import prod
+from math import isfinite, prod
 from typing import Any
 
 import xxhash
@@ -201,7 +201,7 @@ def _parse(body: Any) -> Manifest:
     tensors = {role: _index(body["tensors"][role], layouts) for role in ROLES}
     manifest = Manifest(
         tag=body["tag"],
-        created=float(body["created"]),
+        created=_number(body["created"]),
         files=files,
         tensors=tensors,
         buffers=_names(body["buffers"]),
@@ -209,7 +209,7 @@ def _parse(body: Any) -> Manifest:
         excluded=_names(body["excluded"]),
         aliases=_strings(body["aliases"]),
         versions=_strings(body["versions"]),
-        timings={str(k): float(v) for k, v in body["timings"].items()},
+        timings={name: _number(value) for name, value in body["timings"].items()},
         **counts,
     )
     _check_references(manifest)
@@ -274,6 +274,11 @@ def _index(keys: Any, layouts: list[Placed]) -> dict[str, Placed]:
         all(type(i) is int and 0 <= i < size for i in keys.values()), "a tensor names no layout"
     )
     return {key: layouts[i] for key, i in keys.items()}
+
+
+def _number(value: Any) -> float:
+    _expect(type(value) in (int, float) and isfinite(value), f"expected a number, found {value!r}")
+    return float(value)
 
 
 def _names(value: Any) -> list[str]:
