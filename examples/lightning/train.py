@@ -59,10 +59,9 @@ class PrintProgress(Callback):
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         rank, world_size = trainer.global_rank, trainer.world_size
-        print(
-            f"rank {rank} of {world_size}: process {os.getpid()}, step {trainer.global_step}",
-            flush=True,
-        )
+        # One write with its line feed: ranks share a stream, and under PYTHONUNBUFFERED `end` is another write.
+        text = f"rank {rank} of {world_size}: process {os.getpid()}, step {trainer.global_step}\n"
+        print(text, end="", flush=True)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: object) -> None:
         step = trainer.global_step
