@@ -15,24 +15,7 @@ from safetensors.torch import load_file
 
 from tests.lightning.harness import Model, assert_same, loader, on_ranks, trainer, whole_weights
 from zero_ckpt.fp32 import get_fp32_state_dict_from_zero_checkpoint
-from zero_ckpt.lightning import ZeroCheckpointIO, ZeroStrategy
-from zero_ckpt.lightning.export import attach_export, make_export, run_export
-
-Fp32Export = make_export("lightning.pytorch")
-
-
-class Strategy(ZeroStrategy):  # type: ignore[misc, valid-type]
-    def setup(self, trainer: Any) -> None:
-        attach_export(trainer, self.namespace, self.export)
-        super().setup(trainer)
-
-    def on_train_end(self) -> None:
-        super().on_train_end()
-        run_export(self.lightning_module.trainer)
-
-
-def strategy(stage: int, **options: Any) -> Any:
-    return Strategy(stage=stage, **options)
+from zero_ckpt.lightning import Fp32Export, ZeroCheckpointIO, ZeroStrategy
 
 
 class Worsens(Model):
@@ -45,7 +28,7 @@ class Worsens(Model):
 def fit(root: Path, stage: int, model: Model, export: Any = True, **options: Any) -> Any:
     """Train two epochs; returns the weights at the end and the paths of the best and the last checkpoint."""
     L.seed_everything(1, verbose=False)
-    run = trainer(root, stage, strategy=strategy(stage, export=export), max_epochs=2, **options)
+    run = trainer(root, stage, strategy=ZeroStrategy(stage, export=export), max_epochs=2, **options)
     run.fit(model, loader(16), loader(8))
     saved = run.checkpoint_callbacks
     best = saved[0].best_model_path if saved else ""
@@ -161,7 +144,7 @@ def nothing_left(root: Path) -> None:
     keeper = ModelCheckpoint(root / "checkpoints")
     weights, best = fit(root, 2, Model(), export=False, callbacks=[keeper])
     assert not (root / "checkpoints" / "fp32").exists()
-    again = trainer(root, 2, strategy=strategy(2), max_epochs=2, callbacks=[keeper])
+    again = trainer(root, 2, strategy=ZeroStrategy(2), max_epochs=2, callbacks=[keeper])
     again.fit(Model(), loader(16), loader(8), ckpt_path=best)
     assert_same(load_file(root / "checkpoints" / "fp32" / "model.safetensors"), weights)
 

@@ -13,8 +13,7 @@ from torch import nn
 
 from tests.lightning.harness import Model, assert_same, loader, on_ranks, trainer, whole_weights
 from zero_ckpt.errors import CheckpointNotFoundError, ConfigurationError, UnsafeObjectError
-from zero_ckpt.lightning import ZeroCheckpointIO
-from zero_ckpt.lightning.loading import load_module
+from zero_ckpt.lightning import ZeroCheckpointIO, load_module
 
 
 def train(root: Path, model: Model) -> dict[str, torch.Tensor]:
