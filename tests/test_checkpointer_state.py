@@ -18,6 +18,7 @@ from torch.optim import lr_scheduler
 from zero_ckpt import Checkpointer, load_checkpoint, save_checkpoint
 from zero_ckpt.core.checkpoint import open_checkpoint
 from zero_ckpt.core.dtensors import DTYPE_NAMES
+from zero_ckpt.core.shard_file import ShardReader
 from zero_ckpt.errors import ConfigurationError, StateMismatchError, UnsafeObjectError
 
 
@@ -466,6 +467,24 @@ def test_client_state_of_every_shape(tmp_path: Path) -> None:
     for tag, state in enumerate([None, 3, [1, (2,)], {"t": torch.ones(2), 5: {1.5: None}}, {}]):
         save_checkpoint(tmp_path, nn.Linear(1, 1), tag=tag, step=1, client_state=state)
         assert same(load_checkpoint(tmp_path, nn.Linear(1, 1), tag=tag)[1], state)
+
+
+def test_many_small_tensors_in_the_client_state_are_read_block_by_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {f"k{i}": torch.full((3,), float(i)) for i in range(500)}
+    save_checkpoint(tmp_path, nn.Linear(1, 1), step=1, client_state=state)
+    blocks: list[int] = []
+    real = ShardReader.read_block
+
+    def read_block(self: ShardReader, index: int, *args: Any) -> memoryview:
+        blocks.append(index)
+        return real(self, index, *args)
+
+    monkeypatch.setattr(ShardReader, "read_block", read_block)
+    _, found = load_checkpoint(tmp_path, nn.Linear(1, 1))
+    assert same(found, state)
+    assert len(blocks) < 10
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -101,8 +101,10 @@ class Checkpoint:
     def _tree(self, name: str, rank: int, weights_only: bool) -> dict[str, Any]:
         reader = self.shards.get("state", rank)
         private = {chunk.key: chunk for chunk in reader.chunks}
+        requests: list[Request] = []
 
         def entry(key: str) -> torch.Tensor:
+            """Empty memory, filled with all the others' once the tree is known: many lie in one block."""
             chunk = private.get(key)
             if chunk is None or chunk.box != full_box(chunk.shape):
                 raise CorruptShardError(
@@ -110,13 +112,14 @@ class Checkpoint:
                 )
             placed = Placed(chunk.dtype, chunk.shape, (Run(rank, chunk.box.offset, chunk.shape),))
             target = torch.empty(chunk.shape, dtype=TORCH_DTYPES[chunk.dtype])
-            self.read([Request("state", key, placed, chunk.box, target)])
+            requests.append(Request("state", key, placed, chunk.box, target))
             return target
 
         tree = decode_objects(
             reader.read_entry(f"{name}.json"),
             entry,
             dtensor=lambda key: self.lazy("state", key),
+            blob=reader.read_entry,
             weights_only=weights_only,
             where=f"{reader.name}: {name}",
         )
@@ -124,6 +127,7 @@ class Checkpoint:
             raise CorruptShardError(
                 f"{reader.name}: {name}: a dict expected, {type(tree).__name__} found. {REMEDY}"
             )
+        self.read(requests)
         return tree
 
     def close(self) -> None:

@@ -39,16 +39,18 @@ def decode_objects(
     entry: Callable[[str], Any],
     *,
     dtensor: Callable[[str], Any],
+    blob: Callable[[str], bytes] | None = None,
     weights_only: bool = True,
     where: str = "objects",
 ) -> Any:
     """The tree that `data` encodes.
 
     `entry(name)` gives the numpy array or torch tensor stored beside it, `dtensor(name)` what stands for a tensor held
-    in parts. `weights_only` True refuses pickled values with `UnsafeObjectError`, False opens them. Raises
+    in parts. An entry may be filled later, but for those of pickles: `blob(name)` gives their bytes (None: `entry`
+    does). `weights_only` True refuses pickled values with `UnsafeObjectError`, False opens them. Raises
     `CorruptShardError` for what is no such tree.
     """
-    return _decode(_Decoder(entry, dtensor, weights_only, where), data, where)
+    return _decode(_Decoder(entry, dtensor, blob, weights_only, where), data, where)
 
 
 def show_objects(data: bytes, entry: Callable[[str], str], where: str = "objects") -> Any:
@@ -61,7 +63,7 @@ def show_objects(data: bytes, entry: Callable[[str], str], where: str = "objects
     def describe(name: str) -> Shown:
         return Shown(entry(name))
 
-    return _decode(_Viewer(describe, describe, True, where), data, where)
+    return _decode(_Viewer(describe, describe, None, True, where), data, where)
 
 
 def _decode(decoder: _Decoder, data: bytes, where: str) -> Any:
@@ -78,12 +80,17 @@ class _Decoder:
         self,
         entry: Callable[[str], Any],
         dtensor: Callable[[str], Any],
+        blob: Callable[[str], bytes] | None,
         weights_only: bool,
         where: str,
     ) -> None:
-        self._entry, self._dtensor = entry, dtensor
+        self._entry, self._dtensor, self._blob = entry, dtensor, blob or self._bytes
         self._weights_only, self._where = weights_only, where
         self._shared: dict[str, Any] = {}
+
+    def _bytes(self, name: str) -> bytes:
+        stored = self._entry(name)
+        return np.asarray(stored.cpu() if hasattr(stored, "cpu") else stored).tobytes()
 
     def decode(self, value: Any, path: Path) -> Any:
         if isinstance(value, list):
@@ -128,10 +135,9 @@ class _Decoder:
                 f"{self._where}: '{path}' is a pickled {type_name}; opening it can run code. If you trust "
                 "this checkpoint, load it with weights_only=False; or store plain values, tensors and arrays there."
             )
-        stored = self._entry(name)
-        blob = np.asarray(stored.cpu() if hasattr(stored, "cpu") else stored).tobytes()
+        data = self._blob(name)
         try:
-            return pickle.loads(blob)
+            return pickle.loads(data)
         except Exception as error:
             raise UnsafeObjectError(
                 f"{self._where}: '{path}' is a pickled {type_name}, which could not be opened: {error!r}. Make its "
