@@ -82,26 +82,42 @@ class Snapshot:
     excluded: frozenset[str] = frozenset()
 
 
+# Child names of wrappers; an activation wrapper removes its own from the keys of `state_dict`.
+_ACTIVATION_CHILD = "_checkpoint_wrapped_module"
 _WRAPPER_CHILDREN = {
     "DistributedDataParallel": "module",
     "DataParallel": "module",
     "OptimizedModule": "_orig_mod",
-    "CheckpointWrapper": "_checkpoint_wrapped_module",
-    "OffloadWrapper": "_checkpoint_wrapped_module",
+    "CheckpointWrapper": _ACTIVATION_CHILD,
+    "OffloadWrapper": _ACTIVATION_CHILD,
     "FullyShardedDataParallel": "_fsdp_wrapped_module",
 }
 
 
 def wrapper_prefixes(model: nn.Module) -> list[str]:
-    """Qualified names, inner first, of the children that wrappers hold the real module in: `module.`, `0._orig_mod.`"""
-    found = []
+    """Qualified names, inner first, of the children that wrappers hold the real module in: `module.`, `0._orig_mod.`
+
+    Both as parameters are named and as `state_dict` names them, where that differs.
+    """
+    found: set[str] = set()
+    activation: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):
-        for kind in type(module).__mro__[:-2]:
-            child = _WRAPPER_CHILDREN.get(kind.__name__)
-            if child is not None and kind.__module__.startswith("torch."):
-                found.append(f"{name}.{child}." if name else f"{child}.")
-                break
+        child = _wrapped_child(module)
+        if child is not None:
+            prefix = f"{name}.{child}." if name else f"{child}."
+            found |= {prefix, clean_name(prefix, activation)}
+            if child == _ACTIVATION_CHILD:
+                activation.insert(0, prefix)
     return sorted(found, key=len, reverse=True)
+
+
+def _wrapped_child(module: nn.Module) -> str | None:
+    """The name under which a wrapper holds the real module; None for any other module."""
+    for kind in type(module).__mro__[:-2]:
+        child = _WRAPPER_CHILDREN.get(kind.__name__)
+        if child is not None and kind.__module__.startswith("torch."):
+            return child
+    return None
 
 
 def clean_name(name: str, prefixes: Iterable[str]) -> str:
