@@ -111,6 +111,25 @@ def test_both_copies_of_lightning_accept_it() -> None:
         assert run.strategy.checkpoint_io is io
 
 
+def test_empty_wrappers_are_filled_with_it_at_any_depth() -> None:
+    inner = AsyncCheckpointIO()
+    outer = AsyncCheckpointIO(AsyncCheckpointIO(inner))
+    run = L.Trainer(
+        strategy="zero_ckpt", accelerator="cpu", devices=1, plugins=[outer], logger=False
+    )
+    assert run.strategy.checkpoint_io is outer
+    assert isinstance(inner.checkpoint_io, ZeroCheckpointIO)
+
+
+def test_a_module_that_no_trainer_runs_is_saved(tmp_path: Path) -> None:
+    run = L.Trainer(strategy="zero_ckpt", accelerator="cpu", devices=1, logger=False)
+    model = Model()
+    run.strategy.connect(model)
+    run.save_checkpoint(tmp_path / "bare.ckpt")
+    content = ZeroCheckpointIO().load_checkpoint(tmp_path / "bare.ckpt")
+    assert_same(content["state_dict"], dict(model.state_dict()))
+
+
 def test_a_bare_state_dict_goes_to_a_plain_file(tmp_path: Path) -> None:
     io = ZeroCheckpointIO()
     path = str(tmp_path / "deep" / ".temp.ckpt")

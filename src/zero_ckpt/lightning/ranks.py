@@ -23,10 +23,13 @@ __all__ = ["Resumption", "capture_rank", "restore_rank"]
 
 
 def capture_rank(trainer: Any, checkpoint: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """This rank's own state. Takes the loaders' states out of Lightning's `checkpoint`.
+    """This rank's own state; none without a trainer. Takes the loaders' states out of Lightning's
+    `checkpoint`.
 
     (Lightning keeps those of rank 0 only, and would refuse ours where loaders are ordinary ones.)
     """
+    if trainer is None:  # the module was connected to the strategy by hand
+        return {}
     progress = trainer.fit_loop.epoch_loop.batch_progress
     done = progress.current.ready
     loaders = _take_loaders(checkpoint)
@@ -35,11 +38,39 @@ def capture_rank(trainer: Any, checkpoint: dict[str, Any], device: torch.device)
         if "zero_ckpt_loader" in state:
             state["yielded"] -= fetched_ahead
     return {
-        "rng": rng.capture(device),
+        "rng": _rng_after_validation(trainer, device),
         "in_epoch": bool(0 < done < trainer.num_training_batches and not progress.is_last_batch),
-        "in_validation": not trainer.training,
         "loaders": loaders,
     }
+
+
+def _rng_after_validation(trainer: Any, device: torch.device) -> dict[str, Any]:
+    """The generators as training will find them next.
+
+    A validation that is due after this batch is not made up for when the run is resumed, but its
+    loaders' iterators draw a seed each. (What a validation step itself draws is not known.)
+    """
+    state = rng.capture(device)
+    epoch_loop = trainer.fit_loop.epoch_loop
+    progress = epoch_loop.batch_progress.current
+    if not trainer.training or progress.processed == progress.completed:
+        return state  # not in `on_train_batch_end`
+    if epoch_loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
+        generator = torch.Generator()
+        generator.set_state(state["torch"])
+        for loader in _flat(trainer.val_dataloaders):
+            if isinstance(loader, DataLoader) and loader.generator is None:
+                torch.empty((), dtype=torch.int64).random_(generator=generator)
+        state["torch"] = generator.get_state()
+    return state
+
+
+def _flat(loaders: Any) -> list[Any]:
+    if isinstance(loaders, dict):
+        return [each for value in loaders.values() for each in _flat(value)]
+    if isinstance(loaders, (list, tuple)):
+        return [each for value in loaders for each in _flat(value)]
+    return [] if loaders is None else [loaders]
 
 
 def _take_loaders(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
@@ -97,7 +128,7 @@ def restore_rank(
         _warn_derived(checkpoint, rank, world_size)
         loaders = _rescale(lightning_state, loaders, saved, world_size) if in_epoch else loaders
         state["rng"] = _derived(state["rng"], rank, device)
-    pending = PendingRng(state["rng"], device, early=not state.get("in_validation", False))
+    pending = PendingRng(state["rng"], device)
     return Resumption(pending, in_epoch, list(loaders))
 
 

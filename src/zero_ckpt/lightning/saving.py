@@ -29,11 +29,13 @@ class SaveMixin(StrategyBase):
 
     @property
     def checkpoint_io(self) -> Any:
-        """`ZeroCheckpointIO` unless the user gave another; also inside an empty wrapper."""
+        """`ZeroCheckpointIO` unless the user gave another; also inside empty wrappers."""
         if self._checkpoint_io is None:
             self._checkpoint_io = ZeroCheckpointIO()
         elif isinstance(self._checkpoint_io, self.namespace.wrapping_checkpoint_io):
             wrapper: Any = self._checkpoint_io
+            while isinstance(wrapper.checkpoint_io, self.namespace.wrapping_checkpoint_io):
+                wrapper = wrapper.checkpoint_io
             if wrapper.checkpoint_io is None:
                 wrapper.checkpoint_io = ZeroCheckpointIO()
         return self._checkpoint_io
@@ -101,8 +103,7 @@ class SaveMixin(StrategyBase):
     def _save(self, checkpoint: dict[str, Any], filepath: Any, timeout: float | None) -> None:
         assert self.lightning_module is not None
         directory, tag = paths.split(filepath)
-        trainer = self._current_trainer()
-        own = {} if trainer is None else capture_rank(trainer, checkpoint, self.root_device)
+        own = capture_rank(self._current_trainer(), checkpoint, self.root_device)
         snapshot = to_snapshot(checkpoint, ModuleNames.of(self.lightning_module), own)
         with paths.making_way(directory, tag) if self.is_global_zero else nullcontext():
             self.engine.save(

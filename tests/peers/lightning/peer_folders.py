@@ -3,8 +3,9 @@
 Many tests read `*.ckpt` themselves, with `torch.load`, ask whether it is a file, or list what lies
 there. A test module (and nothing else) gets for a folder of ours what it would get for the file,
 and does not see what we put beside it (`latest`, and the export `fp32`); so a test says whether the
-content is right, and not only that it lies in a folder. The library's own code and Lightning's see
-the file system as it is, but for `load_from_checkpoint`, whose reader has no other seam.
+content is right, and not only that it lies in a folder. Where a test has replaced `torch.save` with
+a mock, to count checkpoints, ours count. The library's own code and Lightning's see the file system
+as it is, but for `load_from_checkpoint`, whose reader has no other seam.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import lightning.fabric.utilities.cloud_io as cloud_io
 import lightning.pytorch.core.saving as saving
 import torch
 
+from zero_ckpt.core.engine import SyncEngine
 from zero_ckpt.core.tags import LATEST_NAME
 from zero_ckpt.lightning import ZeroCheckpointIO
 
@@ -35,6 +38,7 @@ def show_folders_as_files() -> None:
     Path.is_file = _accepting_folders(Path.is_file)
     os.listdir = _without_ours(os.listdir)
     Path.iterdir = _iterating_without_ours(Path.iterdir)
+    SyncEngine.save = _counted(SyncEngine.save)
 
 
 def _asked_by_test() -> bool:
@@ -79,3 +83,12 @@ def _iterating_without_ours(entries: Callable[..., Iterator[Path]]) -> Callable[
         return (e for e in entries(folder) if not (is_shown and e.name in _OURS))
 
     return iterate
+
+
+def _counted(save: Callable[..., Any]) -> Callable[..., Any]:
+    def counting(*args: Any, **options: Any) -> Any:
+        if isinstance(torch.save, Mock):
+            torch.save(*args[1:3])
+        return save(*args, **options)
+
+    return counting
