@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,38 +10,170 @@ import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from tests.lightning.harness import Model, loader, on_ranks, trainer, whole_weights
+from tests.lightning.harness import (
+    FEATURES,
+    Model,
+    assert_same,
+    loader,
+    on_ranks,
+    trainer,
+    whole_weights,
+)
 
 STEPS = 14  # epochs have 6 steps on 2 ranks
 
 
-def _run(root: Path, stage: int, ckpt_path: str | None, **options: Any) -> tuple[Any, ...]:
+def _run(root: Path, stage: int, ckpt_path: str | None) -> tuple[Any, ...]:
     L.seed_everything(7 if ckpt_path is None else 1234)  # a resumed run must not depend on its seed
     model = Model(dropout=0.4)
     saver = ModelCheckpoint(
         dirpath=root / "checkpoints", every_n_train_steps=1, save_top_k=-1, filename="{step}"
     )
-    run = trainer(root, stage, max_steps=STEPS, callbacks=[saver], **options)
+    run = trainer(root, stage, max_steps=STEPS, callbacks=[saver])
     run.fit(model, loader(shuffle=True), loader(8), ckpt_path=ckpt_path)
     return model.losses, whole_weights(model), torch.rand(2)
 
 
-def _compare(full: list[Any], resumed: list[Any], step: int) -> None:
-    for (losses, weights, draw), (new_losses, new_weights, new_draw) in zip(
-        full, resumed, strict=True
-    ):
-        assert new_losses == losses[step:]
-        assert torch.equal(draw, new_draw)
-        for key, value in weights.items():
-            assert torch.equal(value, new_weights[key]), key
+def _run_and_resume(root: Path, stage: int) -> list[Any]:
+    paths = [str(root / "checkpoints" / f"step={step}.ckpt") for step in (4, 6, 9)]
+    return [_run(root, stage, None), *(_run(root / "again", stage, path) for path in paths)]
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_resume_within_an_epoch_is_bitwise_as_if_never_interrupted(
     tmp_path: Path, stage: int
 ) -> None:
-    full = on_ranks(_run, 2, tmp_path, stage, None)
-    for step in (4, 6, 9):
-        path = str(tmp_path / "checkpoints" / f"step={step}.ckpt")
-        _compare(full, on_ranks(_run, 2, tmp_path / "again", stage, path), step)
+    for full, *resumed in on_ranks(_run_and_resume, 2, tmp_path, stage):
+        for step, (losses, weights, draw) in zip((4, 6, 9), resumed, strict=True):
+            assert losses == full[0][step:]
+            assert_same(weights, full[1])
+            assert torch.equal(draw, full[2])
+
+
+class Noisy(Dataset[Any]):
+    """Every item is drawn anew from the process's random stream."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, index: int) -> Any:
+        if index >= self.rows:
+            raise IndexError
+        return torch.full((FEATURES,), index / 9) + torch.rand(FEATURES) / 9, torch.rand(3)
+
+
+class Stream(IterableDataset[Any]):
+    """Of unknown length: Lightning fetches one batch ahead."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for index in range(24):
+            yield torch.full((FEATURES,), index / 9), torch.full((3,), 0.5)
+
+
+class Counter:
+    """A loader that is no DataLoader and keeps its own place."""
+
+    def __init__(self) -> None:
+        self.at = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        start, self.at = self.at % 6, self.at % 6
+        for index in range(start, 6):
+            self.at += 1
+            yield torch.full((4, FEATURES), index / 9), torch.full((4, 3), 0.5)
+
+    def __len__(self) -> int:
+        return 6
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.at}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.at = state["at"]
+
+
+def _loaders(kind: str) -> Any:
+    if kind == "stream":
+        return DataLoader(Stream(), batch_size=4)
+    if kind == "stateful":
+        return Counter()
+    if kind == "generator":
+        own = torch.Generator().manual_seed(11)
+        return DataLoader(Noisy(24), batch_size=4, shuffle=True, generator=own)
+    if kind == "workers":
+        whole = torch.utils.data.TensorDataset(torch.rand(24, FEATURES), torch.rand(24, 3))
+        return DataLoader(whole, 4, shuffle=True, num_workers=2, persistent_workers=True)
+    if kind == "several":
+        short = DataLoader(Noisy(8), batch_size=4, shuffle=True)
+        return CombinedLoader([DataLoader(Noisy(24), 4, shuffle=True), short], "max_size_cycle")
+    return DataLoader(Noisy(24), batch_size=4, shuffle=True)
+
+
+class Two(Model):
+    """Of batches of one or of several loaders."""
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        parts = batch if isinstance(batch[0], (list, tuple)) else [batch]
+        total: torch.Tensor = sum(super(Two, self).loss(part) for part in parts)  # type: ignore[assignment]
+        return total
+
+
+def _options(kind: str) -> dict[str, Any]:
+    return {
+        "validation": {"val_check_interval": 2},
+        "accumulate": {"accumulate_grad_batches": 2},
+        "epochs": {"max_epochs": 3, "max_steps": -1},
+        "limited": {"limit_train_batches": 4},
+    }.get(kind, {})
+
+
+def _continue(root: Path, kind: str, ckpt_path: str | None) -> Any:
+    torch.manual_seed(7)
+    data = _loaders(kind)
+    L.seed_everything(7 if ckpt_path is None else 1234)
+    model = Two(dropout=0.4)
+    during = ModelCheckpoint(dirpath=root, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    after = ModelCheckpoint(
+        dirpath=root, save_top_k=-1, filename="validated-{step}", save_on_train_epoch_end=False
+    )
+    callbacks = [during, after] if ckpt_path is None else []
+    options = {"max_steps": 14, "use_distributed_sampler": False, **_options(kind)}
+    run = trainer(root, 2, callbacks=callbacks, enable_checkpointing=bool(callbacks), **options)
+    run.fit(model, data, loader(8), ckpt_path=ckpt_path)
+    return [loss for _, loss in model.losses], whole_weights(model), run.global_step
+
+
+def _continue_from(root: Path, kind: str, names: list[str]) -> list[Any]:
+    return [_continue(root, kind, None)] + [
+        _continue(root, kind, str(root / f"{name}.ckpt")) for name in names
+    ]
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("plain", ["step=4", "step=6", "step=9", "validated-step=6"]),
+        ("validation", ["step=3", "step=4", "validated-step=4", "validated-step=6", "step=6"]),
+        ("accumulate", ["step=1", "step=3", "step=5"]),
+        ("epochs", ["step=4", "step=6", "step=9"]),
+        ("limited", ["step=3", "step=4", "step=6"]),
+        ("generator", ["step=4", "step=6", "step=9"]),
+        ("workers", ["step=4", "step=6", "step=9"]),
+        ("stream", ["step=4", "step=6", "step=9"]),
+        ("several", ["step=3", "step=5", "step=9"]),
+        ("stateful", ["step=4", "step=9"]),
+    ],
+)
+def test_any_loader_continues_where_it_was(tmp_path: Path, kind: str, names: list[str]) -> None:
+    full, *resumed = on_ranks(_continue_from, 1, tmp_path, kind, names)[0]
+    for name, (losses, weights, steps) in zip(names, resumed, strict=True):
+        assert steps == full[2], name
+        assert len(losses) > 1, name
+        assert losses == full[0][-len(losses) :], name
+        assert_same(weights, full[1], name)

@@ -31,18 +31,17 @@ class PendingRng:
     In the uninterrupted run the stream had the restored state right after the save, so it must have
     it again where the resumed run reaches that point: before the next epoch's iterators are made
     (which draw from it), or, within an epoch, between the making of the iterators (whose draws lie
-    in the past) and the next batch.
+    in the past) and the next batch. What is drawn between the iterators and the first batch (by
+    validation loaders that Lightning only skips) was not drawn then, and is undone.
 
     state: what `rng.capture` returned on this rank when the checkpoint was written.
-    early: within an epoch, before the validation that Lightning catches up with on resume, not
-        after it: the checkpoint was written before that validation.
     """
 
-    def __init__(self, state: Mapping[str, Any], device: torch.device, *, early: bool) -> None:
+    def __init__(self, state: Mapping[str, Any], device: torch.device) -> None:
         self._state: Mapping[str, Any] | None = state
         self._device = device
-        self._early = early
         self._leader: object = None  # the first loader; the others draw from the stream after it
+        self._at_first_batch: Mapping[str, Any] | None = None
         self._in_epoch = False
         self._started = False
 
@@ -51,26 +50,28 @@ class PendingRng:
         self._leader = self._leader if self._leader is not None else loader
         self._in_epoch = self._in_epoch or in_epoch
         if not self._in_epoch and loader is self._leader:
-            self._apply()
+            self._apply(self._state)
+
+    def after_iterator(self) -> None:
+        """The iterator is made."""
+        self._at_first_batch = self._state if self._in_epoch else rng.capture(self._device)
 
     def at_train_start(self) -> None:
         """Iterators exist, and what is prefetched is prefetched; the first batch comes next."""
         self._started = True
-        if self._leader is None or (self._in_epoch and self._early):
-            self._apply()
+        if self._leader is None:
+            self._apply(self._state)
             self._state = None
 
     def before_fetch(self) -> None:
         """A training loader is asked for a batch."""
-        if not self._started:
-            return
-        if self._in_epoch:
-            self._apply()
-        self._state = None
+        if self._started and self._state is not None:
+            self._apply(self._at_first_batch)
+            self._state = None
 
-    def _apply(self) -> None:
-        if self._state is not None:
-            rng.restore(self._state, self._device)
+    def _apply(self, state: Mapping[str, Any] | None) -> None:
+        if state is not None:
+            rng.restore(state, self._device)
 
 
 class _SkipFirst:
@@ -186,6 +187,8 @@ class ResumableLoader(DataLoader[Any]):
         self._zero_reused = self.persistent_workers and self._iterator is not None
         self._zero_start = {"rng": rng.capture(), "generators": _states(self)}
         self._zero_counter = _CountingIterator(self._zero_iterate(count), count, self._zero_pending)
+        if self._zero_pending is not None:
+            self._zero_pending.after_iterator()
         return self._zero_counter
 
     def _zero_rewind(self, position: Mapping[str, Any], in_epoch: bool) -> None:
