@@ -35,6 +35,9 @@ __all__ = ["ControlPlane", "LocalControl", "StoreControl", "control_for_process_
 DEFAULT_TIMEOUT = 300.0
 """Seconds of silence after which a rank counts as lost."""
 
+TORN = "LIVE TENSORS MAY BE OVERWRITTEN IN PART: load again, or load another checkpoint, before you train on."
+"""What a load says that failed in its last step."""
+
 _STORE_TIMEOUT = timedelta(seconds=10)
 """For reading a key that was there a moment ago, and may just have been withdrawn."""
 
@@ -268,7 +271,7 @@ def _consequence(phase: str, outcome_unknown: bool = False) -> str:
     if phase.startswith("save"):
         return "Nothing was committed; earlier checkpoints are intact."
     if phase == "load: done":
-        return "The live state may be loaded in part: load again before training goes on."
+        return TORN
     return "Nothing was loaded." if phase.startswith("load") else ""
 
 

@@ -20,7 +20,7 @@ from typing import Any, Generic, TypeVar
 
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.collector import collector_paused
-from zero_ckpt.core.control import DEFAULT_TIMEOUT, ControlPlane
+from zero_ckpt.core.control import DEFAULT_TIMEOUT, TORN, ControlPlane
 from zero_ckpt.core.restoring import Restoration
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.core.tags import Candidates, fallback_notice, find_checkpoint, locate
@@ -204,8 +204,7 @@ def _problem(failure: Exception | None) -> list[str]:
 def _raise_torn(problems: list[Any]) -> dict[str, Any]:
     """Raise the first problem of the step that overwrites."""
     if (error := _first(problems)) is not None:
-        text = f"{error} LIVE TENSORS ARE PARTLY OVERWRITTEN: load another checkpoint before you train on."
-        raise by_name(type(error).__name__, text, ZeroCkptError)
+        raise type(error)(f"{str(error).rstrip('.')}. {TORN}")
     return {}
 
 

@@ -200,8 +200,11 @@ def locate(storage: Storage, path: str, tag: str | None) -> tuple[str, str | Non
 
 
 def check_files(storage: Storage, folder: str, manifest: Manifest) -> None:
-    """Every listed file is there and has its length. Raises `CorruptShardError`; reads no data."""
-    there = {entry.name: entry.nbytes for entry in storage.list(folder)}
+    """Every listed file is there and has its length. Raises `CorruptCheckpointError`; reads no data."""
+    try:
+        there = {entry.name: entry.nbytes for entry in storage.list(folder)}
+    except OSError as error:
+        raise CorruptCheckpointError(f"{folder}: cannot be read: {_reason(error)}") from error
     for name, record in manifest.files.items():
         found = there.get(name)
         if found != record.nbytes:
