@@ -116,12 +116,26 @@ def _check_visible(storage: Storage, folder: str, files: Mapping[str, FileRecord
     with suppress(FileNotFoundError):
         there = {entry.name: entry.nbytes for entry in storage.list(folder)}
     for name, record in files.items():
-        if there.get(name) != record.nbytes:
-            seen = f"{there[name]} bytes" if name in there else "no such file"
+        if there.get(name) == record.nbytes:
+            continue
+        found = _opened_length(storage, f"{folder}/{name}")
+        if found != record.nbytes:
+            seen = "no such file" if found is None else f"{found} bytes"
             raise SaveError(
                 f"{folder}/{name}: its rank wrote {record.nbytes} bytes, rank 0 sees {seen}. Nothing was committed. "
                 "The directory must be on one file system that all ranks share."
             )
+
+
+def _opened_length(storage: Storage, path: str) -> int | None:
+    """A file's length as an open sees it: network file systems list folders from a cache, and open past it."""
+    try:
+        file = storage.open(path)
+    except OSError:
+        return None
+    nbytes = file.nbytes
+    file.close()
+    return nbytes
 
 
 def _check_coverage(manifest: Manifest) -> None:
