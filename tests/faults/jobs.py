@@ -5,6 +5,7 @@ State at a step is a pure function of the step, so a checkpoint can be compared 
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import random
@@ -184,15 +185,16 @@ def unlisted(directory: str | Path, tag: str) -> list[str]:
     return [name for name in files(Path(directory) / tag) if name not in listed]
 
 
-def resources() -> tuple[list[str], list[str]]:
-    """Open files (not sockets) and the package's threads of this process."""
+def resources() -> tuple[list[str], list[str], int]:
+    """This process's open files, the package's threads, and the number of open sockets."""
+    gc.collect()
     targets = []
     for fd in os.listdir("/proc/self/fd"):
         with suppress(OSError):
             targets.append(os.readlink(f"/proc/self/fd/{fd}"))
     opened = sorted(path for path in targets if path.startswith("/") and "/dev/" not in path)
     threads = [t.name for t in threading.enumerate() if t.name.startswith("zero_ckpt")]
-    return opened, threads
+    return opened, threads, sum(path.startswith("socket:") for path in targets)
 
 
 def step_saved(directory: str, step: int, sharded: bool = False, overwrite: str = "") -> str:

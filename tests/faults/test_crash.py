@@ -15,12 +15,17 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from tests.faults.jobs import Job, Raised, contents, files, raised, run_many, unlisted
+from tests.faults.jobs import TIMEOUT, Job, Raised, contents, files, raised, run_many, unlisted
 from tests.workers import Outcome, Ranks, run_ranks, start_ranks
+from zero_ckpt.core.control import Decide, StoreControl
+from zero_ckpt.core.engine import SyncEngine
+from zero_ckpt.core.state import Snapshot
 from zero_ckpt.core.storage import LocalStorage
-from zero_ckpt.testing import FaultyStorage, Operation
+from zero_ckpt.errors import RankTimeoutError
+from zero_ckpt.testing import FaultyStorage, Operation, kill_at
 
 WORLD = 2
 
@@ -134,3 +139,124 @@ def _check_disk(scenario: Scenario, directory: Path, committed: bool) -> None:
     if scenario.tag != "step1":
         assert contents(directory, "step1") == scenario.old
     assert contents(directory) in (scenario.old, scenario.new)
+
+
+# A rank that dies around a meeting, when the ranks hold different tensors
+
+
+def save_own(directory: str, step: int) -> str:
+    """Each rank has a tensor of its own, so that the ranks also exchange tables."""
+    rank = dist.get_rank()
+    tensor = torch.full((4, 4), float(step))
+    snapshot = Snapshot(
+        model={"shared": tensor, f"own{rank}": tensor + rank}, objects={"step": step}
+    )
+    engine = SyncEngine()
+    return engine.save(
+        directory, f"step{step}", snapshot, step=step, zero_stage=0, timeout=TIMEOUT
+    ).path
+
+
+def die_in_meeting(directory: str, phase: str, when: str, victim: int) -> Raised | str:
+    meet = StoreControl.meet
+
+    def deadly(
+        self: StoreControl, called: str, record: bytes, decide: Decide, timeout: float
+    ) -> bytes:
+        doomed = called == phase and self.rank == victim
+        if doomed and when == "before":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        def decide_and_die(records: list[bytes]) -> bytes:
+            decide(records)
+            os.kill(os.getpid(), signal.SIGKILL)
+            raise AssertionError
+
+        answer = meet(self, called, record, decide_and_die if doomed else decide, timeout)
+        if doomed:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return answer
+
+    StoreControl.meet = deadly  # type: ignore[method-assign]
+    try:
+        return save_own(directory, 2)
+    except RankTimeoutError as error:
+        return Raised(type(error).__name__, str(error))
+
+
+PHASES = ["save: agree", "save: tables", "save: vote"]
+CASES = [(p, w, v) for p in PHASES for w in ("before", "after") for v in (0, 1)]
+
+
+def test_a_kill_around_any_meeting_of_a_save(tmp_path: Path) -> None:
+    """`after` is, for rank 0, when it has decided and not yet answered; for others, when they have the answer."""
+    start = tmp_path / "start"
+    run_ranks(save_own, WORLD, str(start), 1)
+    old = contents(start)
+    directories = [tmp_path / str(number) for number in range(len(CASES))]
+    starts: list[Callable[[], Ranks]] = []
+    for directory, case in zip(directories, CASES, strict=True):
+        shutil.copytree(start, directory)
+        starts.append(partial(start_ranks, die_in_meeting, WORLD, str(directory), *case))
+    results = zip(CASES, directories, run_many(starts), strict=True)
+    for (phase, when, victim), directory, outcomes in results:
+        survivor = outcomes[1 - victim]
+        assert outcomes[victim].exit_code == -signal.SIGKILL
+        assert survivor.status == "returned", survivor.describe()
+        committed = (phase, when) == ("save: vote", "after")
+        if committed and victim == 1:
+            assert survivor.value == f"{directory}/step2"
+        else:
+            assert f"rank {victim} died" in survivor.value.text
+            assert ("Nothing was committed" in survivor.value.text) is not committed
+        assert contents(directory, "step1") == old
+        if not committed:
+            assert contents(directory) == old
+            # The files of a dead rank 0 stay until the next save of their tag.
+            assert victim == 0 or sorted(os.listdir(directory)) == ["latest", "step1"]
+        else:
+            assert contents(directory, "step2") != old
+            assert unlisted(directory, "step2") == []
+
+
+# Loads
+
+
+def load_recorded(directory: str) -> int:
+    storage = FaultyStorage(LocalStorage(), names={"open", "read"})
+    Job.at(2, sharded=True, storage=storage).load(directory)
+    return len(storage.log)
+
+
+def load_killed(directory: str, number: int) -> tuple[Raised, bool]:
+    hook = kill_at(number) if dist.get_rank() == 1 else ignore
+    storage = FaultyStorage(LocalStorage(), hook, names={"open", "read"})
+    job = Job.at(2, sharded=True, storage=storage)
+    before = job.bits()
+    error = raised(job.load, directory)
+    return error, job.bits() == before
+
+
+def save_step(directory: str) -> None:
+    Job.at(1, sharded=True).save(directory)
+
+
+def test_a_kill_at_any_read_of_a_load(tmp_path: Path) -> None:
+    run_ranks(save_step, WORLD, str(tmp_path))
+    count = run_ranks(load_recorded, WORLD, str(tmp_path))[1]
+    assert count > 8
+    starts: list[Callable[[], Ranks]] = [
+        partial(start_ranks, load_killed, WORLD, str(tmp_path), number) for number in range(count)
+    ]
+    seen = set()
+    for survivor, victim in run_many(starts):
+        assert victim.exit_code == -signal.SIGKILL
+        assert survivor.status == "returned", survivor.describe()
+        error, untouched = survivor.value
+        assert error.kind == "RankTimeoutError"
+        assert "rank 1 died" in error.text
+        told = "untouched" if "Nothing was loaded" in error.text else "in part"
+        assert untouched or told == "in part"
+        assert ("OVERWRITTEN IN PART" in error.text) is (told == "in part")
+        seen.add(told)
+    assert seen == {"untouched", "in part"}

@@ -6,17 +6,20 @@ naming it loads the older one, with a warning that says what is wrong with the n
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from tests.faults.jobs import Job, Raised, raised, step_saved, warned
 from tests.workers import run_ranks
 from zero_ckpt.core.shard_file import ShardReader
 from zero_ckpt.core.storage import LocalStorage
+from zero_ckpt.testing import FaultyStorage, Operation, fail_at
 
 WORLD = 2
 
@@ -397,3 +400,46 @@ def test_a_folder_of_something_else_is_said_to_be_that(tmp_path: Path) -> None:
             assert error.kind == "CheckpointNotFoundError"
             assert error.text.startswith(str(path))
         assert FOUND[what] in attempts[0].implied.text, what
+
+
+# A disk that fails while it is read
+
+
+def load_from_failing_disk(
+    directory: str, victim: int
+) -> tuple[list[str], list[tuple[Raised, bool]]]:
+    """Each operation of the victim's load fails in turn: (its names, errors and whether no bit has changed)."""
+    job = Job.at(7, sharded=True)
+    probe = FaultyStorage(LocalStorage())
+    Job.at(7, sharded=True, storage=probe).load(directory, tag="step2")
+    names = [[operation.name for operation in probe.log]]
+    dist.broadcast_object_list(names, src=victim)
+    found = []
+    for number in range(len(names[0])):
+        hook = fail_at(number, errno.EIO) if dist.get_rank() == victim else ignore
+        job = Job.at(7, sharded=True, storage=FaultyStorage(LocalStorage(), hook))
+        before = job.bits()
+        error = raised(job.load, directory, tag="step2")
+        found.append((error, job.bits() == before))
+    return names[0], found
+
+
+def ignore(_: Operation) -> None:
+    pass
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_an_error_at_any_operation_of_a_load(victim: int, start: Start) -> None:
+    results = run_ranks(load_from_failing_disk, WORLD, str(start.directory), victim, timeout=100)
+    names, _ = results[0]
+    assert {"get", "open", "read"} <= set(names)
+    seen = set()
+    for number, name in enumerate(names):
+        (error, untouched), (other, other_untouched) = (result[1][number] for result in results)
+        assert error == other, (name, error, other)
+        assert error.kind.startswith("Corrupt"), (name, error)
+        assert "cannot be read: Input/output error" in error.text, (name, error)
+        torn = "OVERWRITTEN IN PART" in error.text
+        assert torn or (untouched and other_untouched), name
+        seen.add(torn)
+    assert seen == {True, False}

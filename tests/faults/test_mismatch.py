@@ -258,7 +258,10 @@ def test_a_module_that_refuses_its_state_on_one_rank_is_told_on_all(tmp_path: Pa
     assert results[0] == results[1]
     error, path = results[0]
     assert error.kind == "ZeroCkptError"
-    assert error.text.startswith("rank 1: RuntimeError: not my state")
+    assert error.text == (
+        "rank 1: RuntimeError: not my state. LIVE TENSORS MAY BE OVERWRITTEN IN PART: load again, or load another "
+        "checkpoint, before you train on."
+    )
     assert path == f"{tmp_path}/next"
 
 
