@@ -164,7 +164,7 @@ def _continue_from(root: Path, kind: str, names: list[str]) -> list[Any]:
         ("epochs", ["step=4", "step=6", "step=9"]),
         ("limited", ["step=3", "step=4", "step=6"]),
         ("generator", ["step=4", "step=6", "step=9"]),
-        ("workers", ["step=4", "step=6", "step=9"]),
+        ("workers", ["step=9"]),
         ("stream", ["step=4", "step=6", "step=9"]),
         ("several", ["step=3", "step=5", "step=9"]),
         ("stateful", ["step=4", "step=9"]),

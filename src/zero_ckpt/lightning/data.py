@@ -107,11 +107,14 @@ class _SkipFirst:
 
 
 class _CountingIterator:
-    """A loader's iterator that counts its batches and tells the pending random stream."""
+    """A loader's iterator that counts its batches, and keeps how the generators stood before the
+    first: only then does a sampler draw its order.
+    """
 
-    def __init__(self, iterator: Any, count: int, pending: PendingRng | None) -> None:
+    def __init__(self, loader: ResumableLoader, iterator: Any, count: int) -> None:
+        self._loader = loader
         self._iterator = iterator
-        self._pending = pending
+        self._pending = loader._zero_pending
         self.count = count
 
     def __iter__(self) -> _CountingIterator:
@@ -120,6 +123,8 @@ class _CountingIterator:
     def __next__(self) -> Any:
         if self._pending is not None:
             self._pending.before_fetch()
+        if self.count == 0:
+            self._loader._zero_first = _generator_states(self._loader)
         batch = next(self._iterator)
         self.count += 1
         return batch
@@ -133,7 +138,8 @@ class ResumableLoader(DataLoader[Any]):
 
     _zero_counter: _CountingIterator | None
     _zero_position: Mapping[str, Any] | None
-    _zero_start: Mapping[str, Any]
+    _zero_start: Mapping[str, Any]  # generators before the iterator was made
+    _zero_first: Mapping[str, Any]  # and before its first batch
     _zero_pending: PendingRng | None
     _zero_in_epoch: bool
     _zero_reused: bool  # persistent workers' iterator of an earlier epoch
@@ -150,6 +156,7 @@ class ResumableLoader(DataLoader[Any]):
         self._zero_position = position
         self._zero_in_epoch = in_epoch
         self._zero_start = {}
+        self._zero_first = {}
         self._zero_counter = None
         self._zero_skipper = None
         self._zero_reused = False
@@ -163,6 +170,7 @@ class ResumableLoader(DataLoader[Any]):
             "seed": getattr(self.sampler, "seed", None),
             "reused": self._zero_reused,
             "start": self._zero_start,
+            "first": self._zero_first,
             "generators": _states(self),
         }
 
@@ -185,8 +193,9 @@ class ResumableLoader(DataLoader[Any]):
         if position is not None:
             self._zero_rewind(position, in_epoch)
         self._zero_reused = self.persistent_workers and self._iterator is not None
-        self._zero_start = {"rng": rng.capture(), "generators": _states(self)}
-        self._zero_counter = _CountingIterator(self._zero_iterate(count), count, self._zero_pending)
+        self._zero_start = _generator_states(self)
+        self._zero_first = {} if position is None or not in_epoch else position["first"]
+        self._zero_counter = _CountingIterator(self, self._zero_iterate(count), count)
         if self._zero_pending is not None:
             self._zero_pending.after_iterator()
         return self._zero_counter
@@ -198,9 +207,7 @@ class ResumableLoader(DataLoader[Any]):
         if not in_epoch:
             _set_states(self, position["generators"])
             return
-        if position["start"]:
-            rng.restore(position["start"]["rng"])
-            _set_states(self, position["start"]["generators"])
+        _restore_generators(self, position["start"])
         if position["epoch"] is not None and hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(int(position["epoch"]))
 
@@ -208,6 +215,7 @@ class ResumableLoader(DataLoader[Any]):
         stream = isinstance(self.dataset, IterableDataset) or _has_own_iterator(type(self))
         if stream or not count:
             iterator: Iterator[Any] = super().__iter__()
+            _restore_generators(self, self._zero_first)
             for _ in islice(iterator, count):
                 pass
             return iterator
@@ -216,6 +224,7 @@ class ResumableLoader(DataLoader[Any]):
         if self._zero_reused and self._iterator is not None:
             self._iterator._index_sampler = self._zero_skipper
         iterator = super().__iter__()
+        _restore_generators(self, self._zero_first)
         self._zero_skipper.skip()
         self._zero_skipper = None
         if self._zero_reused and self._iterator is not None:
@@ -274,6 +283,16 @@ def _generators(loader: DataLoader[Any]) -> dict[str, torch.Generator]:
 
 def _states(loader: DataLoader[Any]) -> dict[str, torch.Tensor]:
     return {name: each.get_state() for name, each in _generators(loader).items()}
+
+
+def _generator_states(loader: DataLoader[Any]) -> dict[str, Any]:
+    return {"rng": rng.capture(), "generators": _states(loader)}
+
+
+def _restore_generators(loader: DataLoader[Any], states: Mapping[str, Any]) -> None:
+    if states:
+        rng.restore(states["rng"])
+        _set_states(loader, states["generators"])
 
 
 def _set_states(loader: DataLoader[Any], states: Mapping[str, torch.Tensor]) -> None:
