@@ -204,7 +204,8 @@ def _matched_options(
         if any(not _same(found[0], other) for other in found[1:]):
             raise StateMismatchError(
                 f"{path}: parameter group {index} joins parameters of the saved groups {homes}, whose options "
-                "differ. Nothing was loaded. Group the parameters as they were, or load with load_optimizer_states=False."
+                "differ. Nothing was loaded. Group the parameters as they were, or load with "
+                "load_optimizer_states=False."
             )
         matched.append(found[0])
     return matched
