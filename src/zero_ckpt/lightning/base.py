@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from datetime import timedelta
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.parallel import DistributedDataParallel
 
 from zero_ckpt.core.control import DEFAULT_TIMEOUT, ControlPlane
 from zero_ckpt.core.engine import SyncEngine
@@ -58,6 +60,7 @@ class StrategyBase(Host):
             raise ConfigurationError(
                 f"cpu_offload and sharding_size are for stages 2 and 3, not for stage={stage}."
             )
+        _check_ddp_options(ddp_options)
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -136,3 +139,15 @@ class StrategyBase(Host):
         """For launchers that pickle the strategy: connections of this process stay behind."""
         here = ("_zero_engine", "_zero_sharding", "_zero_mesh", "_zero_source")
         return {**super().__getstate__(), **dict.fromkeys(here)}
+
+
+def _check_ddp_options(options: dict[str, Any]) -> None:
+    """Refuse a misspelt argument at every stage: stages 2 and 3 would never look at it."""
+    known = {"ddp_comm_state", "ddp_comm_hook", "ddp_comm_wrapper", "model_averaging_period"}
+    known |= set(inspect.signature(DistributedDataParallel.__init__).parameters) - {
+        "self",
+        "module",
+    }
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise TypeError(f"ZeroStrategy got unexpected keyword arguments: {', '.join(unknown)}")

@@ -35,12 +35,20 @@ class SetupMixin(RestoreMixin, StepMixin):
     def setup(self, trainer: Any) -> None:
         self.agree_nothing_to_restore()
         attach_export(trainer, self.namespace, self.export)
+        self._tell_precision()
         if self.stage >= 2:
             self._setup_sharded(trainer)
         else:
             self.materialize_replicated()
             super().setup(trainer)
         self.is_set_up = True
+
+    def _tell_precision(self) -> None:
+        if self.is_fitting and isinstance(self.precision_plugin, self.namespace.half_precision):
+            self.namespace.module("utilities.rank_zero").rank_zero_info(
+                f"precision={self.precision_plugin.precision!r} keeps 16-bit weights: there are no "
+                "float32 masters, and an fp32 export is a conversion of them."
+            )
 
     def _setup_sharded(self, trainer: Any) -> None:
         assert self.accelerator is not None
