@@ -285,7 +285,10 @@ LATEST: dict[str, tuple[Callable[[Path], None], str]] = {
     "empty": (write_latest(b""), "latest names no tag, it holds ''"),
     "blank": (write_latest(b" \n"), "latest names no tag, it holds ' \\n'"),
     "binary": (write_latest(b"\xff\xfe\x00"), "latest cannot be read: it is no text"),
-    "long": (write_latest(b"x" * 5000), "latest cannot be read: it is longer than the 4096 bytes"),
+    "long": (
+        write_latest(b"x" * 5000),
+        "latest cannot be read: it is 5000 bytes long, longer than the 4096 bytes",
+    ),
     "outside": (write_latest(b"../step1\n"), "latest names no tag, it holds '../step1\\n'"),
     "nothing": (write_latest(b"step9\n"), "step9: no such checkpoint; "),
     "folder": (folder_as_latest, "latest cannot be read: Is a directory"),
@@ -409,15 +412,14 @@ def load_from_failing_disk(
     directory: str, victim: int
 ) -> tuple[list[str], list[tuple[Raised, bool]]]:
     """Each operation of the victim's load fails in turn: (its names, errors and whether no bit has changed)."""
-    job = Job.at(7, sharded=True)
     probe = FaultyStorage(LocalStorage())
-    Job.at(7, sharded=True, storage=probe).load(directory, tag="step2")
+    Job.at(7, storage=probe).load(directory, tag="step2")
     names = [[operation.name for operation in probe.log]]
     dist.broadcast_object_list(names, src=victim)
     found = []
     for number in range(len(names[0])):
         hook = fail_at(number, errno.EIO) if dist.get_rank() == victim else ignore
-        job = Job.at(7, sharded=True, storage=FaultyStorage(LocalStorage(), hook))
+        job = Job.at(7, storage=FaultyStorage(LocalStorage(), hook))
         before = job.bits()
         error = raised(job.load, directory, tag="step2")
         found.append((error, job.bits() == before))

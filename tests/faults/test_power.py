@@ -25,7 +25,7 @@ from zero_ckpt.core.state import Snapshot
 from zero_ckpt.errors import ZeroCkptError
 
 WORLD = 2
-DRAWS = 8
+DRAWS = 5
 """Power failures at each moment: which unsynced changes reached the disk is drawn each time."""
 
 
