@@ -179,7 +179,7 @@ def manifest_of(plan: SavePlan, ranks: int) -> Manifest:
         step=1,
         world_size=ranks,
         zero_stage=3,
-        files={name: FileRecord(8192, "0" * 32) for name in names},
+        files={name: FileRecord(1 << 40, "0" * 32) for name in names},
         tensors=plan.roles,
     )
 

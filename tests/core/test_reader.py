@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import queue
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -32,14 +33,12 @@ DTYPES = ["F32", "BF16", "U8", "F64", "BOOL", "F8_E5M2", "C128"]
 
 @contextmanager
 def small_blocks() -> Iterator[None]:
-    """Blocks of one page and windows of less, so that small tensors span several."""
-    modules = [f"zero_ckpt.core.{name}.BLOCK" for name in ("shard_file", "staging", "reader")]
-    with (
-        patch(modules[0], SMALL_BLOCK),
-        patch(modules[1], SMALL_BLOCK),
-        patch(modules[2], SMALL_BLOCK),
-        patch("zero_ckpt.core.staging._WINDOW", 1024),
-    ):
+    """Blocks of one page and windows of less, so that small tensors span several. With buffers of their own."""
+    with ExitStack() as changed:
+        for name in ("shard_file", "staging", "reader"):
+            changed.enter_context(patch(f"zero_ckpt.core.{name}.BLOCK", SMALL_BLOCK))
+        changed.enter_context(patch("zero_ckpt.core.staging._WINDOW", 1024))
+        changed.enter_context(patch("zero_ckpt.core.reader._buffer._free", queue.SimpleQueue()))
         yield
 
 
