@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import warnings
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from tests.core.jobs import assert_same, whole
 from tests.workers import run_ranks
 from zero_ckpt import Checkpointer, load_checkpoint, save_checkpoint
+from zero_ckpt.core.checkpoint import open_checkpoint
 from zero_ckpt.core.lazy import LazyTensor
 from zero_ckpt.errors import StateMismatchError
 
@@ -269,6 +271,45 @@ def test_equal_state_gives_equal_files_on_every_rank(tmp_path: Path) -> None:
     )
     assert len(one) == 6
     assert one == other
+
+
+def _group_made_later(directory: str) -> None:
+    """As when a script makes its objects before it joins the others."""
+    rank, world_size, port = dist.get_rank(), dist.get_world_size(), int(os.environ["MASTER_PORT"])
+    dist.destroy_process_group()
+    net = small_net(0, sharded=False)
+    with Checkpointer(net) as checkpointer:
+        for attempt in range(2):
+            store = dist.TCPStore("127.0.0.1", port, is_master=False)
+            store = dist.PrefixStore(f"attempt {attempt}", store)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+            checkpointer.save_checkpoint(directory, f"t{attempt}")
+            assert open_checkpoint(directory, f"t{attempt}").manifest.world_size == 2
+            if attempt == 0:
+                dist.destroy_process_group()
+
+
+def test_the_process_group_may_be_made_after_the_checkpointer(tmp_path: Path) -> None:
+    run_ranks(_group_made_later, 2, str(tmp_path))
+
+
+def _large_replicated(directory: str) -> dict[str, int]:
+    torch.manual_seed(0)
+    odd = torch.randn(1031, 1009)
+    model = Holder(odd=odd, turned=torch.randn(700, 1500).t(), line=torch.randn(1_500_001))
+    save_checkpoint(directory, model, step=1)
+    live = Holder(odd=odd * 0, turned=torch.zeros(1500, 700), line=torch.zeros(1_500_001))
+    load_checkpoint(directory, live)
+    assert_same(dict(live.state_dict()), dict(model.state_dict()))
+    folder = Path(directory) / "global_step1"
+    return {p.name: p.stat().st_size for p in folder.glob("model-*")}
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_replicas_share_the_writing_of_large_tensors(world_size: int, tmp_path: Path) -> None:
+    sizes = run_ranks(_large_replicated, world_size, str(tmp_path))[0].values()
+    assert len(sizes) == world_size
+    assert max(sizes) < 1.02 * min(sizes)
 
 
 def _different_shapes() -> str:

@@ -203,7 +203,7 @@ def test_a_load_among_4096_ranks_is_planned_in_bounded_work() -> None:
     manifest = Manifest.from_bytes(manifest.to_bytes())
     tensors = list(manifest.tensors["model"].values())
     assert len(tensors) == 6000
-    sample = tensors[::10]  # counting lines is slow
+    sample = tensors[::50]  # counting lines is slow
     found: list[tuple[int, Box]] = []
 
     def plan_load() -> None:

@@ -30,7 +30,13 @@ from zero_ckpt.errors import (
     describe,
 )
 
-__all__ = ["ControlPlane", "LocalControl", "StoreControl", "control_for_process_group"]
+__all__ = [
+    "ControlPlane",
+    "LocalControl",
+    "StoreControl",
+    "control_for_process_group",
+    "process_group_store",
+]
 
 DEFAULT_TIMEOUT = 300.0
 """Seconds of silence after which a rank counts as lost."""
@@ -79,13 +85,22 @@ class LocalControl:
         pass
 
 
+def process_group_store() -> Any:
+    """The rendezvous store of the default process group of several ranks, or None. Another group has another."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return None
+    return dist.distributed_c10d._get_default_store()
+
+
 def control_for_process_group() -> ControlPlane:
     """The control plane of the default process group, or of this process when there is none."""
     import torch.distributed as dist
 
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    store = process_group_store()
+    if store is None:
         return LocalControl()
-    store: Any = dist.distributed_c10d._get_default_store()
     with suppress(AttributeError, RuntimeError):
         store = store.clone()  # a connection of our own: others may block in theirs
         store.set_timeout(_STORE_TIMEOUT)

@@ -19,7 +19,12 @@ import torch
 from zero_ckpt.core import commit
 from zero_ckpt.core.agreement import Agreement, Proposal, agree, merged_tables, parse_tables
 from zero_ckpt.core.collector import collector_paused
-from zero_ckpt.core.control import DEFAULT_TIMEOUT, ControlPlane, control_for_process_group
+from zero_ckpt.core.control import (
+    DEFAULT_TIMEOUT,
+    ControlPlane,
+    control_for_process_group,
+    process_group_store,
+)
 from zero_ckpt.core.planner import SavePlan, plan_save
 from zero_ckpt.core.saving import Captured, capture, plan_shards, write_shards
 from zero_ckpt.core.staging import StagingPool
@@ -64,10 +69,21 @@ class SyncEngine:
         buffers: int = 4,
     ) -> None:
         self.storage: Storage = storage or LocalStorage()
-        self.control: ControlPlane = control or control_for_process_group()
+        self._given = control
+        self._found: tuple[Any, ControlPlane] | None = None
         self._buffers = buffers
         self._pool: StagingPool | None = None
         self._plans: dict[tuple[str, ...], SavePlan] = {}
+
+    @property
+    def control(self) -> ControlPlane:
+        """That of the process group that there is now: a group may be made after the engine, or anew."""
+        if self._given is not None:
+            return self._given
+        store = process_group_store()
+        if self._found is None or self._found[0] is not store:
+            self._found = store, control_for_process_group()
+        return self._found[1]
 
     @collector_paused()
     def save(
