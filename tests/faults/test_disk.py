@@ -144,20 +144,29 @@ def save_into(directories: list[str]) -> list[Raised]:
     return errors
 
 
-def test_files_where_folders_are_needed(tmp_path: Path) -> None:
+def test_files_and_links_where_folders_are_needed(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     (tmp_path / "tagged").mkdir()
     (tmp_path / "tagged" / "tag").write_text("not a folder")
-    directories = [tmp_path / "file", tmp_path / "file" / "below", tmp_path / "tagged"]
+    (tmp_path / "linked" / "other").mkdir(parents=True)
+    (tmp_path / "linked" / "tag").symlink_to("other")
+    taken = (
+        "a file or a link, where the tag's folder belongs. Nothing was written. Remove it, or use"
+    )
+    expected = {
+        tmp_path
+        / "file": "Not a directory. Nothing was committed; earlier checkpoints are intact.",
+        tmp_path / "file" / "below": "Not a directory. Nothing was committed; earlier checkpoints",
+        tmp_path / "tagged": taken,
+        tmp_path / "linked": taken,
+    }
     before = files(tmp_path)
-    results = run_ranks(save_into, WORLD, [str(directory) for directory in directories])
+    results = run_ranks(save_into, WORLD, [str(directory) for directory in expected])
     assert results[0] == results[1]
-    for directory, error in zip(directories, results[0], strict=True):
+    for (directory, text), error in zip(expected.items(), results[0], strict=True):
         assert error.kind == "SaveError"
         assert str(directory) in error.text
-        assert (
-            "Not a directory. Nothing was committed; earlier checkpoints are intact." in error.text
-        )
+        assert text in error.text
     assert files(tmp_path) == before
 
 

@@ -92,6 +92,7 @@ def agree(storage: Storage, records: Sequence[bytes], tag_validation: str) -> Ag
     shared = sum(proposals[ranks[0]].shared_bytes for ranks in holders.values())
     shared = shared if len(holders) == 1 else max(p.shared_bytes for p in proposals)
     _check_space(storage, first.directory, shared + sum(p.private_bytes for p in proposals))
+    _check_place(storage, first.directory, tag)
     generation = _next_generation(storage, f"{first.directory}/{tag}")
     return Agreement(first.directory, tag, generation, list(holders.values()), notice)
 
@@ -149,6 +150,19 @@ def _check_space(storage: Storage, directory: str, needed: int) -> None:
         raise SaveError(
             f"{directory}: the checkpoint needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free. Nothing was "
             "written. Make room, or lower keep_last."
+        )
+
+
+def _check_place(storage: Storage, directory: str, tag: str) -> None:
+    """A link to another checkpoint's folder would lead the save into that."""
+    try:
+        entries = storage.list(directory)
+    except FileNotFoundError:
+        return
+    if any(entry.name == tag and not entry.is_dir for entry in entries):
+        raise SaveError(
+            f"{directory}/{tag}: a file or a link, where the tag's folder belongs. Nothing was written. Remove it, or "
+            "use another tag."
         )
 
 
