@@ -141,6 +141,23 @@ def _check_disk(scenario: Scenario, directory: Path, committed: bool) -> None:
     assert contents(directory) in (scenario.old, scenario.new)
 
 
+def die_before_save(directory: str) -> Raised:
+    job = Job.at(1)
+    dist.barrier()
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return raised(job.save, directory)
+
+
+def test_a_rank_that_died_before_its_first_save_is_known_to_be_dead(tmp_path: Path) -> None:
+    with start_ranks(die_before_save, WORLD, str(tmp_path)) as ranks:
+        survivor, victim = ranks.wait(timeout=30)
+    assert victim.exit_code == -signal.SIGKILL
+    assert survivor.status == "returned", survivor.describe()
+    assert survivor.value.text.startswith("save: agree: rank 1 died. ")
+    assert files(tmp_path) == []
+
+
 # A rank that dies around a meeting, when the ranks hold different tensors
 
 

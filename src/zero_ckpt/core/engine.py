@@ -51,6 +51,8 @@ class _Session:
     """What one save carries from phase to phase. `failure`: why this rank cannot save."""
 
     timeout: float
+    step: int = 0
+    zero_stage: int = 0
     snapshot: Snapshot = field(default_factory=Snapshot)
     captured: Captured = field(default_factory=Captured)
     agreement: Agreement = field(init=False)
@@ -74,6 +76,10 @@ class SyncEngine:
         self._buffers = buffers
         self._pool: StagingPool | None = None
         self._plans: dict[tuple[str, ...], SavePlan] = {}
+        if process_group_store() is not None:
+            _ = (
+                self.control
+            )  # makes this rank known, so that its death is seen even before its first save
 
     @property
     def control(self) -> ControlPlane:
@@ -110,11 +116,15 @@ class SyncEngine:
         """
         begin = time.perf_counter()
         session = _Session(DEFAULT_TIMEOUT if timeout is None else timeout)
+        with _recording_failure(session):
+            session.step = _count("step", step)
+            session.zero_stage = _count("zero_stage", zero_stage)
+            session.snapshot = snapshot() if callable(snapshot) else snapshot
         self._prepare(
-            session, os.path.abspath(os.fspath(directory)), str(tag), snapshot, step, tag_validation
+            session, os.path.abspath(os.fspath(directory)), str(tag), tag_validation
         )
         planned = time.perf_counter()
-        header = _header(session.snapshot, step, zero_stage)
+        header = _header(session)
         vote = self._write(session, header)
         voted = time.perf_counter()
         notice = self._vote(session, vote, header, save_latest, keep_last)
@@ -129,22 +139,17 @@ class SyncEngine:
         session: _Session,
         directory: str,
         tag: str,
-        snapshot: Snapshot | Callable[[], Snapshot],
-        step: int,
         tag_validation: str,
     ) -> None:
         """Meet the others, and know what this rank has to write."""
-        try:
-            session.snapshot = snapshot() if callable(snapshot) else snapshot
+        with _recording_failure(session):
             session.captured = capture(session.snapshot, self.control.rank)
-        except Exception as error:
-            session.failure = error
         captured = session.captured
         digest = captured.table.digest()
         proposal = Proposal(
             directory,
             tag,
-            step,
+            session.step,
             digest,
             shared_bytes=sum(
                 x.nbytes for keys in captured.table.roles.values() for x in keys.values()
@@ -252,11 +257,32 @@ def _problem(session: _Session) -> list[str]:
     return to_record(session.failure) if session.failure is not None else []
 
 
-def _header(snapshot: Snapshot, step: int, zero_stage: int) -> dict[str, Any]:
+@contextmanager
+def _recording_failure(session: _Session) -> Iterator[None]:
+    """What fails here is this rank's reason not to save, and is told at the next meeting. The first one counts."""
+    try:
+        yield
+    except Exception as error:
+        session.failure = session.failure or error
+
+
+def _count(name: str, value: object) -> int:
+    """A natural number of any integer type."""
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise ConfigurationError(f"{name} must be a natural number, found {value!r}")
+    return number
+
+
+def _header(session: _Session) -> dict[str, Any]:
     """What the manifest says of the snapshot as a whole."""
+    snapshot = session.snapshot
     return {
-        "step": step,
-        "zero_stage": zero_stage,
+        "step": session.step,
+        "zero_stage": session.zero_stage,
         "buffers": sorted(snapshot.buffers),
         "frozen": sorted(snapshot.frozen),
         "excluded": sorted(snapshot.excluded),
