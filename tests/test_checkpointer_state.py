@@ -573,6 +573,56 @@ def test_arguments_that_cannot_work_are_refused(arguments: dict[str, Any], said:
         Checkpointer(**arguments)
 
 
+@pytest.mark.parametrize("step", [-1, 1.5, "3", None])
+def test_a_step_that_no_manifest_could_hold_is_refused(step: Any, tmp_path: Path) -> None:
+    model = Holder(w=torch.zeros(2))
+    with pytest.raises(
+        ConfigurationError, match=r"step must be a natural number|needs tag= or step="
+    ):
+        save_checkpoint(tmp_path / "new", model, tag=None if step is None else "t", step=step)
+    assert not (tmp_path / "new").exists()
+    save_checkpoint(tmp_path, model, step=np.int64(3))  # type: ignore[arg-type]
+    assert open_checkpoint(tmp_path).manifest.step == 3
+
+
+class Expanded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(2))
+        self.register_buffer("b", torch.ones(1).expand(5))
+
+
+def test_a_tensor_that_cannot_be_filled_is_named_before_anything_changes(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, Expanded(), step=1)
+    live = Expanded()
+    live.w.data.fill_(7)
+    with pytest.raises(StateMismatchError, match=r"tensor 'b' of the model was expanded.*clone"):
+        load_checkpoint(tmp_path, live)
+    assert live.w.tolist() == [7, 7]
+    live.b = live.b.clone()
+    load_checkpoint(tmp_path, live)
+    assert live.w.tolist() == [0, 0]
+
+
+def test_parameters_without_a_shape_yet_are_named(tmp_path: Path) -> None:
+    with pytest.raises(StateMismatchError, match=r"tensor 'weight' of a lazy module"):
+        save_checkpoint(tmp_path, nn.LazyLinear(3), step=1)
+
+
+def test_odd_names_are_kept(tmp_path: Path) -> None:
+    names = ["a", "a/b", "@x ü\n", "step", "#int", "__metadata__"]
+    model, other = (
+        Holder(**{n: torch.full((2,), float(i)) for i, n in enumerate(names)}) for _ in "ab"
+    )
+    optimizer, again = torch.optim.Adam(model.parameters()), torch.optim.Adam(other.parameters())
+    sum(p.sum() for p in model.parameters()).backward()  # type: ignore[union-attr]
+    optimizer.step()
+    save_checkpoint(tmp_path, model, optimizer, step=1)
+    load_checkpoint(tmp_path, other, again)
+    assert same(again.state_dict(), optimizer.state_dict())
+    assert same(dict(other.state_dict()), dict(model.state_dict()))
+
+
 def test_a_missing_latest_falls_back_with_a_warning(tmp_path: Path) -> None:
     model = Holder(w=torch.zeros(2))
     for step in (1, 2):

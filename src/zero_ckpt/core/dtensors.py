@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
+from torch.nn.parameter import is_lazy
 
 from zero_ckpt.core.chunks import Box, full_box
 from zero_ckpt.core.layout import Layout, Mesh, local_box
@@ -130,7 +131,13 @@ def layout_of(key: str, tensor: torch.Tensor, whole: bool = False) -> Layout:
             f"tensor '{key}' is {tensor.layout}; only dense tensors can be stored"
         )
     if tensor.is_meta:
-        raise StateMismatchError(f"tensor '{key}' is on the meta device: it has no values to store")
+        raise StateMismatchError(
+            f"tensor '{key}' is on the meta device: it has no values. Materialize it first (module.to_empty())"
+        )
+    if is_lazy(tensor):
+        raise StateMismatchError(
+            f"tensor '{key}' of a lazy module has no shape yet: run the module once first"
+        )
     shape = tuple(tensor.shape)
     if not isinstance(tensor, DTensor):
         return _plain_layout(dtype, shape, whole)

@@ -7,10 +7,12 @@ they are.
 
 from __future__ import annotations
 
+import operator
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +32,7 @@ from zero_ckpt.core.saving import Captured, capture, plan_shards, write_shards
 from zero_ckpt.core.staging import StagingPool
 from zero_ckpt.core.state import Snapshot
 from zero_ckpt.core.storage import LocalStorage, Storage
-from zero_ckpt.errors import ZeroCkptError, to_record
+from zero_ckpt.errors import ConfigurationError, ZeroCkptError, to_record
 
 __all__ = ["SaveHandle", "SyncEngine"]
 
@@ -120,9 +122,7 @@ class SyncEngine:
             session.step = _count("step", step)
             session.zero_stage = _count("zero_stage", zero_stage)
             session.snapshot = snapshot() if callable(snapshot) else snapshot
-        self._prepare(
-            session, os.path.abspath(os.fspath(directory)), str(tag), tag_validation
-        )
+        self._prepare(session, os.path.abspath(os.fspath(directory)), str(tag), tag_validation)
         planned = time.perf_counter()
         header = _header(session)
         vote = self._write(session, header)

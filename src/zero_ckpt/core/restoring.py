@@ -87,6 +87,11 @@ def plan_model(
             )
             continue
         local, box = local_part(key, tensor, layout_of(key, tensor), rank)
+        if any(n > 1 and not step for n, step in zip(local.shape, local.stride(), strict=True)):
+            raise StateMismatchError(
+                f"tensor '{key}' of the model was expanded: several of its elements are one place in memory, which "
+                "cannot be filled. Nothing was loaded. Make it a tensor of its own with clone()."
+            )
         if box is not None and box.numel:
             plan.live.append(Request("model", stored, placed, box, local.detach()))
     # A checkpoint of untied weights has a tensor for each name of a tied one: the first is taken.
