@@ -165,6 +165,31 @@ def test_sharded_optimizer_state_of_any_shape_goes_anywhere(
     run_ranks(_load_sharded, loaded, str(tmp_path), expected)
 
 
+def _between_forward_and_backward(directory: str) -> None:
+    """Stage 2 leaves whole parameters in the module after a forward, which are not those of the optimizer."""
+    torch.manual_seed(0)
+    net = fully_shard(nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 1)), reshard_after_forward=False)
+    optimizer = torch.optim.Adam(net.parameters())
+    one_step(net, optimizer)
+    with Checkpointer(net, optimizer) as checkpointer:
+        net(torch.ones(2, 3))
+        checkpointer.save_checkpoint(directory, "t")
+        expected = state_of(net, optimizer)
+        one_step(net, optimizer)
+        net(torch.ones(2, 3))
+        checkpointer.load_checkpoint(directory)
+    assert_same(state_of(net, optimizer), expected)
+    first = net(torch.ones(2, 3))
+    plain = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 1))
+    plain.load_state_dict({k: v for k, v in expected.items() if "/" not in k})
+    torch.testing.assert_close(first, plain(torch.ones(2, 3)))
+    assert "0.weight/exp_avg" in open_checkpoint(directory).keys("optim")
+
+
+def test_a_save_and_a_load_may_follow_a_forward(tmp_path: Path) -> None:
+    run_ranks(_between_forward_and_backward, 2, str(tmp_path))
+
+
 def _save_client_dtensor(directory: str) -> None:
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     average = distribute_tensor(torch.arange(10.0).reshape(5, 2), mesh, [Shard(0)])
