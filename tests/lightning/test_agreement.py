@@ -40,6 +40,19 @@ def _save_two(root: Path) -> Any:
     return probe.seen
 
 
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    root = tmp_path_factory.mktemp("saved")
+    return root, on_ranks(_save_two, 2, root)[0]
+
+
+@pytest.fixture
+def saved(original: tuple[Path, Any], tmp_path: Path) -> Any:
+    """What was saved at step 2; the checkpoints are in `tmp_path`."""
+    shutil.copytree(original[0] / "c", tmp_path / "c")
+    return original[1]
+
+
 def _flip(folder: Path, role: str) -> None:
     path = next(folder.glob(f"{role}-00001-*.safetensors"))
     data = bytearray(path.read_bytes())
@@ -70,8 +83,7 @@ def _resume_damaged(root: Path, stage: int) -> Any:
 
 
 @pytest.mark.parametrize("role", ["model", "optim", "state"])
-def test_damage_is_found_before_anything_is_loaded(tmp_path: Path, role: str) -> None:
-    saved = on_ranks(_save_two, 2, tmp_path)[0]
+def test_damage_is_found_before_anything_is_loaded(tmp_path: Path, saved: Any, role: str) -> None:
     _flip(tmp_path / "c" / "b.ckpt", role)
     stage = {"model": 0, "optim": 1, "state": 3}[role]
     for seen, told, error in on_ranks(_resume_damaged, 2, tmp_path, stage):
@@ -95,8 +107,7 @@ def _disagree(root: Path) -> list[str]:
     return [*problems, seen["weights"]]
 
 
-def test_ranks_that_find_different_checkpoints_agree_or_raise(tmp_path: Path) -> None:
-    saved = on_ranks(_save_two, 2, tmp_path)[0]
+def test_ranks_that_find_different_checkpoints_agree_or_raise(tmp_path: Path, saved: Any) -> None:
     for first, second, weights in on_ranks(_disagree, 2, tmp_path):
         assert "ranks [1]" in first
         assert "ranks [0]" in second
@@ -141,8 +152,8 @@ def _mismatches(root: Path) -> list[str]:
     return problems
 
 
+@pytest.mark.usefixtures("saved")
 def test_another_model_or_optimizer_is_refused_by_name(tmp_path: Path) -> None:
-    on_ranks(_save_two, 2, tmp_path)
     for problems in on_ranks(_mismatches, 2, tmp_path):
         for optimizers, groups, shape in (problems[:3], problems[3:]):
             assert "1 optimizers" in optimizers

@@ -236,6 +236,7 @@ class RestoreMixin(StrategyBase):
             self._together("resume: optimizers", lambda: self._read(source, requests))
         for plan in plans:
             plan.install()
+        self._zero_pristine = ()
 
     def follow_regrouping(self) -> None:
         raise AssertionError("a part of the strategy overrides this")
