@@ -143,6 +143,48 @@ def test_model_trains_saves_and_resumes(tmp_path: Path, kind: str, stages: tuple
             assert "blocks.1.lower.weight" in checkpoint.keys("model")
 
 
+class Failing(Model):
+    """Stops once in the middle of a pass."""
+
+    fail_in = ""
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        if self.fail_in == "forward" and self.global_step == 2:
+            self.blocks[0](batch[0])
+            raise ValueError
+        return super().loss(batch)
+
+    def on_after_backward(self) -> None:
+        if self.fail_in == "backward" and self.global_step == 2:
+            raise ValueError
+
+
+def _again(root: Path, stage: int, fail_in: str) -> list[float]:
+    L.seed_everything(1)
+    model = Failing()
+    model.fail_in = fail_in
+    first = trainer(root, stage, max_steps=2 if not fail_in else 4)
+    if fail_in:
+        with pytest.raises(ValueError):  # noqa: PT011 - the model's own
+            first.fit(model, loader())
+    else:
+        first.fit(model, loader())
+    model.fail_in = ""
+    trainer(root, stage, max_steps=4).fit(model, loader())
+    return [loss for _, loss in model.losses[-4:]]
+
+
+def _again_after_failures(root: Path) -> list[Any]:
+    ways = ("", "forward", "backward")
+    return [[_again(root, stage, fail_in) for fail_in in ways] for stage in (2, 3)]
+
+
+def test_a_model_whose_run_failed_within_a_pass_trains_again(tmp_path: Path) -> None:
+    for stages in on_ranks(_again_after_failures, 2, tmp_path):
+        for expected, *others in stages:
+            assert others == [expected] * 2
+
+
 class Traceable(Model):
     """Steps without Lightning's logging, which torch.compile cannot trace."""
 

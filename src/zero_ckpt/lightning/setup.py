@@ -83,6 +83,7 @@ class SetupMixin(RestoreMixin, StepMixin):
             # Several backward passes in a step: the root's own parameters must stay whole.
             root="shard" if automatic else "replicate",
         )
+        recover(model)
         zero.reshard(model)
 
     @property
@@ -175,6 +176,25 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules()) or any(
         isinstance(parameter, DTensor) for parameter in model.parameters()
     )
+
+
+def recover(module: nn.Module) -> None:
+    """Make a sharded model fit to run again after an exception in its forward or backward pass.
+
+    FSDP2 would take the next pass for the rest of the interrupted one, and train on wrong
+    gradients. Raises `ConfigurationError` where this torch cannot put that right.
+    """
+    if not isinstance(module, FSDPModule):
+        for child in module.children():
+            recover(child)
+    elif hasattr(module, "reset_iter_state"):
+        module.reset_iter_state()
+    elif module._get_fsdp_state()._state_ctx.iter_forward_root is not None:
+        raise ConfigurationError(
+            "the last run of this model ended within a forward or backward pass, from which "
+            f"torch {torch.__version__} cannot recover a sharded model. Train a fresh model, from "
+            "a checkpoint."
+        )
 
 
 def users_mesh(model: nn.Module) -> DeviceMesh | None:
