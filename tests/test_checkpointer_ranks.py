@@ -76,8 +76,6 @@ SHARDED: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adam": lambda p: torch.optim.Adam(p, 0.1, amsgrad=True),
     "momentum": lambda p: torch.optim.SGD(p, 0.1, momentum=0.9),
     "nothing": lambda p: Nothing(p, 0.1),
-    "adagrad": lambda p: torch.optim.Adagrad(p, 0.1),
-    "rmsprop": lambda p: torch.optim.RMSprop(p, centered=True),
     "rowwise": lambda p: RowWise(p),
 }
 
@@ -157,7 +155,7 @@ def _load_sharded(directory: str, expected: dict[str, Any]) -> None:
         one_step(net, optimizer)
 
 
-@pytest.mark.parametrize(("saved", "loaded"), [(2, 4), (4, 2), (1, 3), (3, 1), (2, 2)])
+@pytest.mark.parametrize(("saved", "loaded"), [(2, 4), (4, 2), (1, 3), (3, 1)])
 def test_sharded_optimizer_state_of_any_shape_goes_anywhere(
     saved: int, loaded: int, tmp_path: Path
 ) -> None:

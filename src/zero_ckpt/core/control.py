@@ -45,7 +45,10 @@ TORN = "LIVE TENSORS MAY BE OVERWRITTEN IN PART: load again, or load another che
 """What a load says that failed in its last step."""
 
 _STORE_TIMEOUT = timedelta(seconds=10)
-"""For reading a key that was there a moment ago, and may just have been withdrawn."""
+"""For a store that has ended, or a key that somebody took away between two looks."""
+
+_ABSENT = "\0absent"
+"""What a store answers to `compare_set` when the key is not there; no value is like it."""
 
 Decide = Callable[[list[bytes]], bytes]
 
@@ -227,9 +230,10 @@ class StoreControl:
     def _claim(self, rank: int) -> _Request | None:
         """A rank's request, which it cannot withdraw any more; None when there is none."""
         key = f"request/{rank}"
-        if not self._has(key):
+        request = self._peek(key)
+        if request is None:
             return None
-        header, _, record = self._get(key).partition(b"\n")
+        header, _, record = request.partition(b"\n")
         nonce, phase = json.loads(header)
         return _Request(rank, nonce, phase, record) if self._delete(key) else None
 
@@ -266,8 +270,9 @@ class StoreControl:
         return bytes(self._store.get(f"{self._prefix}/{key}"))
 
     def _peek(self, key: str) -> bytes | None:
-        """A key's value if it is there."""
-        return self._get(key) if self._has(key) else None
+        """A key's value if it is there. `get` would wait for one that is withdrawn at this moment."""
+        found = bytes(self._store.compare_set(f"{self._prefix}/{key}", _ABSENT, _ABSENT))
+        return None if found == _ABSENT.encode() else found
 
 
 def _lost(phase: str, what: str, *, outcome_unknown: bool = False) -> RankTimeoutError:
