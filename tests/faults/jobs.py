@@ -10,6 +10,7 @@ import hashlib
 import os
 import random
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -28,8 +29,11 @@ from zero_ckpt import Checkpointer
 from zero_ckpt.core.checkpoint import open_checkpoint
 from zero_ckpt.core.storage import Storage
 
-TIMEOUT = 2.0
-"""Seconds of silence after which a rank counts as lost in these tests."""
+TIMEOUT = 15.0
+"""Seconds of silence after which a rank counts as lost: more than a busy machine makes a rank wait."""
+
+SHORT = 2.0
+"""The same where a rank is silent on purpose. Nothing that should succeed may use it."""
 
 
 class Net(nn.Module):
@@ -203,6 +207,14 @@ def step_saved(directory: str, step: int, sharded: bool = False, overwrite: str 
     return Job.at(step, sharded=sharded).save(directory, **options)
 
 
+def await_file(path: str | Path) -> None:
+    """Wait for another process to have made it."""
+    deadline = time.monotonic() + 60
+    while not Path(path).exists():
+        assert time.monotonic() < deadline, f"{path} was never made"
+        time.sleep(0.02)
+
+
 def run_many(starts: list[Callable[[], Ranks]], at_once: int = 8) -> list[list[Outcome]]:
     """Run several jobs, some at a time: they mostly wait for each other's timeouts. Their outcomes, in order."""
     done: list[list[Outcome]] = []
@@ -210,7 +222,7 @@ def run_many(starts: list[Callable[[], Ranks]], at_once: int = 8) -> list[list[O
         running: list[Ranks] = []
         try:
             running += [start() for start in starts[begin : begin + at_once]]
-            done += [ranks.wait(timeout=30) for ranks in running]
+            done += [ranks.wait(timeout=60) for ranks in running]
         finally:
             for ranks in running:
                 ranks.kill()

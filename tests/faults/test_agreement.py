@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 import warnings
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
-from tests.faults.jobs import Job, Raised, contents, files, raised, unlisted, warned
+from tests.faults.jobs import (
+    SHORT,
+    Job,
+    Raised,
+    await_file,
+    contents,
+    files,
+    raised,
+    unlisted,
+    warned,
+)
 from tests.workers import run_ranks, start_ranks
 from zero_ckpt.core.storage import LocalStorage
 from zero_ckpt.errors import RankTimeoutError
-from zero_ckpt.testing import FaultyStorage, delay_at
+from zero_ckpt.testing import FaultyStorage, Operation
 
 WORLD = 3
 
@@ -104,11 +113,10 @@ def test_a_tag_that_is_no_folder_name_is_refused_before_anything_is_written(tmp_
 
 def save_without(root: str, absent: int) -> tuple[Raised | None, str]:
     """One rank skips a save; then all make the next."""
-    job = Job.at(1, sharded=True)
+    job = Job.at(1, sharded=True, timeout=SHORT)
     error = None if dist.get_rank() == absent else raised(job.save, root, tag="first")
     dist.barrier()
-    job.advance()
-    return error, job.save(root, tag="second")
+    return error, Job.at(2, sharded=True).save(root, tag="second")
 
 
 @pytest.mark.parametrize("absent", [0, 1])
@@ -124,26 +132,29 @@ def test_a_rank_that_never_saves_is_named_and_the_next_save_works(
     assert unlisted(tmp_path, "second") == []
 
 
-def come_late(root: str) -> list[Raised | str]:
-    """Rank 1 begins its first save when the others have given up on it."""
-    job = Job.at(1)
+def come_late(root: str, given_up: str) -> list[Raised | str]:
+    """Rank 1 begins its first save when rank 0 has given up on it."""
+    job = Job.at(1, timeout=SHORT)
     if dist.get_rank() == 1:
-        time.sleep(3.0)
+        await_file(given_up)
     outcomes: list[Raised | str] = [raised(job.save, root, tag="first")]
+    if dist.get_rank() == 0:
+        Path(given_up).touch()
     dist.barrier()
-    job.advance()
-    outcomes.append(job.save(root, tag="second"))
+    outcomes.append(Job.at(2).save(root, tag="second"))
     return outcomes
 
 
 def test_a_late_rank_gives_up_in_its_turn_and_the_next_save_is_of_one_step(tmp_path: Path) -> None:
-    results = run_ranks(come_late, WORLD, str(tmp_path), timeout=30)
+    root = tmp_path / "checkpoints"
+    given_up = str(tmp_path / "given up")
+    results = run_ranks(come_late, WORLD, str(root), given_up)
     for rank, (error, path) in enumerate(results):
         assert isinstance(error, Raised)
         assert error.kind == "RankTimeoutError"
         assert f"rank {0 if rank == 1 else 1} did not arrive" in error.text
-        assert path == f"{tmp_path}/second"
-    assert sorted(os.listdir(tmp_path)) == ["latest", "second"]
+        assert path == f"{root}/second"
+    assert sorted(os.listdir(root)) == ["latest", "second"]
 
 
 def save_or_load(root: str) -> list[Raised | str]:
@@ -241,77 +252,82 @@ def test_what_one_rank_cannot_save_is_raised_on_all(tmp_path: Path) -> None:
 # Slow, stopped and lost
 
 
-def save_slowly(root: str) -> Raised | str:
-    """Rank 1 hangs in its third write, for longer than the others wait."""
-    hook = delay_at(2, 3.0) if dist.get_rank() == 1 else lambda _: None
+def save_slowly(root: str, given_up: str) -> Raised | str:
+    """Rank 1 hangs in its third write until rank 0 has given up on it."""
+
+    def hook(operation: Operation) -> None:
+        if operation.number == 2 and dist.get_rank() == 1:
+            await_file(given_up)
+
     storage = FaultyStorage(LocalStorage(), hook, names={"write"})
-    job = Job.at(1, storage=storage)
-    error = raised(job.save, root, tag="slow")
+    error = raised(Job.at(1, storage=storage, timeout=SHORT).save, root, tag="slow")
+    if dist.get_rank() == 0:
+        Path(given_up).touch()
     dist.barrier()
     left = files(root)
     dist.barrier()
     assert left == [], left
-    job.save(root, tag="next")
+    Job.at(2).save(root, tag="next")
     return error
 
 
 def test_a_rank_that_hangs_while_writing_leaves_nothing_behind(tmp_path: Path) -> None:
-    results = run_ranks(save_slowly, WORLD, str(tmp_path), timeout=30)
+    root = tmp_path / "checkpoints"
+    given_up = str(tmp_path / "given up")
+    results = run_ranks(save_slowly, WORLD, str(root), given_up)
     for rank, error in enumerate(results):
         assert isinstance(error, Raised)
         assert error.kind == "RankTimeoutError"
         assert f"rank {0 if rank == 1 else 1} did not arrive or make progress" in error.text
-    assert sorted(os.listdir(tmp_path)) == ["latest", "next"]
+    assert sorted(os.listdir(root)) == ["latest", "next"]
 
 
-def save_until_stopped(root: str) -> Raised | None:
+def save_when_told(root: str) -> Raised:
     job = Job.at(1)
-    job.save(root, tag="good")
-    Path(f"{root}/rank{dist.get_rank()}.ready").touch()
-    while not Path(f"{root}/go").exists():
-        time.sleep(0.02)
-    return raised(job.save, root, tag="never")
-
-
-def _await_ready(root: Path) -> None:
-    deadline = time.monotonic() + 30
-    while len(list(root.glob("*.ready"))) < WORLD:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    job.save(f"{root}/checkpoints", tag="good")
+    job = Job.at(2, timeout=SHORT)
+    Path(f"{root}/ready{dist.get_rank()}").touch()
+    await_file(f"{root}/go")
+    error = raised(job.save, f"{root}/checkpoints", tag="never")
+    Path(f"{root}/done{dist.get_rank()}").touch()
+    return error
 
 
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_stopped_process_counts_as_lost(victim: int, tmp_path: Path) -> None:
     """SIGSTOP: alive, but silent, as a rank whose machine hangs."""
-    with start_ranks(save_until_stopped, WORLD, str(tmp_path)) as ranks:
-        _await_ready(tmp_path)
+    with start_ranks(save_when_told, WORLD, str(tmp_path)) as ranks:
+        for rank in range(WORLD):
+            await_file(tmp_path / f"ready{rank}")
         os.kill(ranks.pids[victim], signal.SIGSTOP)
         (tmp_path / "go").touch()
-        time.sleep(4)
+        for rank in {0, 1, 2} - {victim}:
+            await_file(tmp_path / f"done{rank}")
         os.kill(ranks.pids[victim], signal.SIGCONT)
-        outcomes = ranks.wait(timeout=20)
+        outcomes = ranks.wait(timeout=30)
     for outcome in outcomes:
         assert outcome.status == "returned", outcome.describe()
         assert outcome.value.kind == "RankTimeoutError"
         if outcome.rank != victim:
             assert f"rank {victim} did not arrive" in outcome.value.text
-    assert contents(tmp_path, "good")
-    assert not (tmp_path / "never").exists()
+    assert contents(tmp_path / "checkpoints", "good")
+    assert not (tmp_path / "checkpoints" / "never").exists()
 
 
 def test_a_lost_store_ends_a_save_on_every_rank(tmp_path: Path) -> None:
-    with start_ranks(save_until_stopped, WORLD, str(tmp_path)) as ranks:
-        _await_ready(tmp_path)
+    with start_ranks(save_when_told, WORLD, str(tmp_path)) as ranks:
+        for rank in range(WORLD):
+            await_file(tmp_path / f"ready{rank}")
         ranks.stop_store()
         (tmp_path / "go").touch()
-        outcomes = ranks.wait(timeout=20)
+        outcomes = ranks.wait(timeout=30)
     for outcome in outcomes:
         assert outcome.status == "returned", outcome.describe()
         assert outcome.value.kind == "RankTimeoutError"
         assert f"rank {outcome.rank} lost the rendezvous store" in outcome.value.text
         assert "Nothing was committed" in outcome.value.text
-    assert contents(tmp_path, "good")
-    assert not (tmp_path / "never").exists()
+    assert contents(tmp_path / "checkpoints", "good")
+    assert not (tmp_path / "checkpoints" / "never").exists()
 
 
 def lose_store_after_commit(root: str) -> Raised | str:
@@ -320,14 +336,12 @@ def lose_store_after_commit(root: str) -> Raised | str:
     job.save(root, tag="tag")
     job.advance()
 
-    def hook(operation: object) -> None:
-        if getattr(operation, "path", "").endswith("/latest"):
-            Path(f"{root}/rank0.ready").touch()
-            while not Path(f"{root}/go").exists():
-                time.sleep(0.02)
+    def hook(operation: Operation) -> None:
+        if operation.path.endswith("/latest"):
+            Path(f"{root}/committed").touch()
+            await_file(f"{root}/go")
 
     if dist.get_rank() == 0:
-        job.checkpointer.close()
         storage = FaultyStorage(LocalStorage(), hook, names={"put"})
         job = Job.at(2, storage=storage)
     else:
@@ -340,11 +354,10 @@ def lose_store_after_commit(root: str) -> Raised | str:
 
 def test_a_store_that_is_lost_after_the_commit_costs_no_file(tmp_path: Path) -> None:
     with start_ranks(lose_store_after_commit, 2, str(tmp_path)) as ranks:
-        while not (tmp_path / "rank0.ready").exists():
-            time.sleep(0.02)
+        await_file(tmp_path / "committed")
         ranks.stop_store()
         (tmp_path / "go").touch()
-        outcomes = ranks.wait(timeout=20)
+        outcomes = ranks.wait(timeout=30)
     for outcome in outcomes:
         assert outcome.status == "returned", outcome.describe()
     told, lost = (outcome.value for outcome in outcomes)

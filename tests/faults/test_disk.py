@@ -14,7 +14,17 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from tests.faults.jobs import Job, Raised, contents, files, raised, resources, unlisted, warned
+from tests.faults.jobs import (
+    SHORT,
+    Job,
+    Raised,
+    contents,
+    files,
+    raised,
+    resources,
+    unlisted,
+    warned,
+)
 from tests.workers import run_ranks
 from zero_ckpt.core import engine, staging
 from zero_ckpt.core import storage as storage_module
@@ -370,14 +380,15 @@ def interrupt(root: str) -> list[str]:
         if operation.number == 1 and dist.get_rank() == 1:
             raise KeyboardInterrupt
 
-    job = Job.at(1, storage=FaultyStorage(LocalStorage(), hook, names={"create"}))
+    storage = FaultyStorage(LocalStorage(), hook, names={"create"})
+    job = Job.at(1, storage=storage, timeout=SHORT)
     told = "interrupted"
     with contextlib.suppress(KeyboardInterrupt):
         told = raised(job.save, root, tag="tag").text
     dist.barrier()
     left = files(root)
     dist.barrier()
-    job.save(root, tag="tag")
+    Job.at(2).save(root, tag="tag")
     return [told, *left]
 
 
