@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -126,6 +127,37 @@ def test_tensors_whose_place_is_unknown_are_refused() -> None:
 def test_tensors_that_cannot_be_stored_are_named(tensor: torch.Tensor, said: str) -> None:
     with pytest.raises(StateMismatchError, match=rf"tensor 'layer\.w'.*{said}"):
         layout_of("layer.w", tensor)
+
+
+class Wrapper(torch.Tensor):
+    """Shows float32, and keeps another tensor: of the same values, or as quantized ones do."""
+
+    inner: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Wrapper:
+        self: Wrapper = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=torch.float32)
+        self.inner = inner
+        return self
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["inner"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args = [a.inner if isinstance(a, Wrapper) else a for a in args]
+        return func(*args, **(kwargs or {}))
+
+
+class Named(nn.Parameter):
+    """A subclass that is only a name."""
+
+
+def test_subclasses_that_keep_other_values_are_refused() -> None:
+    with pytest.raises(StateMismatchError, match=r"'w' is a .*Wrapper.*cannot be stored bitwise"):
+        layout_of("w", Wrapper(torch.ones(2, dtype=torch.int8)))
+    for tensor in (Wrapper(torch.ones(2)), Named(torch.ones(2))):
+        assert layout_of("w", tensor).shape == (2,)
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")

@@ -70,6 +70,8 @@ class _TorchDtypes(dict[str, torch.dtype]):
 TORCH_DTYPES = _TorchDtypes({name: dtype for dtype, name in DTYPE_NAMES.items()})
 """The same the other way round. Raises `FormatVersionError` for a type that this torch lacks."""
 
+_USUAL = (torch.Tensor, torch.nn.Parameter)
+
 _meshes: dict[int, tuple[Any, Mesh]] = {}
 
 
@@ -138,6 +140,12 @@ def layout_of(key: str, tensor: torch.Tensor, whole: bool = False) -> Layout:
         raise StateMismatchError(
             f"tensor '{key}' of a lazy module has no shape yet: run the module once first"
         )
+    local = local_tensor(tensor)
+    if type(local) not in _USUAL and not _keeps_values(local):
+        raise StateMismatchError(
+            f"tensor '{key}' is a {type(local).__module__}.{type(local).__qualname__}, which keeps its values in a "
+            "form of its own (quantized, for example) that cannot be stored bitwise"
+        )
     shape = tuple(tensor.shape)
     if not isinstance(tensor, DTensor):
         return _plain_layout(dtype, shape, whole)
@@ -147,6 +155,14 @@ def layout_of(key: str, tensor: torch.Tensor, whole: bool = False) -> Layout:
         raise StateMismatchError(
             f"tensor '{key}' is a DTensor with {error}: reduce it (full_tensor() or redistribute) before saving"
         ) from error
+
+
+def _keeps_values(tensor: Any) -> bool:
+    """Whether a tensor of another class holds the values that it shows: a wrapper does when one inside is alike."""
+    if not hasattr(type(tensor), "__tensor_flatten__"):
+        return True
+    inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    return any(t.dtype == tensor.dtype and t.shape == tensor.shape for t in inner)
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
