@@ -18,7 +18,7 @@ from tests.core.strategies import boxes_in, held_boxes, layouts
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.chunks import Box, full_box
 from zero_ckpt.core.dtensors import TORCH_DTYPES
-from zero_ckpt.core.layout import Layout
+from zero_ckpt.core.layout import Layout, Mesh
 from zero_ckpt.core.manifest import Manifest
 from zero_ckpt.core.planner import plan_save
 from zero_ckpt.core.reader import Request
@@ -137,6 +137,33 @@ def test_other_dtypes_are_converted(dtype: torch.dtype) -> None:
     with Checkpoint(storage, "/t", manifest) as checkpoint:
         checkpoint.read([checkpoint.request("model", "w", target)])
     assert torch.equal(target, values("F32", (10, 7)).to(dtype))
+
+
+class Wrapper(torch.Tensor):
+    """A tensor without memory of its own."""
+
+    inner: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Wrapper:
+        self: Wrapper = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)
+        self.inner = inner
+        return self
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args = [a.inner if isinstance(a, Wrapper) else a for a in args]
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_wrapper_is_filled_through_what_it_wraps() -> None:
+    """In pieces, so that some do not begin where the tensor does."""
+    layout = Layout("F32", (64, 40), Mesh((RANKS,), tuple(range(RANKS))), ("S0",))
+    storage, manifest = save({"w": layout})
+    inner = torch.zeros(64, 40)
+    with Checkpoint(storage, "/t", manifest) as checkpoint:
+        checkpoint.read([checkpoint.request("model", "w", Wrapper(inner))])
+    assert torch.equal(inner, values("F32", (64, 40)))
 
 
 def flip(storage: MemoryStorage, name: str, at: int) -> None:

@@ -259,7 +259,8 @@ def _direct_address(part: _Part) -> int:
         overlap.relative_to(request.box).offset, request.box.shape, strict=True
     ):
         at = at * size + offset
-    return target.data_ptr() + at * itemsize(part.chunk.dtype)
+    address = target.data_ptr()  # 0 for a wrapper around other tensors
+    return address + at * itemsize(part.chunk.dtype) if address else 0
 
 
 def _in_one_piece(shape: Sequence[int], outer: Sequence[int]) -> bool:
