@@ -70,7 +70,7 @@ class SyncEngine:
         *,
         storage: Storage | None = None,
         control: ControlPlane | None = None,
-        buffers: int = 4,
+        buffers: int = 6,
     ) -> None:
         self.storage: Storage = storage or LocalStorage()
         self._given = control

@@ -19,7 +19,10 @@ from zero_ckpt.core.chunks import Box, flat_range_boxes
 from zero_ckpt.core.shard_file import BLOCK, Chunk, ShardLayout
 from zero_ckpt.core.storage import FileWriter, aligned_buffer, round_up
 
-__all__ = ["Source", "StagingPool", "WriteThread", "write_shard"]
+__all__ = ["Source", "StagingPool", "WriteThreads", "write_shard"]
+
+_WRITE_THREADS = 2
+"""Writes in flight of one file: while the disk works on one, the system prepares the next."""
 
 _WINDOW = 512 << 10
 """Bytes copied before they are hashed; fits a core's second-level cache."""
@@ -59,7 +62,7 @@ class Source:
 class StagingPool:
     """`count` reusable aligned buffers of one block each, pinned when the state lies on a CUDA device."""
 
-    def __init__(self, count: int = 4, pinned: bool = False) -> None:
+    def __init__(self, count: int = 6, pinned: bool = False) -> None:
         self._free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
         self.nbytes = count * BLOCK
         self._memory = [aligned_buffer(BLOCK) for _ in range(count)]
@@ -81,23 +84,29 @@ def _pin(memory: object) -> None:
     torch.cuda.check_error(runtime.cudaHostRegister(address, BLOCK, 0))
 
 
-class WriteThread:
-    """Writes buffers in order on its own thread, so that the next is filled meanwhile."""
+class WriteThreads:
+    """Writes buffers on threads of its own, so that the next is filled meanwhile."""
 
     def __init__(self, writer: FileWriter, pool: StagingPool, progress: Callable[[], None]) -> None:
         self._writer, self._pool, self._progress = writer, pool, progress
         self._queue: queue.SimpleQueue[tuple[int, memoryview, int] | None] = queue.SimpleQueue()
         self.error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="zero_ckpt-write", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=self._run, name=f"zero_ckpt-write-{i}", daemon=True)
+            for i in range(_WRITE_THREADS)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def put(self, offset: int, buffer: memoryview, nbytes: int) -> None:
         self._queue.put((offset, buffer, nbytes))
 
     def join(self) -> None:
         """Wait until all is written; raises what writing raised."""
-        self._queue.put(None)
-        self._thread.join()
+        for _ in self._threads:
+            self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
         if self.error is not None:
             raise self.error
 
@@ -125,27 +134,27 @@ def write_shard(
 
     The file is not finished: the caller syncs it with `writer.finish(layout.nbytes)`. Raises what the storage raised.
     """
-    thread = WriteThread(writer, pool, progress)
+    threads = WriteThreads(writer, pool, progress)
     try:
-        table = _stage(thread, layout, sources, pool)
+        table = _stage(threads, layout, sources, pool)
     finally:
-        thread.join()
+        threads.join()
     return table
 
 
 def _stage(
-    thread: WriteThread, layout: ShardLayout, sources: Sequence[Source], pool: StagingPool
+    threads: WriteThreads, layout: ShardLayout, sources: Sequence[Source], pool: StagingPool
 ) -> bytes:
     head = len(layout.header)
     for start in range(0, head, BLOCK):
         part = layout.header[start : start + BLOCK]
         buffer = pool.take()
         buffer[: len(part)] = part
-        thread.put(start, buffer, len(part))
+        threads.put(start, buffer, len(part))
     filler = _Filler(layout, sources)
     table = bytearray()
     for start in range(0, layout.data_bytes, BLOCK):
-        if thread.error is not None:
+        if threads.error is not None:
             break
         buffer = pool.take()
         nbytes = min(BLOCK, layout.data_bytes - start)
@@ -155,16 +164,16 @@ def _stage(
             pool.give(buffer)  # a pool that runs empty would stop the next save for ever
             raise
         if nbytes == BLOCK:
-            thread.put(head + start, buffer, nbytes)
+            threads.put(head + start, buffer, nbytes)
         else:
-            _put_tail(thread, pool, head + start, buffer, nbytes, table)
+            _put_tail(threads, pool, head + start, buffer, nbytes, table)
     if layout.data_bytes % BLOCK == 0:
-        _put_tail(thread, pool, head + layout.data_bytes, pool.take(), 0, table)
+        _put_tail(threads, pool, head + layout.data_bytes, pool.take(), 0, table)
     return bytes(table)
 
 
 def _put_tail(
-    thread: WriteThread,
+    threads: WriteThreads,
     pool: StagingPool,
     offset: int,
     buffer: memoryview,
@@ -176,7 +185,7 @@ def _put_tail(
     while True:
         part = table[at : at + BLOCK - filled]
         buffer[filled : filled + len(part)] = part
-        thread.put(offset, buffer, filled + len(part))
+        threads.put(offset, buffer, filled + len(part))
         at += len(part)
         if at >= len(table):
             return

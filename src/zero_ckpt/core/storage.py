@@ -42,8 +42,15 @@ def round_up(nbytes: int, unit: int = ALIGNMENT) -> int:
 
 
 def aligned_buffer(nbytes: int) -> mmap.mmap:
-    """Anonymous memory of at least `nbytes`, page-aligned, a multiple of `ALIGNMENT` long."""
-    return mmap.mmap(-1, max(round_up(nbytes), ALIGNMENT))
+    """Anonymous memory of at least `nbytes`, page-aligned, a multiple of `ALIGNMENT` long.
+
+    On huge pages where the system has them: direct I/O pins every page of a buffer, and few large ones cost little.
+    """
+    memory = mmap.mmap(-1, max(round_up(nbytes), ALIGNMENT))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel built without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +63,7 @@ class Entry:
 
 
 class FileWriter(Protocol):
-    """A new file. Parts arrive in order; each is aligned and a multiple of `ALIGNMENT` long."""
+    """A new file. Parts may come from several threads and in any order; each is aligned and a multiple of `ALIGNMENT` long."""
 
     def write(self, offset: int, data: memoryview) -> None: ...
 

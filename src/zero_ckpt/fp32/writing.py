@@ -8,7 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 
-from zero_ckpt.core.staging import StagingPool, WriteThread
+from zero_ckpt.core.staging import StagingPool, WriteThreads
 from zero_ckpt.core.storage import FileWriter
 from zero_ckpt.fp32.assembly import Assembler
 from zero_ckpt.fp32.layout import FileLayout
@@ -34,10 +34,10 @@ def write_range(
     writer stays open.
     """
     checksums = _Checksums(layout)
-    thread = WriteThread(writer, pool, lambda: None)
+    threads = WriteThreads(writer, pool, lambda: None)
     try:
         for start in range(begin, end, WINDOW):
-            if thread.error is not None:
+            if threads.error is not None:
                 break
             stop = min(start + WINDOW, end)
             buffer = pool.take()
@@ -47,11 +47,11 @@ def write_range(
             except BaseException:
                 pool.give(buffer)
                 raise
-            thread.put(start, buffer, stop - start)
+            threads.put(start, buffer, stop - start)
             if not written(stop - start):
                 break
     finally:
-        thread.join()
+        threads.join()
 
 
 class _Checksums:
