@@ -45,14 +45,19 @@ def write(storage: LocalStorage, path: Path, data: bytes, part: int = 2 * ALIGNM
     writer.finish(len(data))
 
 
-def read(storage: LocalStorage, path: Path, offset: int, nbytes: int, keep: bool = False) -> bytes:
+def read(storage: LocalStorage, path: Path, offset: int, nbytes: int) -> bytes:
     reader = storage.open(str(path))
     try:
         view = memoryview(aligned_buffer(nbytes))
-        reader.read_into(offset, nbytes, view, keep)
+        reader.read_into(offset, nbytes, view)
         return bytes(view[:nbytes])
     finally:
         reader.close()
+
+
+def drop_cached_pages(path: Path) -> None:
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 4095, 4096, 4097, 50_001])
@@ -63,10 +68,11 @@ def test_what_was_written_is_read(place: tuple[LocalStorage, Path], nbytes: int)
     write(storage, path, data)
     assert path.read_bytes() == data
     assert storage.open(str(path)).nbytes == nbytes
-    for keep in (False, True):
+    for bring in (Path.read_bytes, drop_cached_pages):
+        bring(path)
         for offset in range(0, max(nbytes, 1), ALIGNMENT):
             for length in {min(n, nbytes - offset) for n in (0, 1, 4096, 5000, nbytes)}:
-                found = read(storage, path, offset, length, keep)
+                found = read(storage, path, offset, length)
                 assert found == data[offset : offset + length]
     with pytest.raises(EOFError, match=str(nbytes)):
         read(storage, path, 0, nbytes + 1)

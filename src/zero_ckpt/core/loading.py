@@ -117,7 +117,7 @@ class _Session:
                 failure = None  # it holds this frame, and so what was read
                 return None
             try:
-                live.fill(self._control.beat, verified=verify_first)
+                live.fill(self._control.beat)
                 plan.install()
             except Exception as error:
                 failure = error

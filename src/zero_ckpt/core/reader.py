@@ -30,7 +30,7 @@ from zero_ckpt.errors import CorruptManifestError, CorruptShardError
 
 __all__ = ["ReadPlan", "Request", "ShardSet", "plan_reads"]
 
-READ_THREADS = 3
+READ_THREADS = 4
 """Blocks in flight of one rank."""
 
 
@@ -105,14 +105,11 @@ class ReadPlan:
 
     def verify(self, progress: Callable[[], None]) -> None:
         """Read and verify every block, and change nothing."""
-        _run(self.files, None, progress, keep=True)
+        _run(self.files, None, progress)
 
-    def fill(self, progress: Callable[[], None], verified: bool = False) -> None:
-        """Fill every target. Raises `CorruptShardError` or OSError; targets may then be partly filled.
-
-        `verified`: `verify` has just run, so the bytes are best read from where it left them.
-        """
-        _run(self.files, _copy_block, progress, keep=verified)
+    def fill(self, progress: Callable[[], None]) -> None:
+        """Fill every target. Raises `CorruptShardError` or OSError; targets may then be partly filled."""
+        _run(self.files, _copy_block, progress)
 
     def fill_from(self, read_block: Callable[[ShardReader, int], memoryview]) -> None:
         """Fill every target on this thread, with verified blocks that `read_block(file, index)` gives."""
@@ -174,7 +171,7 @@ _CopyBlock = Callable[[memoryview, int, Sequence[_Part]], None]
 
 
 def _run(
-    plans: Sequence[_FilePlan], copy: _CopyBlock | None, progress: Callable[[], None], keep: bool
+    plans: Sequence[_FilePlan], copy: _CopyBlock | None, progress: Callable[[], None]
 ) -> None:
     """Read all blocks with a few threads; the first error stops the rest and is raised."""
     work = iter(
@@ -191,7 +188,7 @@ def _run(
                     return
                 plan, index, parts = item
                 try:
-                    data = plan.reader.read_block(index, buffer, keep)
+                    data = plan.reader.read_block(index, buffer)
                     if copy is not None:
                         copy(data, index * BLOCK, parts)
                 except BaseException:

@@ -37,6 +37,9 @@ ALIGNMENT = 4096
 """Bytes. Offsets, lengths and addresses of data I/O are multiples of it."""
 
 
+_HUGE_PAGE = 2 << 20
+
+
 def round_up(nbytes: int, unit: int = ALIGNMENT) -> int:
     return -(-nbytes // unit) * unit
 
@@ -47,7 +50,7 @@ def aligned_buffer(nbytes: int) -> mmap.mmap:
     On huge pages where the system has them: direct I/O pins every page of a buffer, and few large ones cost little.
     """
     memory = mmap.mmap(-1, max(round_up(nbytes), ALIGNMENT))
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    if len(memory) >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel built without them
             memory.madvise(mmap.MADV_HUGEPAGE)
     return memory
@@ -79,10 +82,10 @@ class FileReader(Protocol):
 
     nbytes: int
 
-    def read_into(self, offset: int, nbytes: int, buffer: memoryview, keep: bool = False) -> None:
+    def read_into(self, offset: int, nbytes: int, buffer: memoryview) -> None:
         """Read exactly `nbytes` into the start of the aligned `buffer`, which has room for `round_up(nbytes)`.
 
-        `offset` is aligned. `keep`: the same bytes will be read again soon. Raises EOFError when the file is shorter.
+        `offset` is aligned. Raises EOFError when the file is shorter.
         """
 
     def close(self) -> None: ...
@@ -318,8 +321,8 @@ class _LocalReader:
             self.close()
             raise
 
-    def read_into(self, offset: int, nbytes: int, buffer: memoryview, keep: bool = False) -> None:
-        fd = self._cached_fd if keep or self._direct_fd < 0 else self._direct_fd
+    def read_into(self, offset: int, nbytes: int, buffer: memoryview) -> None:
+        fd = self._cached_fd if self._direct_fd < 0 else self._direct_fd
         done = 0
         while done < nbytes:
             stop = round_up(nbytes) if fd == self._direct_fd else nbytes
@@ -345,26 +348,33 @@ class _LocalReader:
         self.close()
 
 
-_LOW_BIT = bytes(value & 1 for value in range(256))
+_SAMPLES, _SAMPLE_PAGES = 64, 8
 
 
 def _cached_fraction(fd: int, nbytes: int) -> float:
-    """How much of the file lies in the page cache, from 0.0 to 1.0 (0.0 where the system cannot tell).
+    """How much of the file lies in the page cache, from 0.0 to 1.0, by samples (0.0 where the system cannot tell).
 
     Bytes that are cached are read fastest from there, all others past it.
     """
-    import numpy as np
-
     try:
-        mapping = mmap.mmap(fd, nbytes, prot=mmap.PROT_READ)
+        mapping = mmap.mmap(fd, nbytes, access=mmap.ACCESS_COPY)  # ctypes wants it writable
     except (OSError, ValueError):
         return 0.0
     pages = -(-nbytes // mmap.PAGESIZE)
-    resident = (ctypes.c_ubyte * pages)()
-    # numpy gives the address of a read-only mapping; ctypes would want a writable one.
-    address = ctypes.c_void_p(np.frombuffer(mapping, dtype=np.uint8).ctypes.data)
-    try:
-        status = ctypes.CDLL(None).mincore(address, ctypes.c_size_t(nbytes), resident)
-    except AttributeError:  # no such call on this system
-        return 0.0
-    return 0.0 if status else bytes(resident).translate(_LOW_BIT).count(1) / pages
+    base = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+    resident = (ctypes.c_ubyte * _SAMPLE_PAGES)()
+    found = asked = 0
+    for first in range(0, pages, max(_SAMPLE_PAGES, pages // _SAMPLES)):
+        count = min(_SAMPLE_PAGES, pages - first)
+        address = ctypes.c_void_p(base + first * mmap.PAGESIZE)
+        try:
+            status = ctypes.CDLL(None).mincore(
+                address, ctypes.c_size_t(count * mmap.PAGESIZE), resident
+            )
+        except AttributeError:  # no such call on this system
+            return 0.0
+        if status:
+            return 0.0
+        found += sum(page & 1 for page in resident[:count])
+        asked += count
+    return found / asked
