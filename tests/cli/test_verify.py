@@ -160,10 +160,10 @@ class _BadSector(LocalStorage):
         file = super().open(path)
         read_into = file.read_into
 
-        def read_or_fail(offset: int, nbytes: int, buffer: memoryview) -> None:
+        def read_or_fail(offset: int, nbytes: int, buffer: memoryview, keep: bool = False) -> None:
             if offset <= self._offset < offset + nbytes:
                 raise OSError(errno.EIO, "Input/output error", path)
-            read_into(offset, nbytes, buffer)
+            read_into(offset, nbytes, buffer, keep)
 
         file.read_into = read_or_fail  # type: ignore[method-assign]
         return file

@@ -45,11 +45,11 @@ def write(storage: LocalStorage, path: Path, data: bytes, part: int = 2 * ALIGNM
     writer.finish(len(data))
 
 
-def read(storage: LocalStorage, path: Path, offset: int, nbytes: int) -> bytes:
+def read(storage: LocalStorage, path: Path, offset: int, nbytes: int, keep: bool = False) -> bytes:
     reader = storage.open(str(path))
     try:
         view = memoryview(aligned_buffer(nbytes))
-        reader.read_into(offset, nbytes, view)
+        reader.read_into(offset, nbytes, view, keep)
         return bytes(view[:nbytes])
     finally:
         reader.close()
@@ -72,8 +72,9 @@ def test_what_was_written_is_read(place: tuple[LocalStorage, Path], nbytes: int)
         bring(path)
         for offset in range(0, max(nbytes, 1), ALIGNMENT):
             for length in {min(n, nbytes - offset) for n in (0, 1, 4096, 5000, nbytes)}:
-                found = read(storage, path, offset, length)
-                assert found == data[offset : offset + length]
+                expected = data[offset : offset + length]
+                assert read(storage, path, offset, length) == expected
+                assert read(storage, path, offset, length, keep=True) == expected
     with pytest.raises(EOFError, match=str(nbytes)):
         read(storage, path, 0, nbytes + 1)
 

@@ -41,9 +41,9 @@ class Fenced(LocalStorage):
         reader = super().open(path)
         read_into = reader.read_into
 
-        def fenced(offset: int, nbytes: int, buffer: memoryview) -> None:
+        def fenced(offset: int, nbytes: int, buffer: memoryview, keep: bool = False) -> None:
             assert 0 <= offset <= offset + nbytes <= reader.nbytes, (path, offset, nbytes)
-            read_into(offset, nbytes, buffer)
+            read_into(offset, nbytes, buffer, keep)
 
         reader.read_into = fenced  # type: ignore[method-assign]
         return reader

@@ -170,9 +170,7 @@ def _byte_span(chunk: Chunk, overlap: Box) -> tuple[int, int]:
 _CopyBlock = Callable[[memoryview, int, Sequence[_Part]], None]
 
 
-def _run(
-    plans: Sequence[_FilePlan], copy: _CopyBlock | None, progress: Callable[[], None]
-) -> None:
+def _run(plans: Sequence[_FilePlan], copy: _CopyBlock | None, progress: Callable[[], None]) -> None:
     """Read all blocks with a few threads; the first error stops the rest and is raised."""
     work = iter(
         [(plan, index, parts) for plan in plans for index, parts in sorted(plan.blocks.items())]

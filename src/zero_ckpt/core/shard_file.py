@@ -206,11 +206,11 @@ class ShardReader:
     def block_bytes(self, index: int) -> int:
         return min(BLOCK, self.data_bytes - index * BLOCK)
 
-    def read_block(self, index: int, buffer: memoryview) -> memoryview:
+    def read_block(self, index: int, buffer: memoryview, keep: bool = False) -> memoryview:
         """Block `index` of the data, verified, in `buffer` (aligned, at least `BLOCK` long)."""
         nbytes = self.block_bytes(index)
         try:
-            self._file.read_into(self.data_start + index * BLOCK, nbytes, buffer)
+            self._file.read_into(self.data_start + index * BLOCK, nbytes, buffer, keep)
         except (EOFError, OSError) as error:
             raise CorruptShardError(
                 f"{self.name}: block {index}: {_reason(error)}. {REMEDY}"

@@ -66,7 +66,7 @@ class Entry:
 
 
 class FileWriter(Protocol):
-    """A new file. Parts may come from several threads and in any order; each is aligned and a multiple of `ALIGNMENT` long."""
+    """A new file. Parts are aligned, multiples of `ALIGNMENT` long, and may come from several threads in any order."""
 
     def write(self, offset: int, data: memoryview) -> None: ...
 
@@ -82,10 +82,10 @@ class FileReader(Protocol):
 
     nbytes: int
 
-    def read_into(self, offset: int, nbytes: int, buffer: memoryview) -> None:
+    def read_into(self, offset: int, nbytes: int, buffer: memoryview, keep: bool = False) -> None:
         """Read exactly `nbytes` into the start of the aligned `buffer`, which has room for `round_up(nbytes)`.
 
-        `offset` is aligned. Raises EOFError when the file is shorter.
+        `offset` is aligned. `keep`: the same bytes will be read again soon. Raises EOFError when the file is shorter.
         """
 
     def close(self) -> None: ...
@@ -321,8 +321,8 @@ class _LocalReader:
             self.close()
             raise
 
-    def read_into(self, offset: int, nbytes: int, buffer: memoryview) -> None:
-        fd = self._cached_fd if self._direct_fd < 0 else self._direct_fd
+    def read_into(self, offset: int, nbytes: int, buffer: memoryview, keep: bool = False) -> None:
+        fd = self._cached_fd if keep or self._direct_fd < 0 else self._direct_fd
         done = 0
         while done < nbytes:
             stop = round_up(nbytes) if fd == self._direct_fd else nbytes
