@@ -22,42 +22,25 @@ from torch.distributed.tensor import DTensor
 
 from zero_ckpt.core import rng
 from zero_ckpt.core.agreement import check_tag_validation
+from zero_ckpt.core.binding import (
+    bound_names,
+    check_same_names,
+    named,
+    prefix_of,
+    set_extra_state,
+)
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.engine import SaveHandle, SyncEngine
 from zero_ckpt.core.loading import load_together
 from zero_ckpt.core.restoring import Restoration, plan_model, plan_optimizer
-from zero_ckpt.core.state import (
-    EXTRA_STATE,
-    Snapshot,
-    capture_models,
-    capture_optimizer,
-    clean_name,
-    parameter_names,
-    wrapper_prefixes,
-)
+from zero_ckpt.core.state import Snapshot, capture_models, capture_optimizer
 from zero_ckpt.core.storage import Storage
-from zero_ckpt.errors import ConfigurationError, StateMismatchError
+from zero_ckpt.errors import ConfigurationError
 
 __all__ = ["Checkpointer", "load_checkpoint", "save_checkpoint"]
 
 T = TypeVar("T")
 Some = Union[T, Sequence[T], Mapping[str, T]]  # noqa: UP007 - a generic alias at run time
-
-
-def _named(given: Any, what: str) -> dict[str, Any]:
-    """One object is called "", several are called by their place or name."""
-    if given is None:
-        return {}
-    if isinstance(given, Mapping):
-        bad = [name for name in given if not isinstance(name, str) or not name or "/" in name]
-        if bad:
-            raise ConfigurationError(
-                f"names of {what} must be non-empty strings without '/', found {bad}"
-            )
-        return dict(given)
-    if isinstance(given, (list, tuple)):
-        return {"": given[0]} if len(given) == 1 else {str(i): x for i, x in enumerate(given)}
-    return {"": given}
 
 
 class Checkpointer:
@@ -82,9 +65,9 @@ class Checkpointer:
         rng: bool = True,
         storage: Storage | None = None,
     ) -> None:
-        self.models: dict[str, nn.Module] = _named(model, "models")
-        self.optimizers: dict[str, torch.optim.Optimizer] = _named(optimizer, "optimizers")
-        self.lr_schedulers: dict[str, Any] = _named(lr_scheduler, "schedulers")
+        self.models: dict[str, nn.Module] = named(model, "models")
+        self.optimizers: dict[str, torch.optim.Optimizer] = named(optimizer, "optimizers")
+        self.lr_schedulers: dict[str, Any] = named(lr_scheduler, "schedulers")
         if keep_last is not None and keep_last < 1:
             raise ConfigurationError(f"keep_last must be at least 1 or None, found {keep_last}")
         self._zero_stage, self._keep_last = zero_stage, keep_last
@@ -139,9 +122,9 @@ class Checkpointer:
 
     def _snapshot(self, client_state: Any, step: int, exclude_frozen: bool) -> Snapshot:
         state = capture_models(self.models)
-        names = self._names()
+        names = bound_names(self.models)
         optimizers = {
-            name: capture_optimizer(optimizer, names, _prefix(name))
+            name: capture_optimizer(optimizer, names, prefix_of(name))
             for name, optimizer in self.optimizers.items()
         }
         excluded = frozenset(state.frozen) if exclude_frozen else frozenset()
@@ -195,7 +178,9 @@ class Checkpointer:
             plan = plan_model(
                 checkpoint, capture_models(self.models), control.rank, strict=load_module_strict
             )
-            plan.installs.append(lambda: self._set_extra_state(objects.get("extra_state", {})))
+            plan.installs.append(
+                lambda: set_extra_state(self.models, objects.get("extra_state", {}))
+            )
             if with_optimizers:
                 self._plan_optimizers(plan, checkpoint, objects, weights_only)
             if with_schedulers:
@@ -230,9 +215,9 @@ class Checkpointer:
         objects: dict[str, Any],
         weights_only: bool,
     ) -> None:
-        names, rank = self._names(), self._engine.control.rank
+        names, rank = bound_names(self.models), self._engine.control.rank
         records = objects.get("optimizers", {})
-        _same_names(checkpoint.path, "optimizers", self.optimizers, records)
+        check_same_names(checkpoint.path, "optimizers", self.optimizers, records)
         for name, optimizer in self.optimizers.items():
             plan.add(
                 plan_optimizer(
@@ -241,26 +226,15 @@ class Checkpointer:
                     names,
                     records[name],
                     rank,
-                    _prefix(name),
+                    prefix_of(name),
                     weights_only=weights_only,
                 )
             )
 
     def _scheduler_install(self, checkpoint: Checkpoint, objects: dict[str, Any]) -> Any:
         saved = objects.get("lr_schedulers", {})
-        _same_names(checkpoint.path, "schedulers", self.lr_schedulers, saved)
+        check_same_names(checkpoint.path, "schedulers", self.lr_schedulers, saved)
         return lambda: [s.load_state_dict(saved[n]) for n, s in self.lr_schedulers.items()]
-
-    def _set_extra_state(self, extra: Mapping[str, Any]) -> None:
-        for name, model in self.models.items():
-            prefixes = wrapper_prefixes(model)
-            for path, module in model.named_modules():
-                raw = f"{path}.{EXTRA_STATE}" if path else EXTRA_STATE
-                key = (f"{name}." if name else "") + clean_name(raw, prefixes)
-                # A wrapper goes by the name of what it wraps, and has no such state itself.
-                takes = type(module).set_extra_state is not nn.Module.set_extra_state
-                if takes and key in extra:
-                    module.set_extra_state(extra[key])
 
     @property
     def zero_stage(self) -> int:
@@ -287,28 +261,8 @@ class Checkpointer:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _names(self) -> dict[int, str]:
-        """id(parameter) -> FQN over all models."""
-        return {
-            key: (f"{name}." if name else "") + fqn
-            for name, model in self.models.items()
-            for key, fqn in parameter_names(model).items()
-        }
-
     def _device(self) -> torch.device | None:
         return next((p.device for m in self.models.values() for p in m.parameters()), None)
-
-
-def _prefix(name: str) -> str:
-    return f"{name}/" if name else ""
-
-
-def _same_names(path: str, what: str, live: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    if set(live) != set(saved):
-        raise StateMismatchError(
-            f"{path} holds the {what} {sorted(saved)}, and the job has {sorted(live)} ('' is a single one without a "
-            f"name). Nothing was loaded. Bind the same {what}, or load with load_module_only=True."
-        )
 
 
 def save_checkpoint(

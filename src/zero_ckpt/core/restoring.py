@@ -64,12 +64,18 @@ class Restoration:
 
 
 def plan_model(
-    checkpoint: Checkpoint, state: ModelState, rank: int, *, strict: bool = True
+    checkpoint: Checkpoint,
+    state: ModelState,
+    rank: int,
+    *,
+    strict: bool = True,
+    ignored: Callable[[str], bool] = lambda key: False,
 ) -> Restoration:
     """Fill every live tensor from the stored one of its name.
 
     Raises `StateMismatchError` for other shapes, and when `strict` for missing or unexpected keys: all of them at once.
-    Frozen parameters that were left out of the save on purpose keep their live values.
+    Frozen parameters that were left out of the save on purpose keep their live values. `ignored`: stored keys that are
+    nobody's business here, so not unexpected.
     """
     plan, wrong = Restoration(), []
     used: set[str] = set()
@@ -96,7 +102,7 @@ def plan_model(
             plan.live.append(Request("model", stored, placed, box, local.detach()))
     # A checkpoint of untied weights has a tensor for each name of a tied one: the first is taken.
     known = used | state.aliases.keys()
-    plan.unexpected = [key for key in checkpoint.keys("model") if key not in known]
+    plan.unexpected = [k for k in checkpoint.keys("model") if k not in known and not ignored(k)]
     _raise_mismatch(checkpoint.path, plan, wrong, strict)
     return plan
 

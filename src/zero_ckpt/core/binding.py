@@ -1,0 +1,74 @@
+"""Live objects under the names that they have in a checkpoint: models, optimizers and schedulers of one job.
+
+One object is called "", several are called by their place or by names of the user's. Every door of the package names
+in this way, so that what one has saved the others find.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from zero_ckpt.core.state import EXTRA_STATE, clean_name, parameter_names, wrapper_prefixes
+from zero_ckpt.errors import ConfigurationError, StateMismatchError
+
+__all__ = ["bound_names", "check_same_names", "named", "prefix_of", "set_extra_state"]
+
+
+def named(given: Any, what: str) -> dict[str, Any]:
+    """One object, a list of them, or a dict by name -> the objects by name.
+
+    Raises `ConfigurationError` for names that keys in a checkpoint cannot start with.
+    """
+    if given is None:
+        return {}
+    if isinstance(given, Mapping):
+        bad = [name for name in given if not isinstance(name, str) or not name or "/" in name]
+        if bad:
+            raise ConfigurationError(
+                f"names of {what} must be non-empty strings without '/', found {bad}"
+            )
+        return dict(given)
+    if isinstance(given, (list, tuple)):
+        return {"": given[0]} if len(given) == 1 else {str(i): x for i, x in enumerate(given)}
+    return {"": given}
+
+
+def prefix_of(name: str) -> str:
+    """What keys of the optimizer `name` start with."""
+    return f"{name}/" if name else ""
+
+
+def bound_names(models: Mapping[str, nn.Module]) -> dict[int, str]:
+    """id(parameter) -> FQN over all models."""
+    return {
+        key: (f"{name}." if name else "") + fqn
+        for name, model in models.items()
+        for key, fqn in parameter_names(model).items()
+    }
+
+
+def check_same_names(
+    path: str, what: str, live: Mapping[str, Any], saved: Mapping[str, Any]
+) -> None:
+    """Raises `StateMismatchError` when the job has other `what` than the checkpoint at `path`."""
+    if set(live) != set(saved):
+        raise StateMismatchError(
+            f"{path} holds the {what} {sorted(saved)}, and the job has {sorted(live)} ('' is a single one without a "
+            f"name). Nothing was loaded. Bind the same {what}, or load with load_module_only=True."
+        )
+
+
+def set_extra_state(models: Mapping[str, nn.Module], extra: Mapping[str, Any]) -> None:
+    """Give every module that has `set_extra_state` what it returned when it was saved."""
+    for name, model in models.items():
+        prefixes = wrapper_prefixes(model)
+        for path, module in model.named_modules():
+            raw = f"{path}.{EXTRA_STATE}" if path else EXTRA_STATE
+            key = (f"{name}." if name else "") + clean_name(raw, prefixes)
+            # A wrapper goes by the name of what it wraps, and has no such state itself.
+            takes = type(module).set_extra_state is not nn.Module.set_extra_state
+            if takes and key in extra:
+                module.set_extra_state(extra[key])
