@@ -23,6 +23,7 @@ from zero_ckpt.core.chunks import Box, flat_range_boxes
 from zero_ckpt.core.dtensors import DTYPE_NAMES, TORCH_DTYPES
 from zero_ckpt.core.dtypes import itemsize
 from zero_ckpt.core.manifest import Manifest
+from zero_ckpt.core.memory import copy_bytes
 from zero_ckpt.core.planner import Placed, needed_chunks
 from zero_ckpt.core.shard_file import BLOCK, Chunk, ShardReader, open_shard
 from zero_ckpt.core.storage import Storage, aligned_buffer
@@ -113,9 +114,10 @@ class ReadPlan:
 
     def fill_from(self, read_block: Callable[[ShardReader, int], memoryview]) -> None:
         """Fill every target on this thread, with verified blocks that `read_block(file, index)` gives."""
-        for plan in self.files:
-            for index, parts in sorted(plan.blocks.items()):
-                _copy_block(read_block(plan.reader, index), index * BLOCK, parts)
+        with torch.no_grad():
+            for plan in self.files:
+                for index, parts in sorted(plan.blocks.items()):
+                    _copy_block(read_block(plan.reader, index), index * BLOCK, parts)
 
 
 def plan_reads(shards: ShardSet, requests: Iterable[Request]) -> ReadPlan:
@@ -229,7 +231,7 @@ def _copy_block(data: memoryview, start: int, parts: Sequence[_Part]) -> None:
         if target:
             begin, end = _clip(part, begin, end)
             offset = begin - _byte_span(part.chunk, part.overlap)[0]
-            ctypes.memmove(target + offset, address + begin - start, end - begin)
+            copy_bytes(target + offset, address + begin - start, end - begin)
         else:
             _copy_strided(data[begin - start : end - start], begin, part)
 
@@ -247,19 +249,24 @@ def _direct_address(part: _Part) -> int:
         return 0
     if not target.is_contiguous() or target.is_conj() or target.is_neg():
         return 0
-    if not all(_in_one_piece(overlap.shape, b.shape) for b in (part.chunk.box, request.box)):
-        return 0
-    at = 0
-    for offset, size in zip(
-        overlap.relative_to(request.box).offset, request.box.shape, strict=True
+    wanted, stored = request.box, part.chunk.box
+    if not (
+        _in_one_piece(overlap.shape, stored.shape) and _in_one_piece(overlap.shape, wanted.shape)
     ):
-        at = at * size + offset
+        return 0
     address = target.data_ptr()  # 0 for a wrapper around other tensors
-    return address + at * itemsize(part.chunk.dtype) if address else 0
+    if not address or overlap.shape == wanted.shape:
+        return address
+    at = 0
+    for offset, size in zip(overlap.relative_to(wanted).offset, wanted.shape, strict=True):
+        at = at * size + offset
+    return address + at * itemsize(part.chunk.dtype)
 
 
 def _in_one_piece(shape: Sequence[int], outer: Sequence[int]) -> bool:
     """Whether a box of `shape` in a row-major tensor of shape `outer` is one range of its memory."""
+    if shape == outer:
+        return True
     whole = True
     for extent, size in zip(reversed(shape), reversed(outer), strict=True):
         if extent != 1 and not whole:

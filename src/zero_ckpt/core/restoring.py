@@ -86,25 +86,29 @@ def plan_model(
                 plan.missing.append(key)
             continue
         used.add(stored)
-        placed = checkpoint.placed("model", stored)
-        if placed.shape != tuple(tensor.shape):
+        placed, layout = checkpoint.placed("model", stored), layout_of(key, tensor)
+        if placed.shape != layout.shape:
             wrong.append(
-                f"'{key}': {list(placed.shape)} in the checkpoint, {list(tensor.shape)} in the model"
+                f"'{key}': {list(placed.shape)} in the checkpoint, {list(layout.shape)} in the model"
             )
             continue
-        local, box = local_part(key, tensor, layout_of(key, tensor), rank)
-        if any(n > 1 and not step for n, step in zip(local.shape, local.stride(), strict=True)):
+        local, box = local_part(key, tensor, layout, rank)
+        if 0 in local.stride() and _is_expanded(local):
             raise StateMismatchError(
                 f"tensor '{key}' of the model was expanded: several of its elements are one place in memory, which "
                 "cannot be filled. Nothing was loaded. Make it a tensor of its own with clone()."
             )
         if box is not None and box.numel:
-            plan.live.append(Request("model", stored, placed, box, local.detach()))
+            plan.live.append(Request("model", stored, placed, box, local))
     # A checkpoint of untied weights has a tensor for each name of a tied one: the first is taken.
     known = used | state.aliases.keys()
     plan.unexpected = [k for k in checkpoint.keys("model") if k not in known and not ignored(k)]
     _raise_mismatch(checkpoint.path, plan, wrong, strict)
     return plan
+
+
+def _is_expanded(tensor: torch.Tensor) -> bool:
+    return any(n > 1 and not step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _stored_name(checkpoint: Checkpoint, key: str, aliases: Mapping[str, str]) -> str | None:
@@ -158,14 +162,19 @@ def plan_optimizer(
         for p, fqn in zip(group["params"], fqns, strict=True)
     }
     stored = _by_parameter(checkpoint.keys("optim"), prefix, set(fqn_of.values()))
-    plan, states = Restoration(), {}
+    plan = Restoration()
+    states: dict[torch.Tensor, _StateBuilder | None] = {}
     holder = _holder(optimizer)
     for group in holder.param_groups:
         cpu_step = not (group.get("capturable") or group.get("fused"))
         for parameter in group["params"]:
+            found = stored.get(fqn_of[id(parameter)])
+            if found is None:
+                states[parameter] = None
+                continue
             live = holder.state.get(parameter) or {}
             builder = _StateBuilder(checkpoint, parameter, live, rank, cpu_step, weights_only)
-            for name, key in stored.get(fqn_of[id(parameter)], {}).items():
+            for name, key in found.items():
                 builder.add(name, key)
             plan.live += builder.live
             plan.fresh += builder.fresh
@@ -372,14 +381,13 @@ def _split(placement: Placement, placed: Placed) -> Placement:
 def _install(
     optimizer: torch.optim.Optimizer,
     holder: torch.optim.Optimizer,
-    states: Mapping[torch.Tensor, _StateBuilder],
+    states: Mapping[torch.Tensor, _StateBuilder | None],
     options: Sequence[Mapping[str, Any]],
 ) -> None:
     for parameter, builder in states.items():
         holder.state.pop(parameter, None)
-        values = builder.state()
-        if values:
-            holder.state[parameter] = values
+        if builder is not None:
+            holder.state[parameter] = builder.state()
     for group, saved in zip(optimizer.param_groups, options, strict=True):
         _take_options(group, saved)
     if holder is not optimizer and len(holder.param_groups) == len(optimizer.param_groups):

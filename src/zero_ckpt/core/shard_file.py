@@ -308,7 +308,10 @@ def _parse_header(
         places = json.loads(metadata["chunks"])
         entries.pop(_PAD, None)
         data_bytes, stop = entries.pop(_TABLE)["data_offsets"]
-        chunks = tuple(_chunk(key, entry, places.get(key)) for key, entry in entries.items())
+        geometries = _Geometries()
+        found = [
+            (name, *geometries.of(name, entry, places.get(name))) for name, entry in entries.items()
+        ]
         if not all(type(n) is int and n >= 0 for n in (data_bytes, stop)):
             raise ValueError("the block table has no place")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -320,36 +323,71 @@ def _parse_header(
         raise CorruptShardError(
             f"{name}: {expected} bytes expected from its header, {file_bytes} found. {REMEDY}"
         )
-    at = 0
-    for chunk in chunks:
-        if chunk.begin != at or chunk.end - chunk.begin != chunk.box.numel * itemsize(chunk.dtype):
+    chunks, at = [], 0
+    for entry_name, key, geometry, offsets in found:
+        begin, at = at, at + geometry.nbytes
+        if offsets != [begin, at] or begin % itemsize(geometry.dtype):
             raise CorruptShardError(
-                f"{name}: tensor '{chunk.name}': its bytes {chunk.begin}-{chunk.end} do not follow "
-                f"byte {at} or do not fit shape {list(chunk.box.shape)} of {chunk.dtype}. {REMEDY}"
+                f"{name}: tensor '{entry_name}': its bytes {offsets} do not follow byte {begin} "
+                f"or do not fit shape {list(geometry.box.shape)} of {geometry.dtype}. {REMEDY}"
             )
-        at = chunk.end
+        chunks.append(
+            Chunk(entry_name, key, geometry.dtype, geometry.shape, geometry.box, begin, at)
+        )
     if not 0 <= data_bytes - at < 8:
         raise CorruptShardError(f"{name}: the chunks end at byte {at} of {data_bytes}. {REMEDY}")
-    return metadata, chunks, data_bytes
+    return metadata, tuple(chunks), data_bytes
 
 
-def _chunk(name: str, entry: dict[str, Any], place: dict[str, Any] | None) -> Chunk:
-    begin, end = entry["data_offsets"]
-    stored = tuple(entry["shape"])
-    place = place or {}
-    key, dtype = place.get("key", name), place.get("dtype", entry["dtype"])
-    box_shape = stored if dtype == entry["dtype"] else stored[:-1]
+@dataclass(frozen=True, slots=True)
+class _Geometry:
+    """What many chunks have in common."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    box: Box
+    nbytes: int
+
+
+_PLACE = ("shape", "offset")
+
+
+class _Geometries:
+    """The geometries of a header's entries, each checked once: layers repeat."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, _Geometry] = {}
+
+    def of(
+        self, name: str, entry: dict[str, Any], place: dict[str, Any] | None
+    ) -> tuple[str, _Geometry, list[int]]:
+        """(key, geometry, unchecked data offsets) of an entry. Raises ValueError and the like for nonsense."""
+        kind, stored, place = entry["dtype"], tuple(entry["shape"]), place or {}
+        told = kind, stored, place.get("dtype"), *(tuple(place.get(k, "?")) for k in _PLACE)
+        geometry = self._known.get(told)
+        if geometry is None:
+            geometry = self._known[told] = _geometry(name, kind, stored, place)
+        key = place.get("key", name)
+        if not isinstance(key, str):
+            raise ValueError(f"entry '{name}' has no name")
+        return key, geometry, entry["data_offsets"]
+
+
+def _geometry(name: str, kind: str, stored: tuple[int, ...], place: dict[str, Any]) -> _Geometry:
+    dtype = place.get("dtype", kind)
+    box_shape = stored if dtype == kind else stored[:-1]
     shape = tuple(place.get("shape", box_shape))
     offset = tuple(place.get("offset", (0,) * len(shape)))
-    numbers = (begin, end, *box_shape, *shape, *offset)
+    numbers = (0, *box_shape, *shape, *offset)
     if {*map(type, numbers)} != {int} or not 0 <= min(numbers) <= max(numbers) < 1 << 63:
         raise ValueError(f"entry '{name}' is not made of natural numbers")
-    if not isinstance(key, str) or dtype not in ITEMSIZE or begin % itemsize(dtype):
-        raise ValueError(f"entry '{name}' has no name, no known dtype, or begins within an element")
-    if entry["dtype"] != stored_dtype(dtype) or stored != stored_shape(dtype, box_shape):
+    if dtype not in ITEMSIZE:
+        raise ValueError(f"entry '{name}' has no known dtype")
+    if kind != stored_dtype(dtype) or stored != stored_shape(dtype, box_shape):
         raise ValueError(f"entry '{name}' does not hold elements of {dtype}")
     if len(shape) > MAX_DIMS or not len(shape) == len(offset) == len(box_shape):
         raise ValueError(f"entry '{name}' has different numbers of dimensions")
     if prod(box_shape) and any(a + n > s for a, n, s in zip(offset, box_shape, shape, strict=True)):
         raise ValueError(f"entry '{name}' reaches outside of its tensor")
-    return Chunk(name, key, dtype, shape, Box(offset, box_shape), begin, end)
+    box = Box(offset, box_shape)
+    return _Geometry(dtype, shape, box, box.numel * itemsize(dtype))

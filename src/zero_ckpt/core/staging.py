@@ -16,6 +16,7 @@ import torch
 import xxhash
 
 from zero_ckpt.core.chunks import Box, flat_range_boxes
+from zero_ckpt.core.memory import copy_bytes
 from zero_ckpt.core.shard_file import BLOCK, Chunk, ShardLayout
 from zero_ckpt.core.storage import FileWriter, aligned_buffer, round_up
 
@@ -42,7 +43,7 @@ class Source:
     def copy_to(self, address: int, start: int, stop: int) -> None:
         """Copy bytes `start .. stop` of the chunk, in row-major order, to `address`."""
         if self._address:
-            ctypes.memmove(address, self._address + start, stop - start)
+            copy_bytes(address, self._address + start, stop - start)
         else:
             self._gather(address, start, stop)
 
