@@ -2,8 +2,8 @@
 
 Every rank moves its own bytes, all ranks at once. Writes go to new files, as a save's do, with
 direct I/O and fsync, from buffers that are filled before the clock starts; reads go into buffers
-that have been touched before. The block size, the number of streams per rank and, for reads, direct
-or buffered I/O are chosen by trying all of them: the limit is the best that this disk shows.
+that have been touched before. The block size and the number of streams per rank are chosen by
+trying all of them: the limit is the best that this disk shows.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import subprocess
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -40,12 +40,7 @@ class Way:
 
 
 WRITE_WAYS = [Way(block * MIB, streams) for block in (1, 4, 16) for streams in (1, 2)]
-READ_WAYS = [
-    Way(block * MIB, streams, direct)
-    for block in (1, 4, 16)
-    for streams in (1, 2)
-    for direct in (True, False)
-]
+READ_WAYS = [Way(block * MIB, streams) for block in (1, 4, 16) for streams in (1, 2, 4)]
 
 
 class RawFiles:
@@ -58,7 +53,7 @@ class RawFiles:
         """`size`: bytes that this rank moves, rounded up to whole blocks."""
         self.rank = rank
         self.size = -(-size // BLOCK) * BLOCK
-        self._buffers = [_filled_buffer(16 * MIB) for _ in range(2)]
+        self._buffers = [_filled_buffer(16 * MIB) for _ in range(4)]
 
     def file(self, directory: Path) -> Path:
         """The one file of this rank that `write` made in `directory` with one stream."""
@@ -89,15 +84,16 @@ class RawFiles:
 
         return _best(WRITE_WAYS, trial)
 
-    def best_way_to_read(self, file: Path) -> Way:
+    def best_way_to_read(self, file: Path, *, direct: bool) -> Way:
         """Collective: all ranks try and return the same way. `file` is this rank's own."""
+        ways = [replace(way, direct=direct) for way in READ_WAYS]
         size = min(self.size, TRIAL_BYTES)
 
         def trial(way: Way) -> float:
             make_cold(file)
             return self.rank.timed(lambda: self.read(file, way, size))
 
-        return _best(READ_WAYS, trial)
+        return _best(ways, trial)
 
     def _each(self, way: Way, stream: Callable[[int], None]) -> None:
         if way.streams == 1:
