@@ -15,5 +15,5 @@ _memmove_held = ctypes.PYFUNCTYPE(
 
 
 def copy_bytes(target: int, source: int, nbytes: int) -> None:
-    """Copy `nbytes` from the address `source` to the address `target`. Other threads run meanwhile when it takes long."""
+    """Copy `nbytes` from address `source` to address `target`. Other threads run meanwhile when it takes long."""
     (_memmove_held if nbytes < _HELD else ctypes.memmove)(target, source, nbytes)

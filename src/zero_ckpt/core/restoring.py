@@ -7,7 +7,7 @@ have arrived. Everything is matched by name, so order and grouping may differ be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +27,13 @@ from zero_ckpt.core.dtensors import (
 from zero_ckpt.core.objects import decode_objects
 from zero_ckpt.core.planner import Placed
 from zero_ckpt.core.reader import Request
-from zero_ckpt.core.state import ModelState, group_names, split_state_name
+from zero_ckpt.core.state import (
+    ModelState,
+    by_parameter,
+    group_names,
+    python_value,
+    split_state_name,
+)
 from zero_ckpt.errors import StateMismatchError
 
 __all__ = ["Restoration", "plan_model", "plan_optimizer"]
@@ -161,7 +167,7 @@ def plan_optimizer(
         for group, (fqns, _) in zip(optimizer.param_groups, groups, strict=True)
         for p, fqn in zip(group["params"], fqns, strict=True)
     }
-    stored = _by_parameter(checkpoint.keys("optim"), prefix, set(fqn_of.values()))
+    stored = by_parameter(checkpoint.keys("optim"), prefix, set(fqn_of.values()))
     plan = Restoration()
     states: dict[torch.Tensor, _StateBuilder | None] = {}
     holder = _holder(optimizer)
@@ -241,29 +247,6 @@ def _equal(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def _by_parameter(keys: Iterable[str], prefix: str, fqns: set[str]) -> dict[str, dict[str, str]]:
-    """FQN -> state name -> stored key. FQNs and state names may hold slashes: the longest known FQN wins."""
-    found: dict[str, dict[str, str]] = {}
-    for key in keys:
-        if not key.startswith(prefix):
-            continue
-        rest = key[len(prefix) :]
-        end = rest.rfind("/")
-        while end > 0 and rest[:end] not in fqns:
-            end = rest.rfind("/", 0, end)
-        if end > 0:
-            found.setdefault(rest[:end], {})[rest[end + 1 :]] = key
-    return found
-
-
-_PYTHON: dict[str, Callable[[torch.Tensor], Any]] = {
-    "int": lambda t: int(t.item()),
-    "float": lambda t: float(t.item()),
-    "bool": lambda t: bool(t.item()),
-    "none": lambda t: None,
-}
-
-
 class _StateBuilder:
     """Finds or allocates one parameter's state tensors, and turns them into its state when they are filled.
 
@@ -324,7 +307,7 @@ class _StateBuilder:
             elif kind == "json":
                 values[base] = self._decoded(tensor, base)
             else:
-                values[base] = _PYTHON[kind](tensor)
+                values[base] = python_value(kind, tensor)
         return values
 
     def _decoded(self, tensor: torch.Tensor, name: str) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,47 @@ import torch
 if TYPE_CHECKING:
     from zero_ckpt.core.checkpoint import Checkpoint
 
-__all__ = ["capture", "derive", "plan_restore", "restore", "world_size_notice"]
+__all__ = [
+    "Streams",
+    "capture",
+    "derive",
+    "plan_restore",
+    "restore",
+    "streams",
+    "world_size_notice",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """The generators of this process as they themselves tell their state: cheap to take, for places that are passed
+    often. `packed` turns it into what is stored.
+    """
+
+    torch: torch.Tensor
+    python: tuple[Any, ...]
+    numpy: tuple[Any, ...] | None
+
+    def packed(self) -> dict[str, Any]:
+        """As tensors, numbers and strings: what `restore` takes."""
+        version, words, gauss = self.python
+        state: dict[str, Any] = {
+            "torch": self.torch,
+            "python": {
+                "version": version,
+                "words": torch.tensor(words, dtype=torch.int64),
+                "gauss": gauss,
+            },
+        }
+        if self.numpy is not None:
+            state["numpy"] = _packed_numpy(self.numpy)
+        return state
+
+
+def streams() -> Streams:
+    """The state of this process's generators, but for those of devices."""
+    numpy = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
+    return Streams(torch.get_rng_state(), random.getstate(), numpy)
 
 
 def capture(device: torch.device | None = None) -> dict[str, Any]:
@@ -26,17 +67,7 @@ def capture(device: torch.device | None = None) -> dict[str, Any]:
     Values are uint8 and int64 tensors, numbers and strings, so that they are stored without a
     pickle.
     """
-    version, words, gauss = random.getstate()
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "python": {
-            "version": version,
-            "words": torch.tensor(words, dtype=torch.int64),
-            "gauss": gauss,
-        },
-    }
-    if "numpy" in sys.modules:
-        state["numpy"] = _numpy_state()
+    state = streams().packed()
     if device is not None and device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
@@ -75,8 +106,8 @@ def derive(state: Mapping[str, Any], rank: int, device: torch.device | None = No
             torch.cuda.manual_seed(seed)
 
 
-def _numpy_state() -> dict[str, Any]:
-    name, keys, position, has_gauss, cached = sys.modules["numpy"].random.get_state()
+def _packed_numpy(state: tuple[Any, ...]) -> dict[str, Any]:
+    name, keys, position, has_gauss, cached = state
     return {
         "name": name,
         "keys": torch.from_numpy(keys.astype("int64")),

@@ -9,7 +9,7 @@ tensors in it as `#entry/<path>`): under ZeRO-1 only one rank has them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,12 +23,14 @@ __all__ = [
     "OptimizerState",
     "Snapshot",
     "add_value",
+    "by_parameter",
     "capture_model",
     "capture_models",
     "capture_optimizer",
     "clean_name",
     "local_states",
     "parameter_names",
+    "python_value",
     "split_state_name",
     "wrapper_prefixes",
 ]
@@ -255,3 +257,25 @@ def split_state_name(name: str) -> tuple[str, str]:
 
 
 _PYTHON_KINDS = frozenset({"int", "float", "bool", "none", "json"})
+
+
+def python_value(kind: str, tensor: torch.Tensor) -> bool | int | float | None:
+    """What a stored tensor of a `kind` other than `json` and `entry` stands for; the reverse of `add_value`."""
+    return None if kind == "none" else tensor.item()
+
+
+def by_parameter(
+    keys: Iterable[str], prefix: str, fqns: Container[str]
+) -> dict[str, dict[str, str]]:
+    """FQN -> state name -> stored key. FQNs and state names may hold slashes: the longest known FQN wins."""
+    found: dict[str, dict[str, str]] = {}
+    for key in keys:
+        if not key.startswith(prefix):
+            continue
+        rest = key[len(prefix) :]
+        end = rest.rfind("/")
+        while end > 0 and rest[:end] not in fqns:
+            end = rest.rfind("/", 0, end)
+        if end > 0:
+            found.setdefault(rest[:end], {})[rest[end + 1 :]] = key
+    return found

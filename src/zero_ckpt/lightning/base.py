@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from zero_ckpt.core.control import DEFAULT_TIMEOUT, ControlPlane
 from zero_ckpt.core.engine import SyncEngine
-from zero_ckpt.errors import ConfigurationError, by_name
+from zero_ckpt.errors import ConfigurationError, by_name, to_record
 from zero_ckpt.lightning.namespaces import Namespace
 from zero_ckpt.lightning.ranks import Resumption
 from zero_ckpt.zero import Sharding, WrapPolicy
@@ -125,7 +125,7 @@ class StrategyBase(Host):
         try:
             action()
         except Exception as error:
-            problem = [type(error).__name__, str(error)]
+            problem = to_record(error)
 
         def decide(problems: list[Any]) -> None:
             for rank, found in enumerate(problems):

@@ -10,7 +10,7 @@ A dict read back holds lazy tensors; nothing but objects is read from disk until
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,9 @@ from zero_ckpt.core.state import (
     EXTRA_STATE,
     Snapshot,
     add_value,
+    by_parameter,
     clean_name,
+    python_value,
     split_state_name,
     wrapper_prefixes,
 )
@@ -225,12 +227,13 @@ def _optimizer(checkpoint: Checkpoint, name: str, record: Mapping[str, Any]) -> 
     known = {parameter for group in groups for parameter in group["params"]}
     state: dict[Any, dict[str, Any]] = {}
     marked: dict[tuple[str, str], str] = {}
-    for parameter, key, stored in _state_keys(checkpoint.keys("optim"), prefix, known):
-        kind = split_state_name(key)[1]
-        if not kind:
-            state.setdefault(parameter, {})[key] = checkpoint.lazy("optim", stored)
-        elif kind != "entry":  # a part of another value, which asks for it
-            marked[parameter, key] = stored
+    for parameter, names in by_parameter(checkpoint.keys("optim"), prefix, known).items():
+        for key, stored in names.items():
+            kind = split_state_name(key)[1]
+            if not kind:
+                state.setdefault(parameter, {})[key] = checkpoint.lazy("optim", stored)
+            elif kind != "entry":  # a part of another value, which asks for it
+                marked[parameter, key] = stored
     for (parameter, key), value in _python_values(checkpoint, marked).items():
         state.setdefault(parameter, {})[key] = value
     if record.get("numbered"):
@@ -239,21 +242,6 @@ def _optimizer(checkpoint: Checkpoint, name: str, record: Mapping[str, Any]) -> 
             group["params"] = [int(parameter) for parameter in group["params"]]
     loaded = {"class": record["class"], "state": state, "param_groups": groups}
     return {**loaded, **record.get("rest", {})}
-
-
-def _state_keys(
-    keys: Iterable[str], prefix: str, parameters: set[str]
-) -> Iterable[tuple[str, str, str]]:
-    """(parameter, state name, stored key); names may hold slashes: the longest parameter wins."""
-    for stored in keys:
-        rest = stored.removeprefix(prefix)
-        if len(rest) + len(prefix) != len(stored):
-            continue
-        end = rest.rfind("/")
-        while end > 0 and rest[:end] not in parameters:
-            end = rest.rfind("/", 0, end)
-        if end > 0:
-            yield rest[:end], rest[end + 1 :], stored
 
 
 def _python_values(
@@ -273,10 +261,8 @@ def _python_values(
 
 
 def _python_value(checkpoint: Checkpoint, kind: str, tensor: torch.Tensor) -> Any:
-    if kind == "none":
-        return None
     if kind != "json":
-        return tensor.item()
+        return python_value(kind, tensor)
     return decode_objects(
         tensor.numpy().tobytes(),
         lambda key: checkpoint.tensor("optim", key),
