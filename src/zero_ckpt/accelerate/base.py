@@ -1,0 +1,150 @@
+"""What the parts of an attached accelerator share: its options, its engine, and what it has prepared.
+
+Attributes that we add to an accelerator are called `_zero_...`. Those in `_HERE` belong to this process and are left
+behind when an accelerator is pickled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from zero_ckpt.accelerate.options import Options
+from zero_ckpt.core.binding import named
+from zero_ckpt.core.control import ControlPlane
+from zero_ckpt.core.engine import SyncEngine
+from zero_ckpt.zero import Sharding
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator as Host
+else:
+    Host = object  # the accelerator's own class comes after the mixins
+
+__all__ = ["Host", "Runtime", "ZeroBase", "innermost", "raw_optimizer"]
+
+FOREIGN = ("DEEPSPEED", "MEGATRON_LM", "XLA")
+"""Kinds of distributed training whose checkpoints are Accelerate's own affair, always."""
+
+
+@dataclass(slots=True)
+class Runtime:
+    """What belongs to this process, and to the models that are prepared at present."""
+
+    engine: SyncEngine | None = None
+    mesh: DeviceMesh | None = None
+    shardings: list[tuple[nn.Module, Sharding]] = field(default_factory=list)
+    partitions: list[tuple[Optimizer, Optimizer]] = field(default_factory=list)  # (whole, parts)
+    step_hook: Any = None
+    saved: tuple[str, str] | None = None  # checkpoint directory and tag of this run's last save
+    ended: bool = False
+    warned: bool = False
+
+
+class ZeroBase(Host):  # type: ignore[misc]
+    """Settings and state. Nothing here overrides Accelerate."""
+
+    _zero_options: Options
+    _zero_runtime: Runtime
+    scaler: Any
+    _zero_step = 0
+    """Steps that the first optimizer has made."""
+
+    @property
+    def zero_engine(self) -> SyncEngine:
+        if self._zero_runtime.engine is None:
+            self._zero_runtime.engine = SyncEngine()
+        return self._zero_runtime.engine
+
+    @property
+    def zero_control(self) -> ControlPlane:
+        return self.zero_engine.control
+
+    @property
+    def zero_is_ours(self) -> bool:
+        """Whether checkpoints of this kind of training are ours to write. Else they are Accelerate's."""
+        kind = self.distributed_type
+        if kind == DistributedType.FSDP:
+            return bool(self.is_fsdp2)
+        return kind.value not in FOREIGN
+
+    @property
+    def zero_stage(self) -> int:
+        """What shards the prepared models: 0, 1, 2 or 3."""
+        if self._zero_runtime.shardings:
+            return max(sharding.stage for _, sharding in self._zero_runtime.shardings)
+        if self.distributed_type == DistributedType.FSDP:
+            return 3 if self.state.fsdp_plugin.reshard_after_forward else 2
+        if any(isinstance(p, DTensor) for m in self._models for p in m.parameters()):
+            return 3
+        sharded = any(hasattr(raw_optimizer(o), "consolidate_state_dict") for o in self._optimizers)
+        return 1 if sharded else 0
+
+    def zero_models(self) -> dict[str, nn.Module]:
+        """The prepared models by name. A model that was prepared twice is one model."""
+        distinct: dict[int, nn.Module] = {}
+        for model in self._models:
+            distinct.setdefault(id(innermost(model)), model)
+        return named(list(distinct.values()), "models")
+
+    def zero_optimizers(self) -> dict[str, Optimizer]:
+        """The optimizers inside Accelerate's wrappers, by name."""
+        return named([raw_optimizer(o) for o in self._optimizers], "optimizers")
+
+    def zero_schedulers(self) -> dict[str, Any]:
+        return named(list(self._schedulers), "schedulers")
+
+    def zero_device(self) -> torch.device | None:
+        return torch.device(self.device)
+
+    def zero_count_steps(self) -> None:
+        """Count the first optimizer's steps, from now on: `tag=None` means `global_step{N}`."""
+        if self._zero_runtime.step_hook is not None or not self._optimizers:
+            return
+
+        def stepped(*_: Any) -> None:
+            self._zero_step += 1
+
+        first = raw_optimizer(self._optimizers[0])
+        self._zero_runtime.step_hook = first.register_step_post_hook(stepped)
+
+    def zero_stop_counting(self) -> None:
+        if self._zero_runtime.step_hook is not None:
+            self._zero_runtime.step_hook.remove()
+            self._zero_runtime.step_hook = None
+
+
+def raw_optimizer(optimizer: Any) -> Optimizer:
+    """The optimizer inside Accelerate's wrappers."""
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    while isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    raw: Optimizer = optimizer
+    return raw
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel and `torch.compile`."""
+    for inner in _unwrapping(model):
+        model = inner
+    return model
+
+
+def _unwrapping(model: Any) -> Iterator[nn.Module]:
+    while True:
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod
+        else:
+            return
+        yield model

@@ -1,0 +1,34 @@
+"""Buffers of a sharded model stay those of rank 0, as DistributedDataParallel keeps them.
+
+FSDP2 leaves buffers alone, so that batch norm statistics drift apart between ranks. DDP gives every rank rank 0's
+before each forward pass that follows a pass whose gradients were reduced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from zero_ckpt import zero
+
+__all__ = ["share_buffers"]
+
+
+def share_buffers(model: nn.Module, mesh: DeviceMesh, is_reducing: Callable[[], bool]) -> None:
+    """From now on, share them before forward passes of `model`. `is_reducing`: whether this pass's gradients will be
+    reduced. The passes are then collective over `mesh`.
+    """
+    is_due = True
+
+    def before(module: nn.Module, *_: Any) -> None:
+        nonlocal is_due
+        buffers = list(dict.fromkeys(module.buffers()))
+        if is_due and buffers:
+            zero.broadcast_from_first(buffers, mesh)
+        is_due = torch.is_grad_enabled() and is_reducing()
+
+    model.register_forward_pre_hook(before, prepend=True)

@@ -1,0 +1,110 @@
+"""What an accelerator's checkpoint holds, beside the weights and the optimizers' state.
+
+Laid out like a checkpoint of `zero_ckpt.Checkpointer` or of the Lightning strategy, so that each opens the others': the
+objects `optimizers`, `lr_schedulers`, `extra_state`, `global_step` and `client_state`; and what only Accelerate has, in
+the object `accelerate`:
+
+    step, iteration         Accelerate's counters of batches and of saves
+    num_processes           of the job, and gradient_accumulation_steps
+    custom                  state of the objects that were registered for checkpointing, in their order
+    scaler                  state of the gradient scaler, or None
+
+Of every rank: `rng`, `dataloaders` (see `data`), `gradients` (see `gradients`), and under Accelerate's FSDP `buffers`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch.optim import Optimizer
+
+from zero_ckpt.accelerate.base import ZeroBase
+from zero_ckpt.accelerate.gradients import capture_gradients
+from zero_ckpt.accelerate.hooks import Edits, apply_edits
+from zero_ckpt.core import rng
+from zero_ckpt.core.binding import bound_names, prefix_of
+from zero_ckpt.core.state import ModelState, Snapshot, capture_models, capture_optimizer
+
+__all__ = ["ENTRY", "make_snapshot", "names_for"]
+
+ENTRY = "accelerate"
+"""Name of the object that only Accelerate has."""
+
+
+def make_snapshot(
+    accelerator: ZeroBase,
+    edits: Edits,
+    values: Mapping[str, torch.Tensor],
+    client_state: Any,
+    *,
+    exclude_frozen: bool = False,
+) -> Snapshot:
+    """This rank's references to live state. `edits`, `values`: what hooks made of the weights."""
+    models = accelerator.zero_models()
+    kept = {name: model for name, model in models.items() if name not in edits.removed}
+    state = capture_models(kept)
+    apply_edits(state, edits, values, accelerator.zero_control.rank)
+    names = bound_names(models)
+    optimizers = {
+        name: capture_optimizer(optimizer, names, prefix_of(name))
+        for name, optimizer in accelerator.zero_optimizers().items()
+    }
+    snapshot = _weights(state, exclude_frozen)
+    snapshot.optim = {key: t for each in optimizers.values() for key, t in each.tensors.items()}
+    snapshot.objects = {
+        "client_state": client_state,
+        "global_step": accelerator._zero_step,
+        "optimizers": {name: each.record for name, each in optimizers.items()},
+        "lr_schedulers": {n: s.state_dict() for n, s in accelerator.zero_schedulers().items()},
+        "extra_state": state.extra,
+        ENTRY: _own(accelerator),
+    }
+    snapshot.rank_objects = {
+        "rng": rng.capture(accelerator.zero_device()),
+        "gradients": capture_gradients(accelerator),
+        "buffers": _own_buffers(accelerator, state),
+    }
+    return snapshot
+
+
+def _own_buffers(accelerator: ZeroBase, state: ModelState) -> dict[str, torch.Tensor]:
+    """Accelerate's FSDP lets buffers of the ranks differ; rank 0's are among the weights."""
+    if accelerator.distributed_type != DistributedType.FSDP or accelerator.process_index == 0:
+        return {}
+    return {key: state.tensors[key].detach() for key in sorted(state.buffers)}
+
+
+def _weights(state: ModelState, exclude_frozen: bool) -> Snapshot:
+    excluded = frozenset(state.frozen) if exclude_frozen else frozenset()
+    return Snapshot(
+        model={key: t for key, t in state.tensors.items() if key not in excluded},
+        buffers=frozenset(state.buffers),
+        frozen=frozenset(state.frozen) - excluded,
+        aliases={k: v for k, v in state.aliases.items() if v not in excluded},
+        excluded=excluded,
+    )
+
+
+def _own(accelerator: ZeroBase) -> dict[str, Any]:
+    scaler = accelerator.scaler
+    return {
+        "step": accelerator.step,
+        "iteration": accelerator.save_iteration,
+        "num_processes": accelerator.num_processes,
+        "gradient_accumulation_steps": accelerator.gradient_accumulation_steps,
+        "custom": [each.state_dict() for each in accelerator._custom_objects],
+        "scaler": None if scaler is None else scaler.state_dict(),
+    }
+
+
+def names_for(
+    optimizer: Optimizer, record: Mapping[str, Any], names: Mapping[int, str]
+) -> Mapping[int, str]:
+    """id(parameter) -> its name in `record`: an FQN, or its number where the writer knew no module."""
+    if not record.get("numbered"):
+        return names
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {id(parameter): str(number) for number, parameter in enumerate(parameters)}

@@ -1,0 +1,121 @@
+"""`end_training`: the fp32 weights of the last save, written by all ranks together; then Accelerate's own end.
+
+The export meets over the store, never over the training's process group, so a rank that is gone costs a bounded time:
+the main process then writes the weights alone. An export that fails is a warning: the training is done, and its
+checkpoints are intact.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+from zero_ckpt.accelerate.huggingface import save_configuration
+from zero_ckpt.accelerate.saving import SaveMixin
+from zero_ckpt.core.control import ControlPlane, LocalControl
+from zero_ckpt.core.engine import SaveHandle
+from zero_ckpt.core.state import Snapshot, capture_models
+from zero_ckpt.core.storage import LocalStorage
+from zero_ckpt.core.tags import read_manifest, remove_tag
+from zero_ckpt.errors import RankTimeoutError
+from zero_ckpt.fp32 import export_fp32
+
+__all__ = ["EndMixin"]
+
+FOLDER = "fp32"
+"""Name of the export's folder, in the checkpoint directory."""
+
+LIVE_TAG = ".live"
+"""Name of the checkpoint of live weights that exists while they are exported."""
+
+
+class EndMixin(SaveMixin):
+    """The override of the accelerator's end."""
+
+    def end_training(self) -> None:
+        """Collective: export the fp32 weights, then do what Accelerate does. Calling it again does nothing.
+
+        What is exported, and whereto, is an option of `attach`. For a Hugging Face model the folder gets its
+        configuration, so that `from_pretrained` opens it. `save_state` or `load_state` make the next call count again.
+        """
+        if self._zero_runtime.ended:
+            return
+        self._zero_runtime.ended = True
+        if self.zero_is_ours and self._zero_options.export is not False:
+            try:
+                self._zero_export()
+            except Exception as error:
+                if self.is_main_process:
+                    warnings.warn(
+                        f"the fp32 export failed; training and checkpoints are not affected: {error}",
+                        stacklevel=2,
+                    )
+        self.zero_stop_counting()
+        super().end_training()
+
+    def _zero_export(self) -> None:
+        given = self._zero_options.export
+        path = None if isinstance(given, bool) or given == "auto" else os.fspath(given)
+        control = self._zero_export_control()
+        if control is None:
+            return  # the main process does it
+        saved = self._zero_runtime.saved
+        if saved is not None:
+            self._zero_collapse(*saved, path or os.path.join(saved[0], FOLDER), control)
+        elif path is not None and self._models:
+            self._zero_export_live(path, control)
+
+    def _zero_export_control(self) -> ControlPlane | None:
+        """Who shares the work; None for a rank that has no part, since the process group is gone."""
+        if self.zero_control.world_size == self.num_processes:
+            return self.zero_control
+        return LocalControl() if self.is_main_process else None
+
+    def _zero_export_live(self, path: str, control: ControlPlane) -> None:
+        """Nothing was saved: commit the weights alone, in the export's folder, for as long as it takes."""
+        folder = os.path.abspath(path)
+        models = self.zero_models()
+
+        def weights() -> Snapshot:
+            state = capture_models(models)
+            return Snapshot(
+                model=state.tensors,
+                objects={"extra_state": state.extra, "global_step": self._zero_step},
+                buffers=frozenset(state.buffers),
+                frozen=frozenset(state.frozen),
+                aliases=state.aliases,
+            )
+
+        handle: SaveHandle = self.zero_engine.save(
+            folder,
+            LIVE_TAG,
+            weights,
+            step=self._zero_step,
+            zero_stage=self.zero_stage,
+            save_latest=False,
+            timeout=self._zero_options.timeout,
+        )
+        try:
+            self._zero_collapse(folder, handle.tag, path, control)
+        finally:
+            if control.rank == 0:
+                remove_tag(self.zero_engine.storage, folder, handle.tag)
+
+    def _zero_collapse(self, directory: str, tag: str, path: str, control: ControlPlane) -> None:
+        if not read_manifest(LocalStorage(), f"{directory}/{tag}").tensors["model"]:
+            return  # hooks keep the weights
+        options: dict[str, Any] = {
+            "format": self._zero_options.export_format,
+            "max_shard_size": self._zero_options.max_shard_size,
+            "timeout": self._zero_options.timeout,
+        }
+        try:
+            export_fp32(directory, path, tag, control=control, **options)
+        except RankTimeoutError:
+            if control.rank != 0:
+                raise
+            export_fp32(directory, path, tag, **options)  # the other ranks are gone
+        models = list(self.zero_models().values())
+        if control.rank == 0 and len(models) == 1:
+            save_configuration(models[0], path)

@@ -1,0 +1,151 @@
+"""Accelerate's hooks before a save and before a load, with what their contract promises.
+
+A save hook gets `(models, weights, output_dir)`: `weights` is a list of the models' state dicts, and what it leaves in
+that list is what is stored. Many hooks edit it on the main process only, so rank 0's list counts for all ranks. A load
+hook gets `(models, input_dir)`, and the models that it takes out of the list are not loaded. Under Accelerate's FSDP
+plugin both lists leave the models out (`weights` and the load hooks' `models` are empty), as in Accelerate.
+
+State dicts that hooks see hold live tensors: of a sharded model, this rank's parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import nn
+
+from zero_ckpt.accelerate.base import ZeroBase, innermost
+from zero_ckpt.core.state import EXTRA_STATE, ModelState, clean_name, wrapper_prefixes
+
+__all__ = ["Edits", "Offered", "apply_edits", "run_load_hooks", "run_save_hooks"]
+
+
+@dataclass(slots=True)
+class Edits:
+    """What rank 0's hooks made of the weights. Names of models, and keys as they are stored."""
+
+    removed: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    replaced: list[str] = field(default_factory=list)
+
+    def as_record(self) -> list[list[str]]:
+        return [self.removed, self.dropped, self.replaced]
+
+
+@dataclass(slots=True)
+class Offered:
+    """The state dicts that hooks got, and what they were before. `values`: new values, by stored key."""
+
+    weights: list[dict[str, Any]]
+    edits: Edits
+    values: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def run_save_hooks(accelerator: ZeroBase, output_dir: str) -> Offered:
+    """Call every hook, and compare what they left with what they got."""
+    hooks = list(accelerator._save_model_state_pre_hook.values())
+    weights: list[dict[str, Any]] = []
+    offered = Offered(weights, Edits())
+    if not hooks:
+        return offered
+    is_listed = accelerator.distributed_type != DistributedType.FSDP
+    if is_listed:
+        weights += [_state_dict(model) for model in accelerator._models]
+    given = list(weights)
+    before = [dict(each) for each in given]
+    for hook in hooks:
+        hook(accelerator._models, weights, output_dir)
+    if is_listed:
+        _compare(accelerator, offered, given, before)
+    return offered
+
+
+def _state_dict(model: nn.Module) -> dict[str, Any]:
+    return dict(model.state_dict())
+
+
+def _compare(
+    accelerator: ZeroBase,
+    offered: Offered,
+    given: list[dict[str, Any]],
+    before: list[dict[str, Any]],
+) -> None:
+    names = _names_of(accelerator)
+    remaining = {id(each) for each in offered.weights}
+    seen: set[str] = set()
+    for model, own, was in zip(accelerator._models, given, before, strict=False):
+        name = names[id(innermost(model))]
+        if name in seen:
+            continue
+        seen.add(name)
+        if id(own) not in remaining:
+            offered.edits.removed.append(name)
+        else:
+            _compare_one(offered, name, model, own, was)
+
+
+def _names_of(accelerator: ZeroBase) -> dict[int, str]:
+    return {id(innermost(model)): name for name, model in accelerator.zero_models().items()}
+
+
+def _compare_one(
+    offered: Offered, name: str, model: nn.Module, own: dict[str, Any], was: dict[str, Any]
+) -> None:
+    prefixes = wrapper_prefixes(model)
+    first = f"{name}." if name else ""
+    stored = {raw: first + clean_name(raw, prefixes) for raw in {**was, **own}}
+    offered.edits.dropped += [stored[raw] for raw in was if raw not in own]
+    for raw, value in own.items():
+        is_weight = (
+            isinstance(value, torch.Tensor) and stored[raw].rpartition(".")[2] != EXTRA_STATE
+        )
+        if is_weight and value is not was.get(raw):
+            offered.edits.replaced.append(stored[raw])
+            offered.values[stored[raw]] = value
+
+
+def apply_edits(
+    state: ModelState, edits: Edits, values: Mapping[str, torch.Tensor], rank: int
+) -> None:
+    """Make `state` what the hooks left. Values that a hook has put there are stored by rank 0 alone."""
+    for key in (*edits.dropped, *edits.replaced):
+        _take_out(state, key)
+    if rank == 0:
+        state.tensors |= values
+
+
+def _take_out(state: ModelState, key: str) -> None:
+    """Remove one key. Of tied weights, another name takes the tensor over."""
+    state.extra.pop(key, None)
+    if state.aliases.pop(key, None) is not None:
+        return
+    tensor = state.tensors.pop(key, None)
+    heirs = [alias for alias, first in state.aliases.items() if first == key]
+    if tensor is not None and heirs:
+        heir = heirs[0]
+        state.tensors[heir] = tensor
+        state.aliases = {a: heir if f == key else f for a, f in state.aliases.items() if a != heir}
+        for group in (state.buffers, state.frozen):
+            if key in group:
+                group.add(heir)
+    state.buffers.discard(key)
+    state.frozen.discard(key)
+
+
+def run_load_hooks(accelerator: ZeroBase, input_dir: str) -> dict[str, nn.Module]:
+    """Call every hook. Returns the models that are left to load, by name."""
+    models = accelerator.zero_models()
+    if accelerator.distributed_type == DistributedType.FSDP:
+        listed: list[nn.Module] = []
+    else:
+        listed = list(accelerator._models)
+    kept = list(listed)
+    for hook in accelerator._load_model_state_pre_hook.values():
+        hook(kept, input_dir)
+    left = {id(innermost(model)) for model in kept}
+    gone = {id(innermost(model)) for model in listed} - left
+    return {name: model for name, model in models.items() if id(innermost(model)) not in gone}

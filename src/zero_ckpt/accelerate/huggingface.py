@@ -1,0 +1,42 @@
+"""The files that turn exported weights of a Hugging Face model into a folder that `from_pretrained` opens.
+
+Knows such a model by its `config`, which can save itself; imports nothing of Hugging Face's.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from zero_ckpt.accelerate.base import innermost
+
+__all__ = ["save_configuration"]
+
+
+def save_configuration(model: nn.Module, path: str | os.PathLike[str]) -> bool:
+    """Write the model's configuration beside its weights, in folder `path`. False when it has none, or `path` is a
+    file. The dtype that it states is float32: that of the exported weights.
+    """
+    inner: Any = innermost(model)
+    own = getattr(inner, "config", None)
+    if not hasattr(own, "save_pretrained") or not os.path.isdir(path):
+        return False
+    config: Any = copy.deepcopy(own)
+    setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", torch.float32)
+    config.architectures = [_class_name(inner)]
+    config.save_pretrained(os.fspath(path))
+    generation: Any = getattr(inner, "generation_config", None)
+    if hasattr(generation, "save_pretrained"):
+        generation.save_pretrained(os.fspath(path))
+    return True
+
+
+def _class_name(model: nn.Module) -> str:
+    """Of the model's own class: FSDP2 puts one of its own in front."""
+    own = (kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    return next(own).__name__

@@ -1,0 +1,124 @@
+"""`automatic_checkpoint_naming`: which folder a save goes to, which one a load takes, and which are removed.
+
+`<project_dir>/checkpoints/checkpoint_{i}` is a checkpoint directory of its own, with `latest` and one tag in it.
+Nothing else appears in `project_dir` or in `checkpoints/`. Only rank 0 looks and decides. A folder counts as a
+checkpoint when it holds a committed one of ours, or one that Accelerate has completed (it writes `random_states_*`
+last).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+
+from zero_ckpt.core.storage import LocalStorage
+from zero_ckpt.core.tags import LATEST_NAME, is_tag_folder, list_tags, remove_tag
+from zero_ckpt.errors import CheckpointNotFoundError, ConfigurationError, ZeroCkptError
+
+__all__ = ["Kind", "candidates", "directory_for_save", "kind_of", "next_iteration", "retire"]
+
+Kind = str
+OURS: Kind = "zero_ckpt"
+ACCELERATES: Kind = "accelerate"
+NEITHER: Kind = ""
+
+_storage = LocalStorage()
+
+
+def kind_of(directory: str) -> Kind:
+    """Who wrote this folder: we (a checkpoint directory or a tag's folder), Accelerate, or neither."""
+    try:
+        names = os.listdir(directory)
+    except OSError:
+        return NEITHER
+    if LATEST_NAME in names or is_tag_folder(_storage, directory):
+        # DeepSpeed has a `latest` too, and no tag of ours beside it.
+        if is_tag_folder(_storage, directory) or list_tags(_storage, directory):
+            return OURS
+    elif list_tags(_storage, directory):
+        return OURS
+    if any(re.fullmatch(r"random_states_\d+\.pkl", name) for name in names):
+        return ACCELERATES
+    return NEITHER
+
+
+def _is_checkpoint(directory: str) -> bool:
+    kind = kind_of(directory)
+    return kind == ACCELERATES or (kind == OURS and _is_committed(directory))
+
+
+def _is_committed(directory: str) -> bool:
+    if is_tag_folder(_storage, directory):
+        return True
+    return any(tag.manifest is not None for tag in list_tags(_storage, directory))
+
+
+def _numbered(checkpoints: str) -> list[tuple[int, str]]:
+    """(number, path) of every `checkpoint_{number}` folder, ascending."""
+    try:
+        names = os.listdir(checkpoints)
+    except FileNotFoundError:
+        return []
+    found = ((re.fullmatch(r"checkpoint_(\d+)", name), name) for name in names)
+    paths = ((int(match[1]), os.path.join(checkpoints, name)) for match, name in found if match)
+    return sorted((number, path) for number, path in paths if os.path.isdir(path))
+
+
+def directory_for_save(checkpoints: str, iteration: int) -> str:
+    """The folder of save number `iteration`. What a save that failed has left there may be used again.
+
+    Raises `ConfigurationError`, a ValueError with Accelerate's text, when there is a checkpoint already.
+    """
+    directory = os.path.join(checkpoints, f"checkpoint_{iteration}")
+    if _is_checkpoint(directory):
+        raise ConfigurationError(
+            f"Checkpoint directory {directory} ({iteration}) already exists. Please manually override "
+            "`self.save_iteration` with what iteration to start with."
+        )
+    return directory
+
+
+def next_iteration(checkpoints: str) -> int:
+    """One above the highest number there is."""
+    return max((number for number, _ in _numbered(checkpoints)), default=-1) + 1
+
+
+def candidates(checkpoints: str) -> Iterator[str]:
+    """Folders to load from, newest first; what was never completed is passed over.
+
+    Raises `CheckpointNotFoundError` when there is none.
+    """
+    found = [path for _, path in reversed(_numbered(checkpoints)) if _is_checkpoint(path)]
+    if not found:
+        raise CheckpointNotFoundError(
+            f"{checkpoints}: no committed checkpoint_<number> folder here. Give load_state the checkpoint's folder."
+        )
+    yield from found
+
+
+def retire(checkpoints: str, total_limit: int, saved: str) -> str:
+    """Remove what is older than the newest `total_limit` checkpoints; never `saved`, the one just committed.
+
+    What lies between and was never completed is left to the save that follows it. Returns a notice for the user when
+    something could not be removed, or "".
+    """
+    numbered = _numbered(checkpoints)
+    complete = [number for number, path in numbered if _is_checkpoint(path)]
+    oldest = complete[-total_limit] if 0 < total_limit <= len(complete) else -1
+    problems = []
+    for number, path in numbered:
+        if number < oldest and not os.path.samefile(path, saved):
+            try:
+                _remove(path)
+            except (OSError, ZeroCkptError) as error:
+                problems.append(f"{path}: {error}")
+    return f"old checkpoints could not be removed: {'; '.join(problems)}" if problems else ""
+
+
+def _remove(directory: str) -> None:
+    """First what makes it a checkpoint, durably, so that a crash on the way leaves no torn one."""
+    for tag in list_tags(_storage, directory):
+        remove_tag(_storage, directory, tag.name)
+    shutil.rmtree(directory)

@@ -1,0 +1,186 @@
+"""Our ZeRO stages, applied where Accelerate prepares models, optimizers and schedulers.
+
+    stage 1     Accelerate wraps the model in DDP; every optimizer is partitioned, its schedulers drive the parts
+    stages 2, 3 the model is sharded in place instead of being wrapped; optimizers are pointed at what is sharded
+
+With stage None everything is prepared as Accelerate does it. A `ZeroRedundancyOptimizer` of the user's is taken as it
+is in any case: Accelerate alone asks it for a state that it does not have.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from zero_ckpt import zero
+from zero_ckpt.accelerate.base import ZeroBase, innermost, raw_optimizer
+from zero_ckpt.accelerate.buffers import share_buffers
+from zero_ckpt.errors import ConfigurationError
+
+__all__ = ["PrepareMixin"]
+
+OWN_KINDS = ("NO", "MULTI_")
+"""Kinds of distributed training (as their names begin) that our stages can replace."""
+
+
+class PrepareMixin(ZeroBase):
+    """Overrides of the accelerator between `prepare` and the optimizer's step."""
+
+    def zero_check_stage(self) -> None:
+        """Raises `ConfigurationError` when this accelerator cannot train at the stage that was asked for."""
+        stage = self._zero_options.stage
+        if stage is None:
+            return
+        if not self.distributed_type.value.startswith(OWN_KINDS):
+            raise ConfigurationError(
+                f"stage={stage}, but this accelerator trains with {self.distributed_type.value}, which shards in its "
+                "own way. Attach with stage=None, or make the Accelerator without that plugin."
+            )
+        if stage and getattr(self, "parallelism_config", None):
+            raise ConfigurationError(
+                f"stage={stage}, but this accelerator has a parallelism_config. Use Accelerate's FSDP plugin "
+                "(fsdp_version=2) for combined parallelism, and attach with stage=None."
+            )
+        if stage and (self._models or self._optimizers):
+            raise ConfigurationError(
+                f"stage={stage}: models or optimizers are prepared already. Attach before accelerator.prepare()."
+            )
+        if stage >= 2 and self.scaler is not None:
+            self.scaler = zero.ShardedGradScaler.adopt(self.scaler)
+
+    @property
+    def zero_stage_to_apply(self) -> int:
+        """A single process has nothing to shard over."""
+        alone = self.num_processes == 1 or not dist.is_initialized()
+        return 0 if alone else self._zero_options.stage or 0
+
+    def prepare(self, *args: Any, device_placement: list[bool] | None = None) -> Any:
+        """As Accelerate's; at our stages models come first, since optimizers follow them."""
+        if not self.zero_stage_to_apply:
+            return super().prepare(*args, device_placement=device_placement)
+        order = sorted(range(len(args)), key=lambda i: not isinstance(args[i], nn.Module))
+        placement = None
+        if device_placement is not None and len(device_placement) == len(args):
+            placement = [device_placement[i] for i in order]
+        elif device_placement is not None:
+            placement = device_placement  # for Accelerate to refuse
+        prepared = super().prepare(*(args[i] for i in order), device_placement=placement)
+        if len(args) == 1:
+            return prepared
+        place = {index: position for position, index in enumerate(order)}
+        return tuple(prepared[place[index]] for index in range(len(args)))
+
+    def prepare_model(
+        self,
+        model: nn.Module,
+        device_placement: bool | None = None,
+        evaluation_mode: bool = False,
+    ) -> Any:
+        """As Accelerate's; at stages 2 and 3 the model is sharded in place, and not wrapped."""
+        stage = self.zero_stage_to_apply
+        is_new = not getattr(model, "_is_accelerate_prepared", False)
+        if stage < 2 or evaluation_mode or not is_new:
+            return super().prepare_model(model, device_placement, evaluation_mode)
+        self._zero_shard(model, stage)
+        for optimizer in self._optimizers:  # prepared before their model
+            self._zero_rebind(raw_optimizer(optimizer))
+        # Without wrapping: what is left is mixed precision and compilation.
+        return super().prepare_model(model, device_placement=False, evaluation_mode=True)
+
+    def _zero_shard(self, model: nn.Module, stage: int) -> None:
+        runtime, options = self._zero_runtime, self._zero_options
+        if runtime.mesh is None:
+            kind = self.device.type
+            runtime.mesh = zero.make_mesh(self.num_processes, options.sharding_size, kind)
+        sharding = zero.shard_module(
+            model,
+            stage=stage,
+            mesh=runtime.mesh,
+            wrap=options.wrap,
+            cpu_offload=options.cpu_offload,
+        )
+        runtime.shardings.append((model, sharding))
+        if self.ddp_handler is None or self.ddp_handler.broadcast_buffers:
+            share_buffers(model, runtime.mesh, lambda: bool(self.sync_gradients))
+
+    def _zero_rebind(self, optimizer: Optimizer) -> None:
+        for _, sharding in self._zero_runtime.shardings:
+            zero.rebind_optimizer(optimizer, sharding.replaced)
+
+    def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> Any:
+        """As Accelerate's; at stage 1 of a partition, at stages 2 and 3 over sharded parameters."""
+        stage = self.zero_stage_to_apply
+        if not getattr(optimizer, "_is_accelerate_prepared", False):
+            zero.check_optimizer(optimizer, stage)
+            if stage == 1:
+                whole, optimizer = optimizer, zero.partition_optimizer(optimizer)
+                if whole is not optimizer:
+                    self._zero_runtime.partitions.append((whole, optimizer))
+            elif stage >= 2:
+                self._zero_rebind(optimizer)
+            if hasattr(optimizer, "consolidate_state_dict"):
+                device_placement = False  # Accelerate would ask for a state dict of all ranks
+        prepared = super().prepare_optimizer(optimizer, device_placement)
+        self.zero_count_steps()
+        return prepared
+
+    def prepare_scheduler(self, scheduler: Any) -> Any:
+        """As Accelerate's; a scheduler of an optimizer that is partitioned drives the parts."""
+        if not getattr(scheduler, "_is_accelerate_prepared", False):
+            for whole, parts in self._zero_runtime.partitions:
+                zero.rebind_scheduler(scheduler, whole, parts)
+        return super().prepare_scheduler(scheduler)
+
+    def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
+        """As Accelerate's; a model that we have sharded sends nothing inside."""
+        if not self._zero_is_sharded(model):
+            context: AbstractContextManager[None] = super().no_sync(model)
+            return context
+        return zero.gradient_sync_disabled(innermost(model))
+
+    def _zero_is_sharded(self, model: nn.Module) -> bool:
+        inner = innermost(model)
+        return any(inner is innermost(each) for each, _ in self._zero_runtime.shardings)
+
+    def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
+        """As Accelerate's; at stages 2 and 3 the norm is over all ranks' parts, and whole gradients beside them."""
+        if not self._zero_runtime.shardings:
+            return super().clip_grad_norm_(parameters, max_norm, norm_type=norm_type)
+        self.unscale_gradients()
+        return zero.clip_grad_norm_(parameters, max_norm, norm_type)
+
+    def clip_grad_value_(self, parameters: Any, clip_value: float) -> None:
+        if not self._zero_runtime.shardings:
+            super().clip_grad_value_(parameters, clip_value)
+            return
+        self.unscale_gradients()
+        zero.clip_grad_value_(parameters, clip_value)
+
+    def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> Any:
+        """As Accelerate's; of a model that we have sharded, all of it on rank 0, as under its FSDP plugin.
+
+        Collective, over the training's process group, and with host memory for the whole model on rank 0.
+        """
+        if not self._zero_is_sharded(model):
+            return super().get_state_dict(model, unwrap=unwrap)
+        rank = dist.get_rank()
+        gathered = {}
+        for key, value in innermost(model).state_dict().items():
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            if rank == 0:
+                gathered[key] = whole.cpu() if isinstance(whole, torch.Tensor) else whole
+        return gathered
+
+    def free_memory(self, *objects: Any) -> Any:
+        """As Accelerate's; counting of steps begins anew."""
+        self.zero_stop_counting()
+        self._zero_step = 0
+        self._zero_runtime.shardings.clear()
+        self._zero_runtime.partitions.clear()
+        return super().free_memory(*objects)

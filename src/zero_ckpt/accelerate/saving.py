@@ -1,0 +1,137 @@
+"""`save_state`: everything that the accelerator has prepared, as one committed checkpoint of the core."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from zero_ckpt.accelerate.base import ZeroBase
+from zero_ckpt.accelerate.content import make_snapshot
+from zero_ckpt.accelerate.hooks import Edits, Offered, run_save_hooks
+from zero_ckpt.accelerate.meeting import together
+from zero_ckpt.accelerate.naming import directory_for_save, retire
+from zero_ckpt.core.state import Snapshot
+from zero_ckpt.errors import ConfigurationError
+
+__all__ = ["SaveMixin"]
+
+
+class SaveMixin(ZeroBase):
+    """Overrides of the accelerator that save."""
+
+    def save_state(
+        self,
+        output_dir: str | os.PathLike[str] | None = None,
+        safe_serialization: bool = True,
+        *,
+        client_state: Any = None,
+        tag: str | int | None = None,
+        **save_model_func_kwargs: Any,
+    ) -> Path:
+        """Collective: save everything as `<output_dir>/<tag>/`, committed and durable on return. Returns `output_dir`.
+
+        `output_dir`: the checkpoint directory; chosen by Accelerate's rules when `automatic_checkpoint_naming` is on.
+        `tag` None: `global_step{N}`, N being the optimizer steps made. `client_state`: any nested Python state; rank
+        0's is stored and given back by `load_state`. `safe_serialization` changes nothing: all files are safetensors.
+        Of `save_model_func_kwargs`, `save_latest=False` does not move `latest`, and `exclude_frozen_parameters=True`
+        leaves out what has `requires_grad=False`; others are for other kinds of training, as in Accelerate.
+
+        Raises the same error on every rank (see `zero_ckpt.errors`); then nothing was committed. A hook's own error is
+        raised on its rank. DeepSpeed, FSDP1, Megatron-LM and XLA are saved by Accelerate's own code.
+        """
+        if not self.zero_is_ours:
+            extra = {} if client_state is None else {"client_state": client_state}
+            self._zero_pass_on("save_state", tag)
+            kwargs = {**save_model_func_kwargs, **extra}
+            saved: Path = super().save_state(output_dir, safe_serialization, **kwargs)
+            return saved
+        directory = self._zero_save_directory(output_dir)
+        os.makedirs(directory, exist_ok=True)
+        edits, offered = self._zero_run_save_hooks(directory)
+        name = f"global_step{self._zero_step}" if tag is None else str(tag)
+
+        def snapshot() -> Snapshot:
+            exclude = bool(save_model_func_kwargs.get("exclude_frozen_parameters", False))
+            values = offered.values
+            return make_snapshot(self, edits, values, client_state, exclude_frozen=exclude)
+
+        handle = self.zero_engine.save(
+            directory,
+            name,
+            snapshot,
+            step=self._zero_step,
+            zero_stage=self.zero_stage,
+            save_latest=bool(save_model_func_kwargs.get("save_latest", True)),
+            keep_last=self._zero_options.keep_last,
+            tag_validation=self._zero_options.tag_validation,
+            timeout=self._zero_options.timeout,
+        )
+        self._zero_runtime.saved = os.path.dirname(handle.path), handle.tag
+        self._zero_runtime.ended = False
+        self._zero_retire(directory)
+        self.project_configuration.iteration += 1
+        return Path(directory)
+
+    def _zero_save_directory(self, output_dir: Any) -> str:
+        """Where to; under automatic naming, what rank 0 finds."""
+        if not self.project_configuration.automatic_checkpoint_naming:
+            if output_dir is None:
+                raise TypeError(
+                    "save_state() needs an output_dir, or an Accelerator whose ProjectConfiguration has "
+                    "automatic_checkpoint_naming=True: expected str, bytes or os.PathLike object, not NoneType"
+                )
+            return str(os.path.expanduser(os.fspath(output_dir)))
+        directory: str = together(
+            self.zero_control,
+            "save: folder",
+            self._zero_checkpoints_and_iteration,
+            lambda asked: directory_for_save(*asked[0]),
+            self._zero_options.timeout,
+        )
+        return directory
+
+    def _zero_checkpoints_and_iteration(self) -> list[Any]:
+        return [os.path.join(self.project_dir, "checkpoints"), self.save_iteration]
+
+    def _zero_run_save_hooks(self, directory: str) -> tuple[Edits, Offered]:
+        """Rank 0's edits, and what this rank's hooks were offered."""
+        offered: list[Offered] = []
+
+        def run() -> Any:
+            offered.append(run_save_hooks(self, directory))
+            return offered[0].edits.as_record()
+
+        record = together(
+            self.zero_control,
+            "save: hooks",
+            run,
+            lambda edits: edits[0],
+            self._zero_options.timeout,
+        )
+        return Edits(*record), offered[0]
+
+    def _zero_retire(self, directory: str) -> None:
+        """Remove checkpoints beyond `total_limit`: only now, when the new one is committed."""
+        limit = self.project_configuration.total_limit
+        naming = self.project_configuration.automatic_checkpoint_naming
+        if limit is not None and naming and self.zero_control.rank == 0:
+            notice = retire(os.path.dirname(directory), limit, directory)
+            if notice:
+                warnings.warn(notice, stacklevel=3)
+
+    def _zero_pass_on(self, call: str, tag: Any) -> None:
+        """Accelerate's own code takes over. Raises `ConfigurationError` for what it cannot do."""
+        if tag is not None:
+            raise ConfigurationError(
+                f"{call}: tag={tag!r}, but under {self.distributed_type.value} checkpoints are written and read by "
+                "Accelerate's own code, which has no tags."
+            )
+        if not self._zero_runtime.warned:
+            self._zero_runtime.warned = True
+            if self.is_main_process:
+                warnings.warn(
+                    f"under {self.distributed_type.value} zero_ckpt leaves saving and loading to Accelerate's own code",
+                    stacklevel=3,
+                )
