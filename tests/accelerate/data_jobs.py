@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DataLoaderConfiguration, set_seed
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
 from zero_ckpt.accelerate.data import (
     capture_loaders,
@@ -144,10 +144,6 @@ def _loader(case: Case, seed: int) -> DataLoader[torch.Tensor]:
     if case.data == "stream":
         return DataLoader(Stream(case), batch_size=case.batch_size, **options)
     data = Growing(case) if case.data == "growing" else Numbers(case)
-    if case.data == "batches":
-        sampler = RandomSampler(data, generator=generator)
-        batches = BatchSampler(sampler, case.batch_size, drop_last=False)
-        return DataLoader(data, sampler=batches, batch_size=None, **options)
     if case.replacement:
         draws = RandomSampler(data, replacement=True, generator=generator)
         return DataLoader(data, sampler=draws, batch_size=case.batch_size, **options)

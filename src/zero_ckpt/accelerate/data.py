@@ -110,7 +110,7 @@ def skip_first_batches(loader: Any, num_batches: int = 0) -> Any:
     if position is not None and num_batches == position.saved:
         num_batches = position.yielded
     if tracker.stateful and position is not None:
-        tracker.loader.base_dataloader.load_state_dict({})  # torchdata would continue it as well
+        tracker.continue_stateful(None)  # torchdata would go on from the place as well
     stream = data_states.is_stream(loader)
     width = 1 if stream else data_states.batches_per_step(loader)
     skipping = accelerate_skip_first_batches(loader, num_batches=num_batches * width)
@@ -188,8 +188,8 @@ def _install(loader: Any, entry: Mapping[str, Any], same_ranks: bool) -> list[st
     if entry["epoch"] is not None:
         alike = same_ranks and _same_steps(loader, entry)
         tracker.pending = _position(tracker, entry, alike)
-        if tracker.pending.stateful:
-            loader.base_dataloader.load_state_dict(dict(tracker.pending.stateful))
+        if tracker.stateful:
+            tracker.continue_stateful(tracker.pending)
         if not alike and not tracker.pending.over:
             told.append(_translation(tracker, entry))
     return told

@@ -8,7 +8,7 @@ interrupted. May not draw random numbers that the untracked loader would not dra
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from accelerate.data_loader import SkipBatchSampler
@@ -81,15 +81,26 @@ class Tracker:
 
     def _replay(self, position: Position, skip: int | None) -> Replay:
         width = data_states.batches_per_step(self.loader)
-        replay = Replay(position.start, rng.capture())
+        late = data_states.is_stream(self.loader)
+        replay = Replay(position.start, rng.capture(), late=late)
         if skip is not None:
             replay.target = skip * width
         elif self.stateful:
             replay.target = position.yielded * width
             replay.hidden = 0 if self.delegated else replay.target
-        if replay.target == position.yielded * width:
+        # (torchdata reads a stream up to its place in its own way.)
+        if replay.target == position.yielded * width and not (late and self.delegated):
             replay.fetch = position.fetch
         return replay
+
+    def continue_stateful(self, position: Position | None) -> None:
+        """Leave it to torchdata where `position` has its state; drop the iterator that is there."""
+        base = self.loader.base_dataloader
+        state = None if position is None else position.stateful
+        base.load_state_dict({} if state is None else dict(state))
+        if position is not None and state is not None and position.over:
+            # It makes an iterator of the state, and then another: only the second's draws count.
+            self._quietly(base.state_dict)
 
     def forget(self) -> None:
         """What has been until now, since a checkpoint is loaded."""
@@ -120,7 +131,8 @@ class Tracker:
         position, self.pending = self.pending, None
         replay = None
         if position is not None and not position.over and position.number == other.iteration:
-            replay = Replay(position.start, rng.capture())
+            late = data_states.is_stream(other)
+            replay = Replay(position.start, rng.capture(), late=late)
         self._other = weakref.ref(other)
         self.epoch = Epoch(other.iteration, 0)
         return Turn(other, self.epoch, replay)
@@ -140,12 +152,14 @@ class Tracker:
                 self.loader.iteration += 1
 
     def _start_workers(self) -> None:
-        """Start persistent workers, leaving every generator as it is."""
         base = self.loader.base_dataloader
-        if not base.persistent_workers or base._iterator is not None:
-            return
+        if base.persistent_workers and base._iterator is None:
+            self._quietly(base.__iter__)
+
+    def _quietly(self, action: Callable[[], Any]) -> None:
+        """Do it and leave every generator as it is."""
         before = data_states.capture_start(self.loader)
         self._muted = True
-        base.__iter__()
+        action()
         self._muted = False
         data_states.restore_start(self.loader, before)

@@ -63,7 +63,8 @@ class Replay:
 
     now: the global generators as the program left them. hidden: batches of the loader underneath to
     pass over here. target: the first of those that is needed, if anything is skipped (here or by
-    Accelerate). fetch: see `Position`.
+    Accelerate). fetch: see `Position`. late: the order is drawn at an unknown moment before the first
+    batch is handed out, by a stream.
     """
 
     start: Mapping[str, Any] | None
@@ -71,6 +72,7 @@ class Replay:
     hidden: int = 0
     target: int | None = None
     fetch: Mapping[str, Any] | None = None
+    late: bool = False
     done: bool = False
 
     def finish(self) -> None:
@@ -84,7 +86,7 @@ class Replay:
         if self.done:
             return
         if self.fetch is None or self.target is None:
-            if index >= (self.target or 0):
+            if index >= (self.target or 0) and not self.late:
                 self.finish()
         elif index == self.target:
             rng.restore(self.fetch)
