@@ -118,10 +118,16 @@ def train(made: tuple[Any, Any, Any, Any], inputs: list[torch.Tensor]) -> list[f
 
 
 def state_of(made: tuple[Any, Any, Any, Any]) -> dict[str, Any]:
-    """Whole weights and optimizer state by name, groups' options and the scheduler. Collective."""
+    """Whole weights and optimizer state by name, groups' options and the scheduler. Collective.
+
+    Without buffers where rank 0's will replace them: on other ranks, unless Accelerate's FSDP shards.
+    """
     accelerator, _, _, scheduler = made
     model = next(iter(accelerator.zero_models().values()))
-    weights = {key: whole(t).clone() for key, t in capture_model(model).tensors.items()}
+    state = capture_model(model)
+    weights = {key: whole(t).clone() for key, t in state.tensors.items()}
+    if dist.get_rank() and accelerator.distributed_type != DistributedType.FSDP:
+        weights = {key: t for key, t in weights.items() if key not in state.buffers}
     optimizer = raw_optimizer(accelerator._optimizers[0])
     names = parameter_names(model)
     holder: Any = getattr(optimizer, "optim", optimizer)

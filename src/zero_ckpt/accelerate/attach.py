@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeVar
 
 from accelerate import Accelerator
 
+from zero_ckpt.accelerate import data
 from zero_ckpt.accelerate.base import Runtime
 from zero_ckpt.accelerate.ending import EndMixin
 from zero_ckpt.accelerate.loading import LoadMixin
@@ -35,6 +36,8 @@ class ZeroMixin(EndMixin, LoadMixin, PrepareMixin):
         self._zero_options = options
         self._zero_runtime = Runtime()
         self.zero_check_stage()
+        if self.zero_is_ours:
+            data.track_loaders(self)
         self.zero_count_steps()
 
     def __reduce_ex__(self, protocol: Any) -> Any:

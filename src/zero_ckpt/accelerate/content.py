@@ -21,6 +21,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch.optim import Optimizer
 
+from zero_ckpt.accelerate import data
 from zero_ckpt.accelerate.base import ZeroBase
 from zero_ckpt.accelerate.gradients import capture_gradients
 from zero_ckpt.accelerate.hooks import Edits, apply_edits
@@ -64,6 +65,7 @@ def make_snapshot(
     }
     snapshot.rank_objects = {
         "rng": rng.capture(accelerator.zero_device()),
+        "dataloaders": data.capture_loaders(accelerator),
         "gradients": capture_gradients(accelerator),
         "buffers": _own_buffers(accelerator, state),
     }

@@ -6,29 +6,21 @@ A folder that Accelerate wrote goes to Accelerate's own code.
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from zero_ckpt.accelerate.base import ZeroBase
-from zero_ckpt.accelerate.content import ENTRY, names_for
-from zero_ckpt.accelerate.gradients import restore_gradients
 from zero_ckpt.accelerate.hooks import run_load_hooks
 from zero_ckpt.accelerate.meeting import together
 from zero_ckpt.accelerate.naming import OURS, candidates, kind_of, next_iteration
+from zero_ckpt.accelerate.planning import PlanMixin, Wanted
 from zero_ckpt.accelerate.saving import SaveMixin
-from zero_ckpt.core import rng
-from zero_ckpt.core.binding import bound_names, check_same_names, prefix_of, set_extra_state
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.loading import load_together
-from zero_ckpt.core.restoring import Restoration, plan_model, plan_optimizer
-from zero_ckpt.core.state import ModelState, capture_models
+from zero_ckpt.core.restoring import Restoration
 from zero_ckpt.core.tags import is_tag_folder
 from zero_ckpt.errors import (
     CheckpointNotFoundError,
@@ -39,36 +31,7 @@ from zero_ckpt.errors import (
 __all__ = ["LoadMixin"]
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What a call of `load_state` asks for."""
-
-    strict: bool = True
-    weights_only: bool = True
-    optimizers: bool = True
-    schedulers: bool = True
-    module_only: bool = False
-
-    @classmethod
-    def of(cls, load_kwargs: Mapping[str, Any] | None, kwargs: Mapping[str, Any]) -> Wanted:
-        """Raises TypeError for arguments that nothing here knows, and Accelerate's for a `map_location`."""
-        given = dict(kwargs)
-        if given.pop("map_location", None) not in (None, "cpu", "on_device"):
-            raise TypeError(
-                "Unsupported optimizer map location passed, please choose one of `None`, `'cpu'`, or `'on_device'`"
-            )
-        module_only = bool(given.pop("load_module_only", False))
-        strict = bool(given.pop("strict", given.pop("load_module_strict", True)))
-        given.pop("load_module_strict", None)
-        optimizers = bool(given.pop("load_optimizer_states", True)) and not module_only
-        schedulers = bool(given.pop("load_lr_scheduler_states", True)) and not module_only
-        if given:
-            raise TypeError(f"load_state() got unexpected keyword arguments: {', '.join(given)}")
-        weights_only = bool((load_kwargs or {}).get("weights_only", True))
-        return cls(strict, weights_only, optimizers, schedulers, module_only)
-
-
-class LoadMixin(SaveMixin):
+class LoadMixin(PlanMixin, SaveMixin):
     """Overrides of the accelerator that load."""
 
     def load_state(
@@ -154,6 +117,7 @@ class LoadMixin(SaveMixin):
         models = self._zero_run_load_hooks(directory)
         control = self.zero_control
         failures: list[RuntimeError] = []
+        notices: list[str] = []
 
         def prepare(checkpoint: Checkpoint) -> tuple[Restoration, dict[str, Any]]:
             objects = checkpoint.objects(wanted.weights_only)
@@ -162,7 +126,8 @@ class LoadMixin(SaveMixin):
             except RuntimeError as error:
                 failures.append(error)
                 raise
-            return self._zero_plan(checkpoint, objects, models, wanted), objects
+            notices.clear()  # of a checkpoint that turned out to be damaged
+            return self._zero_plan(checkpoint, objects, models, wanted, notices), objects
 
         try:
             loaded = load_together(
@@ -180,6 +145,8 @@ class LoadMixin(SaveMixin):
         with loaded.checkpoint as checkpoint:
             if not wanted.module_only:
                 self._zero_tell_differences(checkpoint, loaded.prepared)
+                for notice in notices:
+                    self._zero_warn(notice)
             return loaded.prepared.get("client_state")
 
     def _zero_run_load_hooks(self, directory: str) -> dict[str, nn.Module]:
@@ -194,139 +161,6 @@ class LoadMixin(SaveMixin):
         together(self.zero_control, "load: hooks", run, lambda _: None, self._zero_options.timeout)
         return left[0]
 
-    def _zero_plan(
-        self,
-        checkpoint: Checkpoint,
-        objects: dict[str, Any],
-        models: dict[str, nn.Module],
-        wanted: Wanted,
-    ) -> Restoration:
-        rank = self.zero_control.rank
-        skipped = [f"{name}." if name else "" for name in self.zero_models() if name not in models]
-
-        def is_skipped(key: str) -> bool:
-            return any(key.startswith(prefix) for prefix in skipped)
-
-        state = capture_models(models)
-        plan = plan_model(checkpoint, state, rank, strict=wanted.strict, ignored=is_skipped)
-        extra = objects.get("extra_state", {})
-        plan.installs.append(lambda: set_extra_state(models, extra))
-        if wanted.optimizers:
-            self._zero_plan_optimizers(plan, checkpoint, objects, wanted.weights_only)
-        if wanted.schedulers:
-            plan.installs.append(self._zero_scheduler_install(checkpoint, objects))
-        if not wanted.module_only:
-            plan.installs += self._zero_own_installs(checkpoint, objects, state, wanted)
-        return plan
-
-    def _zero_plan_optimizers(
-        self,
-        plan: Restoration,
-        checkpoint: Checkpoint,
-        objects: dict[str, Any],
-        weights_only: bool,
-    ) -> None:
-        names, records = bound_names(self.zero_models()), objects.get("optimizers", {})
-        optimizers = self.zero_optimizers()
-        check_same_names(checkpoint.path, "optimizers", optimizers, records)
-        for name, optimizer in optimizers.items():
-            record = records[name]
-            plan.add(
-                plan_optimizer(
-                    checkpoint,
-                    optimizer,
-                    names_for(optimizer, record, names),
-                    record,
-                    self.zero_control.rank,
-                    prefix_of(name),
-                    weights_only=weights_only,
-                )
-            )
-
-    def _zero_scheduler_install(
-        self, checkpoint: Checkpoint, objects: dict[str, Any]
-    ) -> Callable[[], None]:
-        saved, live = objects.get("lr_schedulers", {}), self.zero_schedulers()
-        check_same_names(checkpoint.path, "schedulers", live, saved)
-
-        def install() -> None:
-            for name, scheduler in live.items():
-                scheduler.load_state_dict(saved[name])
-
-        return install
-
-    def _zero_own_installs(
-        self, checkpoint: Checkpoint, objects: dict[str, Any], state: ModelState, wanted: Wanted
-    ) -> list[Callable[[], None]]:
-        """Counters, registered objects, the scaler, the window's gradients, and random generators, in this order."""
-        control = self.zero_control
-        own = objects.get(ENTRY, {})
-        same = checkpoint.manifest.world_size == control.world_size
-        ranks = checkpoint.rank_objects(control.rank if same else 0, wanted.weights_only)
-        gradients = ranks.get("gradients", {}) if same else {}
-        apart = same and self.distributed_type == DistributedType.FSDP
-        buffers = ranks.get("buffers", {}) if apart else {}
-        step = _window_start(own) if ranks.get("gradients") and not same else own.get("step", 0)
-
-        def install() -> None:
-            self._zero_step = checkpoint.manifest.step
-            self.step = step
-            if ENTRY in objects:
-                for registered, saved in zip(self._custom_objects, own["custom"], strict=True):
-                    registered.load_state_dict(saved)
-            if self.scaler is not None and own.get("scaler"):
-                self.scaler.load_state_dict(own["scaler"])
-            restore_gradients(self, gradients)
-            for key in buffers.keys() & state.tensors.keys():
-                state.tensors[key].detach().copy_(buffers[key])
-
-        random = rng.plan_restore(checkpoint, control.rank, control.world_size, self.zero_device())
-        return [install, random]
-
-    def _zero_check_custom(self, path: str, objects: dict[str, Any], wanted: Wanted) -> None:
-        """Raises Accelerate's RuntimeError for another number of registered objects."""
-        if wanted.module_only or ENTRY not in objects:
-            return
-        found, registered = len(objects[ENTRY]["custom"]), len(self._custom_objects)
-        if found != registered:
-            raise RuntimeError(
-                f"Number of custom checkpoints in folder {path} does not match the number of registered objects:"
-                f"\n\tFound checkpoints: {found}\n\tRegistered objects: {registered}\n"
-                "Please make sure to only load checkpoints from folders that were created with the same set of "
-                "registered objects. Nothing was loaded."
-            )
-
-    def _zero_tell_differences(self, checkpoint: Checkpoint, objects: dict[str, Any]) -> None:
-        own = objects.get(ENTRY)
-        if own is None and self._custom_objects:
-            self._zero_warn(
-                f"{checkpoint.path} was not written by an accelerator: objects that are registered for checkpointing "
-                "keep their state"
-            )
-        world_size = self.zero_control.world_size
-        notice = rng.world_size_notice(checkpoint, world_size)
-        if notice:
-            self._zero_warn(notice)
-        if own is not None and own["num_processes"] != world_size and self._zero_steps_by_size():
-            self._zero_warn(
-                f"AcceleratedScheduler makes {world_size} steps for each optimizer step, and made "
-                f"{own['num_processes']} when {checkpoint.path} was saved: the learning rate changes faster or slower "
-                "than before. Prepare schedulers with split_batches=True, or step them yourself, to avoid that."
-            )
-        if notice and checkpoint.rank_objects(0).get("gradients"):
-            self._zero_warn(
-                f"{checkpoint.path} was saved within a gradient accumulation window, whose gradients have no place at "
-                "another world size: the window begins anew"
-            )
-
-    def _zero_steps_by_size(self) -> bool:
-        """Whether any scheduler's steps depend on the number of processes."""
-        return any(s.step_with_optimizer and not s.split_batches for s in self._schedulers)
-
-    def _zero_warn(self, text: str) -> None:
-        if self.zero_control.rank == 0:
-            warnings.warn(text, stacklevel=4)
-
     def _zero_load_foreign(
         self, directory: str, load_kwargs: dict[str, Any] | None, kwargs: dict[str, Any]
     ) -> None:
@@ -340,11 +174,6 @@ class LoadMixin(SaveMixin):
             )
         super().load_state(directory, load_kwargs, **kwargs)
         self._zero_step = _steps_made(self) or self._zero_step
-
-
-def _window_start(own: Mapping[str, Any]) -> int:
-    step, window = own.get("step", 0), max(1, own.get("gradient_accumulation_steps", 1))
-    return int(step - step % window)
 
 
 def _steps_made(accelerator: ZeroBase) -> int:

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from zero_ckpt import zero
+from zero_ckpt.accelerate import data
 from zero_ckpt.accelerate.base import ZeroBase, innermost, raw_optimizer
 from zero_ckpt.accelerate.buffers import share_buffers
 from zero_ckpt.errors import ConfigurationError
@@ -136,6 +137,17 @@ class PrepareMixin(ZeroBase):
             for whole, parts in self._zero_runtime.partitions:
                 zero.rebind_scheduler(scheduler, whole, parts)
         return super().prepare_scheduler(scheduler)
+
+    def prepare_data_loader(self, *args: Any, **kwargs: Any) -> Any:
+        """As Accelerate's; the loader remembers its place."""
+        prepared = super().prepare_data_loader(*args, **kwargs)
+        if self.zero_is_ours:
+            data.track_loaders(self)
+        return prepared
+
+    def skip_first_batches(self, dataloader: Any, num_batches: int = 0) -> Any:
+        """As Accelerate's; after a load it continues the interrupted epoch in its own order."""
+        return data.skip_first_batches(dataloader, num_batches)
 
     def no_sync(self, model: nn.Module) -> AbstractContextManager[None]:
         """As Accelerate's; a model that we have sharded sends nothing inside."""

@@ -1,0 +1,218 @@
+"""Becoming attached and detached, pickled and copied; what is refused; what goes to Accelerate's own code."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from torch import nn
+
+from tests.accelerate.harness import assert_same, batches, fsdp2, make, on_ranks, state_of, train
+from zero_ckpt.accelerate import ZeroAccelerator, attach, detach
+from zero_ckpt.errors import ConfigurationError
+
+
+class Own(Accelerator):  # type: ignore[misc]
+    def hello(self) -> str:
+        return "hello"
+
+
+class OwnZero(ZeroAccelerator):
+    pass
+
+
+def test_attach_keeps_the_accelerator_and_its_class(tmp_path: Path) -> None:
+    on_ranks(kept, 1, str(tmp_path))
+
+
+def kept(out: str) -> None:
+    for kind in (Accelerator, Own):
+        given = kind(cpu=True)
+        accelerator = attach(given)
+        assert accelerator is given
+        assert isinstance(accelerator, kind)
+        assert type(attach(kind(cpu=True))) is type(accelerator)
+        assert attach(accelerator) is accelerator
+        with pytest.raises(ConfigurationError, match="attached already"):
+            attach(accelerator, keep_last=2)
+        assert detach(accelerator) is accelerator
+        assert type(accelerator) is kind
+        assert not [name for name in vars(accelerator) if name.startswith("_zero")]
+        assert detach(accelerator) is accelerator
+        accelerator.prepare(nn.Linear(2, 2))
+        accelerator.save_state(out)
+        assert "model.safetensors" in os.listdir(out)
+    assert isinstance(attach(Own(cpu=True)), ZeroAccelerator) is False
+    assert attach(Own(cpu=True)).hello() == "hello"
+
+
+def test_the_class_form_takes_both_kinds_of_arguments() -> None:
+    on_ranks(class_form, 1)
+
+
+def class_form() -> None:
+    accelerator = ZeroAccelerator(cpu=True, gradient_accumulation_steps=3, keep_last=2)
+    assert accelerator.gradient_accumulation_steps == 3
+    assert accelerator._zero_options.keep_last == 2
+    assert type(detach(accelerator)) is Accelerator
+    with pytest.raises(ConfigurationError, match="cannot be detached"):
+        detach(OwnZero(cpu=True))
+
+
+def test_pickled_and_copied_accelerators_still_save(tmp_path: Path) -> None:
+    on_ranks(pickled, 1, str(tmp_path))
+
+
+def pickled(out: str) -> None:
+    kinds: list[Any] = [attach(Own(cpu=True), keep_last=1), OwnZero(cpu=True, keep_last=1)]
+    for number, accelerator in enumerate([attach(Accelerator(cpu=True), keep_last=1), *kinds]):
+        model, optimizer = accelerator.prepare(*linear_and_adam())
+        step(accelerator, model, optimizer)
+        assert copy.deepcopy(accelerator) is accelerator
+        back = pickle.loads(pickle.dumps(accelerator))
+        assert type(back) is type(accelerator)
+        assert back._zero_options == accelerator._zero_options
+        step(back, back._models[0], back._optimizers[0])
+        folder = back.save_state(f"{out}/{number}")
+        assert sorted(os.listdir(folder)) == ["global_step2", "latest"]
+        back.load_state(folder)
+        assert accelerator._zero_step == 1
+
+
+def linear_and_adam() -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = nn.Linear(2, 2)
+    return model, torch.optim.AdamW(model.parameters())
+
+
+def step(accelerator: Any, model: Any, optimizer: Any) -> None:
+    accelerator.backward(model(torch.ones(1, 2)).sum())
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_options_that_cannot_work_are_refused() -> None:
+    on_ranks(refused, 2)
+
+
+def refused() -> None:
+    accelerator = Accelerator(cpu=True)
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        ("stage=4", {"stage": 4}),
+        ("cpu_offload and sharding_size", {"stage": 1, "cpu_offload": True}),
+        ("export_format='zip'", {"export_format": "zip"}),
+        ("keep_last", {"keep_last": 0}),
+        ("tag_validation", {"tag_validation": "maybe"}),
+    ]
+    for text, options in wrong:
+        with pytest.raises(ConfigurationError, match=text):
+            attach(accelerator, **options)
+    assert type(accelerator) is Accelerator
+    late = Accelerator(cpu=True)
+    late.prepare(nn.Linear(2, 2))
+    with pytest.raises(ConfigurationError, match=r"Attach before accelerator\.prepare"):
+        attach(late, 2)
+    assert type(late) is Accelerator
+    with pytest.raises(ConfigurationError, match="LBFGS cannot be sharded"):
+        attach(Accelerator(cpu=True), 1).prepare(torch.optim.LBFGS(nn.Linear(2, 2).parameters()))
+    with pytest.raises(ConfigurationError, match="stage=2, but this accelerator trains with FSDP"):
+        attach(fsdp2(), 2)
+
+
+def test_attached_after_prepare_saves_what_is_prepared(tmp_path: Path) -> None:
+    on_ranks(late, 2, str(tmp_path))
+
+
+def late(out: str) -> None:
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = accelerator.prepare(*linear_and_adam())
+    attach(accelerator)
+    step(accelerator, model, optimizer)
+    accelerator.save_state(out)
+    assert sorted(os.listdir(out)) == ["global_step1", "latest"]
+
+
+def test_free_memory_begins_a_new_run(tmp_path: Path) -> None:
+    on_ranks(freed, 2, str(tmp_path))
+
+
+def freed(out: str) -> None:
+    made = make(3)
+    train(made, batches(2))
+    made[0].free_memory()
+    model, optimizer = made[0].prepare(*linear_and_adam())
+    step(made[0], model, optimizer)
+    made[0].save_state(out)
+    assert "global_step1" in os.listdir(out)
+
+
+@pytest.mark.parametrize("stage", [None, 1])
+def test_a_folder_that_accelerate_wrote_loads(stage: int | None, tmp_path: Path) -> None:
+    for before, after, count in on_ranks(foreign, 2, str(tmp_path), stage):
+        assert_same(before, after)
+        assert count == 3
+
+
+def foreign(out: str, stage: int | None) -> tuple[Any, Any, int]:
+    made = make()
+    train(made, batches(3))
+    before = state_of(made)
+    detach(made[0]).save_state(out)
+    PartialState().wait_for_everyone()
+    other = make(stage, seed=4)
+    other[0].load_state(out)
+    return before, state_of(other), other[0]._zero_step
+
+
+def test_what_accelerate_wrote_is_refused_by_sharded_models(tmp_path: Path) -> None:
+    on_ranks(refused_folder, 2, str(tmp_path))
+
+
+def refused_folder(out: str) -> None:
+    made = make()
+    detach(made[0]).save_state(out)
+    PartialState().wait_for_everyone()
+    with pytest.raises(ConfigurationError, match="Load it with stage=1 or less"):
+        make(3)[0].load_state(out)
+
+
+def test_other_kinds_of_training_are_left_to_accelerate(tmp_path: Path) -> None:
+    on_ranks(left_alone, 1, str(tmp_path))
+
+
+class Recorder(Accelerator):  # type: ignore[misc]
+    """Stands for Accelerate's own code under an engine that this machine does not have."""
+
+    def save_state(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls = [(args, kwargs)]
+        return Path("saved")
+
+    def load_state(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += [(args, kwargs)]
+
+
+def left_alone(out: str) -> None:
+    accelerator: Any = attach(Recorder(cpu=True))
+    accelerator.state.distributed_type = DistributedType.DEEPSPEED
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert accelerator.save_state(out, client_state={"a": 1}, exclude=2) == Path("saved")
+        accelerator.load_state(out, None, strict=False)
+    assert [str(each.message) for each in told] == [
+        "under DEEPSPEED zero_ckpt leaves saving and loading to Accelerate's own code"
+    ]
+    assert accelerator.calls == [
+        ((out, True), {"exclude": 2, "client_state": {"a": 1}}),
+        ((out, None), {"strict": False}),
+    ]
+    with pytest.raises(ConfigurationError, match="has no tags"):
+        accelerator.save_state(out, tag="a")
+    assert not os.listdir(out)
