@@ -69,7 +69,7 @@ def run_python(code: str, folder: str) -> None:
     os.chdir(folder)
     warnings.filterwarnings("ignore", module=r"(lightning|torch)(\.|$)")
     warnings.filterwarnings(
-        "ignore", message="[^:]* was saved by . ranks and is"
+        "ignore", message="[^:]* was saved by . ranks? and is"
     )  # as the guides say
     exec(compile(code, "<documentation>", "exec"), {"__name__": "documentation"})
 

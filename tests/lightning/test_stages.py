@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,19 @@ import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from tests.lightning.harness import FEATURES, Block, Model, loader, on_ranks, trainer, whole_weights
+from tests.lightning.harness import (
+    FEATURES,
+    Block,
+    Model,
+    Probe,
+    assert_same,
+    loader,
+    on_ranks,
+    trainer,
+    whole_weights,
+)
 
 
 class Gan(L.LightningModule):
@@ -127,3 +141,31 @@ def test_every_stage_trains_like_ddp(tmp_path: Path, feature: str) -> None:
                 torch.testing.assert_close(
                     new_weights[key], value, rtol=tolerance * 10, atol=tolerance, msg=key
                 )
+
+
+def _alone(root: Path, stage: int) -> tuple[bool, Any]:
+    model = Model()
+    run = trainer(root, stage, max_steps=6)
+    run.fit(model, loader())
+    run.save_checkpoint(root / "six.ckpt")
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(model).state_dict()))
+    plain = not any(isinstance(value, DTensor) for value in twin.values())
+    return plain, twin
+
+
+def _go_on(root: Path, stage: int, path: Path) -> Any:
+    warnings.filterwarnings("ignore", ".*was saved by 1 rank and is resumed by")
+    probe = Probe()
+    run = trainer(root, stage, max_steps=8, callbacks=[probe])
+    run.fit(Model(), loader(), ckpt_path=str(path))
+    return probe.seen["weights"]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_one_process_alone_keeps_its_model_plain_and_several_go_on_from_it(
+    tmp_path: Path, stage: int
+) -> None:
+    [(plain, weights)] = on_ranks(_alone, 1, tmp_path, stage)
+    assert plain
+    for seen in on_ranks(_go_on, 2, tmp_path / "on", stage, tmp_path / "six.ckpt"):
+        assert_same(seen, weights)

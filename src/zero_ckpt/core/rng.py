@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Streams",
     "capture",
+    "count_ranks",
     "derive",
     "plan_restore",
     "restore",
@@ -139,12 +140,16 @@ def plan_restore(
     return lambda: derive(state, rank, device)
 
 
+def count_ranks(count: int) -> str:
+    return "1 rank" if count == 1 else f"{count} ranks"
+
+
 def world_size_notice(checkpoint: Checkpoint, world_size: int) -> str:
     """What the user should know of generators that are derived; "" at the same world size."""
     saved = checkpoint.manifest.world_size
     if saved == world_size:
         return ""
     return (
-        f"{checkpoint.path} was saved by {saved} ranks and is loaded by {world_size}: random number generators "
+        f"{checkpoint.path} was saved by {count_ranks(saved)} and is loaded by {world_size}: random number generators "
         "are derived from rank 0's, so random draws differ from an uninterrupted run's."
     )

@@ -142,7 +142,7 @@ def _give_loaders(lightning_state: dict[str, Any], loaders: list[dict[str, Any]]
 def _warn_derived(checkpoint: Checkpoint, rank: int, world_size: int) -> None:
     if rank == 0:
         warnings.warn(
-            f"{checkpoint.path} was saved by {checkpoint.manifest.world_size} ranks and is resumed "
+            f"{checkpoint.path} was saved by {rng.count_ranks(checkpoint.manifest.world_size)} and is resumed "
             f"by {world_size}: random number generators are derived from the saved ones, and the "
             "place in the epoch is scaled, so the run is not bitwise the uninterrupted one.",
             stacklevel=2,

@@ -67,7 +67,14 @@ class SetupMixin(RestoreMixin, StepMixin):
         self.adapt_precision()
 
     def _shard(self, model: nn.Module) -> None:
-        """Shard, unless this model already is: by an earlier run, or by its `configure_model`."""
+        """Shard, unless this model already is: by an earlier run, or by its `configure_model`.
+
+        One process alone has nothing to share: its model stays plain, and can be copied and pickled.
+        """
+        if self.world_size == 1 and not self.cpu_offload and not is_sharded(model):
+            materialize(model, list(model.modules()), self.root_device)
+            self.model_to_device()
+            return
         automatic = self.lightning_module is None or self.lightning_module.automatic_optimization
         self._zero_mesh = users_mesh(model) or self._zero_mesh
         if self._zero_mesh is None:
@@ -115,9 +122,10 @@ class SetupMixin(RestoreMixin, StepMixin):
         self._zero_partitions.clear()
         super().setup_optimizers(trainer)
         created = list(self.optimizers)
+        stage = self.stage if self.world_size > 1 else 0
         for optimizer in created:
-            zero.check_optimizer(optimizer, self.stage)
-        if self.stage == 1:
+            zero.check_optimizer(optimizer, stage)
+        if stage == 1:
             self.optimizers = [self._partitioned(optimizer, optimizer) for optimizer in created]
         elif self._zero_sharding is not None:
             for optimizer in created:
