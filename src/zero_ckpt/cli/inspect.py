@@ -24,12 +24,13 @@ from zero_ckpt.cli.text import (
     table,
 )
 from zero_ckpt.core.dtypes import itemsize
+from zero_ckpt.core.foreign import ForeignManifest
 from zero_ckpt.core.layout import ROLES
 from zero_ckpt.core.manifest import Manifest
 from zero_ckpt.core.planner import Placed
 from zero_ckpt.core.shard_file import REMEDY
 from zero_ckpt.core.storage import LocalStorage, Storage
-from zero_ckpt.core.tags import check_files, fallback_notice, find_checkpoint, locate, read_manifest
+from zero_ckpt.core.tags import check_files, fallback_notice, find_checkpoint, locate, read_tag
 from zero_ckpt.errors import CorruptShardError
 
 SUMMARY = "show what one checkpoint holds"
@@ -82,7 +83,7 @@ def _open(storage: Storage, path: str) -> tuple[str, Manifest]:
     directory, tag = locate(storage, absolute, None)
     if tag is not None:
         folder = f"{directory}/{tag}"
-        return folder, read_manifest(storage, folder)
+        return folder, read_tag(storage, folder)
     found = find_checkpoint(storage, absolute)
     if found.problems:
         print(printable(fallback_notice(found.problems, found.folder)), file=sys.stderr)
@@ -108,6 +109,7 @@ def _lines(
 def _summary(m: Manifest, limit: int | None) -> Iterator[str]:
     tied = [f"{alias} = {key}" for alias, key in m.aliases.items()]
     rows = {
+        "format": m.format if isinstance(m, ForeignManifest) else "",
         "step": str(m.step),
         "saved": f"{local_time(m.created)} ({age_text(m.created)})",
         "ZeRO stage": str(m.zero_stage),
@@ -118,6 +120,7 @@ def _summary(m: Manifest, limit: int | None) -> Iterator[str]:
         "generation": f"{m.generation} (the tag was overwritten)" if m.generation > 1 else "",
         "tied": listing(tied, limit),
         "left out": listing(m.excluded, limit),
+        "not read": "; ".join(m.problems.values()) if isinstance(m, ForeignManifest) else "",
     }
     for name, text in rows.items():
         if text:
@@ -125,7 +128,7 @@ def _summary(m: Manifest, limit: int | None) -> Iterator[str]:
 
 
 def _file_lines(m: Manifest, full: bool) -> list[str]:
-    if full:
+    if full or isinstance(m, ForeignManifest):
         rows = [[name, size_text(r.nbytes), r.checksum] for name, r in sorted(m.files.items())]
         return table(("FILE", "SIZE", "XXH3-128"), rows, right="SIZE")
     rows = []
@@ -140,7 +143,9 @@ def _file_lines(m: Manifest, full: bool) -> list[str]:
 
 
 def _state_ranks(m: Manifest) -> list[int]:
-    """Ranks that stored objects."""
+    """Ranks that stored objects. Another system's are one rank's."""
+    if isinstance(m, ForeignManifest):
+        return [0]
     return sorted(_rank_of(name) for name in m.files if name.startswith("state-"))
 
 

@@ -11,7 +11,7 @@ from zero_ckpt.cli.text import printable, size_text
 from zero_ckpt.core.dtypes import itemsize
 from zero_ckpt.core.manifest import Manifest
 from zero_ckpt.core.objects import OBJECTS, RANK_OBJECTS, Shown, show_objects
-from zero_ckpt.core.shard_file import open_shard
+from zero_ckpt.core.shards import open_shards
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.errors import CorruptShardError
 
@@ -46,11 +46,8 @@ def read_objects(
     storage: Storage, folder: str, manifest: Manifest, rank: int
 ) -> dict[str, StoredObjects]:
     """`objects` (rank 0 has them) and `rank_objects` of one rank's state file. Raises `CorruptShardError`."""
-    name = manifest.file_of("state", rank)
-    if name not in manifest.files:
-        return {}
-    reader = open_shard(storage, f"{folder}/{name}", manifest.files[name])
-    try:
+    with open_shards(storage, folder, manifest) as shards:
+        reader = shards.get("state", rank)
         texts = {c.key: _tensor_text(c.dtype, c.shape) for c in reader.chunks}
         shared = manifest.tensors["state"]
         texts |= {key: f"sharded {_tensor_text(p.dtype, p.shape)}" for key, p in shared.items()}
@@ -61,8 +58,6 @@ def read_objects(
             )
             for tree in trees
         }
-    finally:
-        reader.close()
 
 
 def _tensor_text(dtype: str, shape: tuple[int, ...]) -> str:

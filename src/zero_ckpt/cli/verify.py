@@ -20,7 +20,7 @@ from zero_ckpt.core.tags import (
     locate,
     no_checkpoint,
     read_latest,
-    read_manifest,
+    read_tag,
 )
 from zero_ckpt.core.verification import Verifier
 from zero_ckpt.errors import CheckpointNotFoundError, CorruptManifestError
@@ -122,7 +122,7 @@ def _verify(storage: Storage, verifier: Verifier, directory: str, info: TagInfo)
 
 def _read_tag(storage: Storage, directory: str, tag: str) -> TagInfo:
     try:
-        return TagInfo(tag, read_manifest(storage, f"{directory}/{tag}"))
+        return TagInfo(tag, read_tag(storage, f"{directory}/{tag}"))
     except CheckpointNotFoundError:
         return TagInfo(tag, None, REMOVED)
     except CorruptManifestError as error:

@@ -15,15 +15,17 @@ import torch
 
 from zero_ckpt.core.chunks import Box, full_box
 from zero_ckpt.core.dtensors import TORCH_DTYPES
+from zero_ckpt.core.foreign import problem_of
 from zero_ckpt.core.lazy import LazyTensor
 from zero_ckpt.core.manifest import Manifest
 from zero_ckpt.core.objects import OBJECTS, RANK_OBJECTS, decode_objects
 from zero_ckpt.core.planner import Placed
-from zero_ckpt.core.reader import ReadPlan, Request, ShardSet, plan_reads
+from zero_ckpt.core.reader import ReadPlan, Request, plan_reads
 from zero_ckpt.core.runs import Run
 from zero_ckpt.core.shard_file import REMEDY
+from zero_ckpt.core.shards import open_shards
 from zero_ckpt.core.storage import LocalStorage, Storage
-from zero_ckpt.core.tags import fallback_notice, find_checkpoint, read_manifest
+from zero_ckpt.core.tags import fallback_notice, find_checkpoint, read_tag
 from zero_ckpt.errors import CorruptShardError, StateMismatchError
 
 __all__ = ["Checkpoint", "open_checkpoint"]
@@ -35,15 +37,21 @@ class Checkpoint:
     def __init__(self, storage: Storage, folder: str, manifest: Manifest | None = None) -> None:
         self.storage = storage
         self.path = folder
-        self.manifest = manifest or read_manifest(storage, folder)
-        self.shards = ShardSet(storage, folder, self.manifest)
+        self.manifest = manifest or read_tag(storage, folder)
+        self.shards = open_shards(storage, folder, self.manifest)
 
     @property
     def tag(self) -> str:
         return self.manifest.tag
 
     def keys(self, role: str) -> list[str]:
-        """Stored tensors of `role` (`model`, `optim` or `state`), in the order of the save."""
+        """Stored tensors of `role` (`model`, `optim` or `state`), in the order of the save.
+
+        Raises `StateMismatchError` when another system's checkpoint has them in a form that is not known.
+        """
+        problem = problem_of(self.manifest, role)
+        if problem:
+            raise StateMismatchError(f"{self.path}: {problem}")
         return list(self.manifest.tensors[role])
 
     def resolve(self, key: str) -> str | None:

@@ -22,14 +22,14 @@ import torch
 from zero_ckpt.core.chunks import Box, flat_range_boxes
 from zero_ckpt.core.dtensors import DTYPE_NAMES, TORCH_DTYPES
 from zero_ckpt.core.dtypes import itemsize
-from zero_ckpt.core.manifest import Manifest
 from zero_ckpt.core.memory import copy_bytes
 from zero_ckpt.core.planner import Placed, needed_chunks
-from zero_ckpt.core.shard_file import BLOCK, Chunk, ShardReader, open_shard
-from zero_ckpt.core.storage import Storage, aligned_buffer
-from zero_ckpt.errors import CorruptManifestError, CorruptShardError
+from zero_ckpt.core.shard_file import BLOCK, Chunk
+from zero_ckpt.core.shards import ShardSet, StoredFile
+from zero_ckpt.core.storage import aligned_buffer
+from zero_ckpt.errors import CorruptShardError
 
-__all__ = ["ReadPlan", "Request", "ShardSet", "plan_reads"]
+__all__ = ["ReadPlan", "Request", "plan_reads"]
 
 READ_THREADS = 4
 """Blocks in flight of one rank."""
@@ -49,38 +49,6 @@ class Request:
     target: torch.Tensor
 
 
-class ShardSet:
-    """The shard files of one checkpoint, each opened and verified when first needed. Closed as one."""
-
-    def __init__(self, storage: Storage, folder: str, manifest: Manifest) -> None:
-        self._storage, self._folder, self.manifest = storage, folder, manifest
-        self._open: dict[str, ShardReader] = {}
-        self._lock = threading.Lock()
-
-    def get(self, role: str, rank: int) -> ShardReader:
-        name = self.manifest.file_of(role, rank)
-        if name not in self.manifest.files:
-            raise CorruptManifestError(
-                f"{self._folder}: the manifest lists no '{name}', where rank {rank} keeps its {role}"
-            )
-        with self._lock:
-            if name not in self._open:
-                path = f"{self._folder}/{name}"
-                self._open[name] = open_shard(self._storage, path, self.manifest.files[name])
-            return self._open[name]
-
-    def close(self) -> None:
-        with self._lock:
-            while self._open:
-                self._open.popitem()[1].close()
-
-    def __enter__(self) -> ShardSet:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
 @dataclass(slots=True)
 class _Part:
     """What one request takes from one stored chunk."""
@@ -94,7 +62,7 @@ class _Part:
 class _FilePlan:
     """The parts that one file gives, by block index; a part that spans blocks stands under each."""
 
-    reader: ShardReader
+    reader: StoredFile
     blocks: dict[int, list[_Part]] = field(default_factory=dict)
 
 
@@ -112,7 +80,7 @@ class ReadPlan:
         """Fill every target. Raises `CorruptShardError` or OSError; targets may then be partly filled."""
         _run(self.files, _copy_block, progress)
 
-    def fill_from(self, read_block: Callable[[ShardReader, int], memoryview]) -> None:
+    def fill_from(self, read_block: Callable[[StoredFile, int], memoryview]) -> None:
         """Fill every target on this thread, with verified blocks that `read_block(file, index)` gives."""
         with torch.no_grad():
             for plan in self.files:

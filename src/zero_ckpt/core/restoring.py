@@ -198,7 +198,7 @@ def _holder(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 def _check_kind(path: str, optimizer: torch.optim.Optimizer, record: Mapping[str, Any]) -> None:
     mine, saved = type(_holder(optimizer)).__name__, record["class"]
-    if mine != saved and not ({mine, saved} <= {"Adam", "AdamW"}):
+    if saved and mine != saved and not ({mine, saved} <= {"Adam", "AdamW"}):
         raise StateMismatchError(
             f"{path}: the optimizer was {saved} when it was saved and is {mine} now; their states are not the same "
             "thing. Nothing was loaded. Use the same class, or load with load_optimizer_states=False."

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from zero_ckpt.core.foreign import ForeignManifest, format_of
 from zero_ckpt.core.manifest import MANIFEST_NAME, Manifest
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.errors import (
@@ -39,10 +40,14 @@ __all__ = [
     "prune",
     "read_latest",
     "read_manifest",
+    "read_tag",
     "remove_tag",
 ]
 
 LATEST_NAME = "latest"
+LATEST_UNIVERSAL_NAME = "latest_universal"
+"""DeepSpeed's; looked at where there is no `latest`."""
+
 NOT_COMMITTED = "not committed"
 MAX_MANIFEST = 1 << 30
 """Bytes. Larger manifests are refused: nothing that reads one may be made to fill the memory."""
@@ -90,6 +95,21 @@ def read_manifest(storage: Storage, folder: str) -> Manifest:
     return Manifest.from_bytes(data, path)
 
 
+def read_tag(storage: Storage, folder: str) -> Manifest:
+    """What a tag folder holds, whoever wrote it: the manifest, or another system's files described as one.
+
+    Raises `CheckpointNotFoundError`, `CorruptCheckpointError`, `StateMismatchError`, `FormatVersionError` or
+    `UnsafeObjectError`.
+    """
+    try:
+        return read_manifest(storage, folder)
+    except CheckpointNotFoundError:
+        found = format_of(_names(storage, folder))
+        if found is None:
+            raise
+        return found.open_tag(storage, folder)
+
+
 def _why_none(storage: Storage, folder: str) -> str:
     """Says what `folder`, which holds no manifest, is instead of a checkpoint."""
     try:
@@ -127,11 +147,9 @@ def _shown(storage: Storage, folder: str) -> str:
 
 
 def is_tag_folder(storage: Storage, path: str) -> bool:
-    """Whether `path` itself holds a manifest, readable or not."""
-    try:
-        return any(entry.name == MANIFEST_NAME for entry in storage.list(path))
-    except OSError:
-        return False
+    """Whether `path` itself holds a checkpoint, readable or not: a manifest, or another system's files."""
+    names = _names(storage, path)
+    return MANIFEST_NAME in names or format_of(names) is not None
 
 
 def read_latest(storage: Storage, directory: str) -> str | None:
@@ -143,14 +161,33 @@ def _latest(storage: Storage, directory: str) -> tuple[str | None, str]:
     """The tag that `latest` names, or None and what is wrong with the file."""
     path = f"{directory}/{LATEST_NAME}"
     try:
-        text = storage.get(path, 4096).decode()
-        return check_tag(text.strip()), ""
+        text = _latest_text(storage, directory)
+        return _checked_tag(storage, directory, text.strip()), ""
     except FileNotFoundError:
         return None, f"{path} is missing"
     except ConfigurationError:
         return None, f"{path} names no tag, it holds {text[:40]!r}"
     except (OSError, ValueError) as error:
         return None, f"{path} cannot be read: {_reason(error)}"
+
+
+def _latest_text(storage: Storage, directory: str) -> str:
+    try:
+        return storage.get(f"{directory}/{LATEST_NAME}", 4096).decode()
+    except FileNotFoundError:
+        return storage.get(f"{directory}/{LATEST_UNIVERSAL_NAME}", 4096).decode()
+
+
+def _checked_tag(storage: Storage, directory: str, tag: str) -> str:
+    """The tag. DeepSpeed lets one be a path below the directory: that is taken where such a checkpoint is there."""
+    try:
+        return check_tag(tag)
+    except ConfigurationError:
+        parts = tag.split("/")
+        is_path = len(parts) > 1 and all(part and part not in (".", "..") for part in parts)
+        if is_path and format_of(_names(storage, f"{directory}/{tag}")) is not None:
+            return tag
+        raise
 
 
 def list_tags(storage: Storage, directory: str) -> list[TagInfo]:
@@ -182,7 +219,7 @@ def _age(info: TagInfo) -> tuple[int, float, str]:
 def _inspect(storage: Storage, directory: str, name: str) -> TagInfo | None:
     folder = f"{directory}/{name}"
     try:
-        return TagInfo(name, read_manifest(storage, folder))
+        return TagInfo(name, read_tag(storage, folder))
     except CheckpointNotFoundError:
         holds = _holds_shards(_names(storage, folder))
         return TagInfo(name, None, NOT_COMMITTED) if holds else None
@@ -196,11 +233,16 @@ def locate(storage: Storage, path: str, tag: str | None) -> tuple[str, str | Non
     if tag is None and is_tag_folder(storage, path):
         real = os.path.realpath(path)
         return os.path.dirname(real), os.path.basename(real)
-    return path, None if tag is None else check_tag(tag)
+    return path, None if tag is None else _checked_tag(storage, path, tag)
 
 
 def check_files(storage: Storage, folder: str, manifest: Manifest) -> None:
-    """Every listed file is there and has its length. Raises `CorruptCheckpointError`; reads no data."""
+    """Every listed file is there and has its length. Raises `CorruptCheckpointError`; reads no data.
+
+    Of another system's checkpoint that was found out when it was opened.
+    """
+    if isinstance(manifest, ForeignManifest):
+        return
     try:
         there = {entry.name: entry.nbytes for entry in storage.list(folder)}
     except OSError as error:
@@ -284,7 +326,7 @@ def find_checkpoint(storage: Storage, path: str, tag: str | None = None) -> Foun
 
 
 def _check(storage: Storage, folder: str, problems: Sequence[str]) -> Found:
-    manifest = read_manifest(storage, folder)
+    manifest = read_tag(storage, folder)
     check_files(storage, folder, manifest)
     return Found(folder, manifest, tuple(problems))
 
@@ -340,9 +382,16 @@ def remove_tag(storage: Storage, directory: str, tag: str) -> None:
         storage.sync(directory)
 
 
+def _is_ours(info: TagInfo) -> bool:
+    return info.manifest is not None and not isinstance(info.manifest, ForeignManifest)
+
+
 def prune(storage: Storage, directory: str, keep_last: int, protected: str) -> list[str]:
-    """Remove the oldest committed checkpoints beyond `keep_last`; never `protected`, nor what `latest` names."""
-    infos = [info for info in list_tags(storage, directory) if info.manifest is not None]
+    """Remove the oldest committed checkpoints beyond `keep_last`; never `protected`, nor what `latest` names.
+
+    Checkpoints of other systems neither count nor are removed.
+    """
+    infos = [info for info in list_tags(storage, directory) if _is_ours(info)]
     spared = {protected, read_latest(storage, directory)}
     doomed = [
         info.name for info in infos[: max(0, len(infos) - keep_last)] if info.name not in spared

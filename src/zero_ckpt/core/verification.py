@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+from zero_ckpt.core.foreign import ForeignManifest
 from zero_ckpt.core.manifest import FileRecord, Manifest
 from zero_ckpt.core.shard_file import BLOCK, REMEDY, ShardReader, open_shard
 from zero_ckpt.core.storage import Storage, aligned_buffer
@@ -47,8 +48,15 @@ class Verifier:
 
     def damage(self, folder: str, manifest: Manifest) -> Iterator[str]:
         """All damage of the checkpoint in `folder`, in the order of files: lines that start with the file's name."""
+        if isinstance(manifest, ForeignManifest):
+            yield from manifest.content.damage(self._count)
+            return
         for name, record in sorted(manifest.files.items()):
             yield from self._file_damage(folder, name, record, manifest)
+
+    def _count(self, nbytes: int) -> None:
+        self.bytes_read += nbytes
+        self._progress(nbytes)
 
     def _file_damage(
         self, folder: str, name: str, record: FileRecord, manifest: Manifest

@@ -15,8 +15,9 @@ import torch
 from zero_ckpt.core.chunks import flat_range_boxes
 from zero_ckpt.core.dtensors import TORCH_DTYPES
 from zero_ckpt.core.dtypes import itemsize
-from zero_ckpt.core.reader import Request, ShardSet, plan_reads
-from zero_ckpt.core.shard_file import BLOCK, ShardReader
+from zero_ckpt.core.reader import Request, plan_reads
+from zero_ckpt.core.shard_file import BLOCK
+from zero_ckpt.core.shards import ShardSet, StoredFile
 from zero_ckpt.core.storage import aligned_buffer
 from zero_ckpt.fp32.layout import FileLayout, Slot
 
@@ -34,7 +35,7 @@ class BlockCache:
         self._reread = num_files > MAX_BLOCKS
         self._kept: OrderedDict[str, tuple[int, memoryview, memoryview]] = OrderedDict()
 
-    def read(self, file: ShardReader, index: int) -> memoryview:
+    def read(self, file: StoredFile, index: int) -> memoryview:
         """Block `index` of a file's data. Raises `CorruptShardError` or OSError."""
         kept = self._kept.pop(file.name, None)
         if kept is None or kept[0] != index:

@@ -72,8 +72,9 @@ class Contents:
 
     @property
     def num_sources(self) -> int:
-        """Shard files of the model."""
-        return sum(name.startswith("model-") for name in self.checkpoint.manifest.files)
+        """Files that the model's tensors lie in."""
+        placed = {id(p): p for p in self.checkpoint.manifest.tensors["model"].values()}
+        return len({rank for p in placed.values() for run in p.runs for rank in run.ranks()})
 
     @property
     def index(self) -> dict[str, object] | None:

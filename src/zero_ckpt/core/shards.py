@@ -1,0 +1,94 @@
+"""The files that hold one checkpoint's tensors, each opened when first needed, closed as one. Imports no torch.
+
+Readers see a `StoredFile`: blocks of bytes, and where in them each chunk lies. A shard file of ours is one, verified
+block by block; so is a file of another system's (see `foreign`), as far as that system lets a file be verified.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Protocol
+
+from zero_ckpt.core.chunks import Box
+from zero_ckpt.core.foreign import ForeignManifest
+from zero_ckpt.core.manifest import Manifest
+from zero_ckpt.core.shard_file import Chunk, open_shard
+from zero_ckpt.core.storage import Storage
+from zero_ckpt.errors import CorruptManifestError
+
+__all__ = ["ShardSet", "StoredFile", "open_shards"]
+
+
+class StoredFile(Protocol):
+    """An open file. `name`: for messages, and unlike any other's."""
+
+    name: str
+
+    @property
+    def chunks(self) -> Sequence[Chunk]: ...
+
+    def find(self, key: str, box: Box) -> Chunk:
+        """The chunk of `key` that holds exactly `box`. Raises `CorruptShardError`."""
+
+    def read_block(self, index: int, buffer: memoryview, keep: bool = False) -> memoryview:
+        """Block `index`, of `BLOCK` bytes but for the last, in `buffer`. Raises `CorruptShardError`."""
+
+    def read_entry(self, key: str) -> bytes:
+        """All bytes of a small chunk."""
+
+    def close(self) -> None: ...
+
+
+class ShardSet:
+    """The shard files of one checkpoint of ours, each verified when it is opened."""
+
+    def __init__(self, storage: Storage, folder: str, manifest: Manifest) -> None:
+        self._storage, self._folder, self.manifest = storage, folder, manifest
+        self._open: dict[str, StoredFile] = {}
+        self._lock = threading.Lock()
+
+    def get(self, role: str, rank: int) -> StoredFile:
+        name = self.manifest.file_of(role, rank)
+        if name not in self.manifest.files:
+            raise CorruptManifestError(
+                f"{self._folder}: the manifest lists no '{name}', where rank {rank} keeps its {role}"
+            )
+        with self._lock:
+            if name not in self._open:
+                path = f"{self._folder}/{name}"
+                self._open[name] = open_shard(self._storage, path, self.manifest.files[name])
+            return self._open[name]
+
+    def close(self) -> None:
+        with self._lock:
+            while self._open:
+                self._open.popitem()[1].close()
+
+    def __enter__(self) -> ShardSet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _ForeignShards(ShardSet):
+    """The files of another system's checkpoint."""
+
+    def __init__(self, storage: Storage, folder: str, manifest: ForeignManifest) -> None:
+        super().__init__(storage, folder, manifest)
+        self._content = manifest.content
+
+    def get(self, role: str, rank: int) -> StoredFile:
+        found: StoredFile = self._content.file(role, rank)
+        return found
+
+    def close(self) -> None:
+        self._content.close()
+
+
+def open_shards(storage: Storage, folder: str, manifest: Manifest) -> ShardSet:
+    """The files that `manifest` says hold the checkpoint in `folder`."""
+    if isinstance(manifest, ForeignManifest):
+        return _ForeignShards(storage, folder, manifest)
+    return ShardSet(storage, folder, manifest)

@@ -1,0 +1,76 @@
+"""Pipeline parallelism: layer files, and which stage's optimizer steps which layers. Pure.
+
+A layer file holds the layer's own state dict; its parameters are called `<layer>.<name>` in the whole model. Layers
+that stages share (`TiedLayerSpec`) are called `tied_modules.<key>.<name>` there, and their files do not say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from zero_ckpt.interop.deepspeed.column import Column
+
+__all__ = ["TIED", "drop_doubles", "drop_tied", "stage_names"]
+
+TIED = "tied again: "
+
+Shape = tuple[int, ...]
+
+
+def drop_tied(column: Column) -> None:
+    """Leave out of the module what masters have under the name of a tied layer."""
+    tied = {
+        (name.split(".", 2)[2], tensor.shape)
+        for name, tensor in column.masters.items()
+        if name.startswith("tied_modules.") and name.count(".") >= 2
+    }
+    for name in list(column.module):
+        inner = (name.partition(".")[2], column.module[name].shape)
+        if name not in column.masters and inner in tied:
+            del column.module[name]
+            column.order = [other for other in column.order if other != name]
+
+
+def stage_names(
+    stages: Sequence[Sequence[Shape | None] | None], candidates: Mapping[str, Shape]
+) -> list[dict[str, Shape]] | None:
+    """The parameters of each stage's optimizer, in its order; None where nothing fits.
+
+    Stages have consecutive layers. A later stage may begin with parameters of layers tied to an earlier one, whose
+    names here begin with `TIED`.
+    """
+    names = list(candidates)
+    at, found = 0, list[dict[str, Shape]]()
+    for shapes in stages:
+        taken = None if shapes is None else _take(shapes, names[at:], candidates, bool(found))
+        if taken is None:
+            return None
+        found.append(taken)
+        at += sum(not name.startswith(TIED) for name in taken)
+    return found if at == len(names) else None
+
+
+def _take(
+    shapes: Sequence[Shape | None],
+    names: Sequence[str],
+    candidates: Mapping[str, Shape],
+    may_be_tied: bool,
+) -> dict[str, Shape] | None:
+    for tied in range(len(shapes) + 1 if may_be_tied else 1):
+        rest = shapes[tied:]
+        chosen = names[: len(rest)]
+        if len(chosen) == len(rest) and all(
+            shape in (None, candidates[name]) for shape, name in zip(rest, chosen, strict=True)
+        ):
+            again = {f"{TIED}{i}": shape or () for i, shape in enumerate(shapes[:tied])}
+            return again | {name: candidates[name] for name in chosen}
+    return None
+
+
+def drop_doubles(column: Column) -> None:
+    """Leave out what `stage_names` found to be parameters of tied layers again."""
+    for found in (column.masters, column.states):
+        for name in [name for name in found if name.startswith(TIED)]:
+            del found[name]
+    for group in column.groups:
+        group.names = [name for name in group.names if not name.startswith(TIED)]

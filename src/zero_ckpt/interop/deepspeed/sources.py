@@ -1,0 +1,288 @@
+"""Bytes of a checkpoint by address: a file as it is, ranges of files end to end, bytes at hand, strided tensors.
+
+A source has an address space that is read in blocks, as the core reads shard files. Addresses of tensors are
+multiples of their elements' size, which a file need not grant: then its storages are gathered.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from math import prod
+from typing import Protocol
+
+from zero_ckpt.core.dtypes import itemsize
+from zero_ckpt.core.shard_file import BLOCK
+from zero_ckpt.core.storage import FileReader, aligned_buffer, round_up
+from zero_ckpt.core.storage import Storage as Files
+from zero_ckpt.errors import CorruptShardError
+from zero_ckpt.interop.deepspeed.tensors import Storage, StoredTensor
+from zero_ckpt.interop.deepspeed.torch_files import REMEDY, TorchFile, open_torch_file, read_range
+
+__all__ = ["Bytes", "FileTable", "Source"]
+
+
+class Source(Protocol):
+    """`name`: for messages, and unlike any other's. `nbytes`: of the address space."""
+
+    name: str
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def read_block(self, index: int, buffer: memoryview, keep: bool = False) -> memoryview:
+        """Bytes `index * BLOCK` and following, at most `BLOCK`, in `buffer`. Raises `CorruptShardError`."""
+
+    def close(self) -> None: ...
+
+
+@dataclass(slots=True)
+class _Path:
+    """A file as it is; opened when it is first read, and again after a close."""
+
+    files: Files
+    name: str
+    nbytes: int
+    _open: FileReader | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def reader(self) -> FileReader:
+        with self._lock:
+            if self._open is None:
+                try:
+                    self._open = self.files.open(self.name)
+                except OSError as error:
+                    raise _unreadable(self.name, error) from error
+                if self._open.nbytes != self.nbytes:
+                    raise CorruptShardError(
+                        f"{self.name}: {self.nbytes} bytes expected, {self._open.nbytes} found: it was replaced "
+                        "while it was open"
+                    )
+            return self._open
+
+    def read_block(self, index: int, buffer: memoryview, keep: bool = False) -> memoryview:
+        begin = index * BLOCK
+        nbytes = min(BLOCK, self.nbytes - begin)
+        try:
+            self.reader().read_into(begin, nbytes, buffer, keep)
+        except (EOFError, OSError) as error:
+            raise _unreadable(self.name, error) from error
+        return buffer[:nbytes]
+
+    def range(self, offset: int, nbytes: int) -> bytes:
+        try:
+            return read_range(self.reader(), offset, nbytes)
+        except (EOFError, OSError) as error:
+            raise _unreadable(self.name, error) from error
+
+    def close(self) -> None:
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+
+
+def _unreadable(name: str, error: Exception) -> CorruptShardError:
+    return CorruptShardError(f"{name}: cannot be read: {error}. {REMEDY}")
+
+
+class Bytes:
+    """Bytes at hand: numbers that a file holds without a tensor, and encoded objects."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._data = bytearray()
+
+    @property
+    def nbytes(self) -> int:
+        return len(self._data)
+
+    def add(self, data: bytes) -> int:
+        """The address of the bytes."""
+        self._data += bytes(-len(self._data) % 16)
+        begin = len(self._data)
+        self._data += data
+        return begin
+
+    def read_block(self, index: int, buffer: memoryview, keep: bool = False) -> memoryview:
+        part = self._data[index * BLOCK : (index + 1) * BLOCK]
+        buffer[: len(part)] = part
+        return buffer[: len(part)]
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Extent:
+    begin: int
+    nbytes: int
+    read: Callable[[int, int], bytes]
+
+    @property
+    def end(self) -> int:
+        return self.begin + self.nbytes
+
+
+class Gathered:
+    """Ranges of other sources end to end, each aligned."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.nbytes = 0
+        self._extents: list[_Extent] = []
+
+    def add(self, nbytes: int, read: Callable[[int, int], bytes]) -> int:
+        """The address of a range; `read(offset, nbytes)` gives bytes of it."""
+        begin = round_up(self.nbytes, 64)
+        self._extents.append(_Extent(begin, nbytes, read))
+        self.nbytes = begin + nbytes
+        return begin
+
+    def read_block(self, index: int, buffer: memoryview, keep: bool = False) -> memoryview:
+        begin = index * BLOCK
+        end = min(begin + BLOCK, self.nbytes)
+        for extent in self._extents:
+            start, stop = max(begin, extent.begin), min(end, extent.end)
+            if start < stop:
+                data = extent.read(start - extent.begin, stop - start)
+                buffer[start - begin : stop - begin] = data
+        return buffer[: end - begin]
+
+    def close(self) -> None:
+        """Its sources are closed by themselves."""
+
+
+class FileTable:
+    """The sources of one tag's folder, by number. Files are opened once; numbers are given in the order of opening."""
+
+    def __init__(self, files: Files, folder: str) -> None:
+        self.files, self.folder = files, folder
+        self.sources: list[Source] = []
+        self._opened: dict[str, TorchFile] = {}
+        self._files: list[TorchFile] = []
+        self._numbers = Bytes(f"{folder} (numbers)")
+        self._numbers_at: int | None = None
+
+    def open(self, name: str) -> TorchFile:
+        """A file of the folder, by its name there. Raises `CorruptShardError` or `UnsafeObjectError`."""
+        if name not in self._opened:
+            path = f"{self.folder}/{name}"
+            number = len(self.sources)
+            found = open_torch_file(self.files, path, number)
+            source = _Path(self.files, path, found.nbytes)
+            self.sources.append(source)
+            self._align(source, found)
+            for storage in found.storages:
+                for tensor in storage.views:
+                    if not tensor.is_contiguous:
+                        self._straighten(tensor)
+            self._opened[name] = found
+            self._files.append(replace(found, tree=None, storages=[]))
+        return self._opened[name]
+
+    def forget(self, name: str) -> None:
+        """The tree of a file that is not needed any more. Its bytes stay readable."""
+        self._opened.pop(name, None)
+
+    def forget_all(self) -> None:
+        """The trees of all files."""
+        self._opened.clear()
+
+    @property
+    def paths(self) -> set[str]:
+        """The paths of the files themselves."""
+        return {file.path for file in self._files}
+
+    def opened(self) -> list[TorchFile]:
+        """Every file that was opened, without its tree when that was forgotten."""
+        return self._files
+
+    def source_of(self, path: str) -> Source:
+        return next(source for source in self.sources if source.name == path)
+
+    @property
+    def names(self) -> list[str]:
+        return [source.name for source in self.sources]
+
+    def number(self, data: bytes) -> tuple[int, int]:
+        """(source, address) of a few bytes that no file holds as such."""
+        if self._numbers_at is None:
+            self._numbers_at = self.add(self._numbers)
+        return self._numbers_at, self._numbers.add(data)
+
+    def add(self, source: Source) -> int:
+        self.sources.append(source)
+        return len(self.sources) - 1
+
+    def close(self) -> None:
+        for source in self.sources:
+            source.close()
+
+    def _align(self, source: _Path, file: TorchFile) -> None:
+        """Storages that do not begin at a multiple of their elements' size are read through another address space."""
+        odd = [s for s in file.storages if s.begin % 16 and s.nbytes]
+        if not odd:
+            return
+        gathered = Gathered(f"{source.name} (aligned)")
+        number = self.add(gathered)
+        for storage in odd:
+            storage.begin = gathered.add(storage.nbytes, _shifted(source, storage.begin))
+            storage.file = number
+
+    def _straighten(self, tensor: StoredTensor) -> None:
+        """Make a strided tensor a contiguous one of a source of its own."""
+        source = _Strided(self.sources[tensor.storage.file], tensor)
+        storage = Storage(tensor.dtype, source.nbytes, tensor.storage.key, self.add(source))
+        tensor.storage, tensor.offset = storage, 0
+        tensor.strides = tuple(prod(tensor.shape[d + 1 :]) for d in range(len(tensor.shape)))
+
+
+def _shifted(source: _Path, begin: int) -> Callable[[int, int], bytes]:
+    return lambda offset, nbytes: source.range(begin + offset, nbytes)
+
+
+class _Strided:
+    """The elements of a strided tensor in row-major order. Holds the tensor while it is read."""
+
+    def __init__(self, source: Source, tensor: StoredTensor) -> None:
+        self.name = f"{source.name} (strided {tensor.storage.key}.{tensor.offset}.{tensor.strides})"
+        self.nbytes = tensor.numel * itemsize(tensor.dtype)
+        self._source, self._begin, self._size = source, tensor.begin, itemsize(tensor.dtype)
+        self._shape, self._strides = tensor.shape, tensor.strides
+        self._span = tensor.span - tensor.offset * self._size
+        self._data: bytes | None = None
+
+    def read_block(self, index: int, buffer: memoryview, keep: bool = False) -> memoryview:
+        if self._data is None:
+            self._data = self._gather()
+        part = self._data[index * BLOCK : (index + 1) * BLOCK]
+        buffer[: len(part)] = part
+        return buffer[: len(part)]
+
+    def _gather(self) -> bytes:
+        import numpy as np
+
+        memory = np.frombuffer(read_bytes(self._source, self._begin, self._span), dtype=np.uint8)
+        view = np.lib.stride_tricks.as_strided(
+            memory, (*self._shape, self._size), (*(s * self._size for s in self._strides), 1)
+        )
+        return np.ascontiguousarray(view).tobytes()
+
+    def close(self) -> None:
+        self._data = None
+
+
+def read_bytes(source: Source, begin: int, nbytes: int) -> bytes:
+    """Any bytes of a source."""
+    if isinstance(source, _Path):
+        return source.range(begin, nbytes)
+    buffer, found = memoryview(aligned_buffer(BLOCK)), bytearray()
+    while len(found) < nbytes:
+        at = begin + len(found)
+        data = source.read_block(at // BLOCK, buffer)
+        part = data[at % BLOCK : at % BLOCK + nbytes - len(found)]
+        if not part:
+            raise CorruptShardError(f"{source.name}: it ends at byte {at}, more expected. {REMEDY}")
+        found += part
+    return bytes(found)
