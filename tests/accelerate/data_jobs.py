@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -126,7 +126,7 @@ def prepared(case: Case, seed: int, *, tracked: bool = True) -> tuple[Accelerato
     )
     accelerator = Accelerator(cpu=True, dataloader_config=config, rng_types=list(case.rng_types))
     set_seed(seed)
-    loader = accelerator.prepare(_loader(case, seed))
+    loader = accelerator.prepare(raw_loader(case, seed))
     if case.rng_types == ("generator",):
         set_seed(seed + accelerator.process_index)  # every rank its own stream
     if tracked:
@@ -134,7 +134,7 @@ def prepared(case: Case, seed: int, *, tracked: bool = True) -> tuple[Accelerato
     return accelerator, loader
 
 
-def _loader(case: Case, seed: int) -> DataLoader[torch.Tensor]:
+def raw_loader(case: Case, seed: int) -> DataLoader[torch.Tensor]:
     options: dict[str, Any] = {
         "num_workers": case.workers,
         "persistent_workers": case.persistent,
@@ -224,30 +224,43 @@ def rest(
     return records
 
 
-def resumes(case: Case, *, tracked_reference: bool = False) -> dict[str, tuple[Any, Any]]:
-    """Resumes from every kind of place; for each, what was seen and what should have been."""
-    whole = uninterrupted(case, tracked=tracked_reference)
-    outcome = {}
+def resumes(case: Case, places: tuple[int | None, ...] = (1, -2, -1, None)) -> list[str]:
+    """Resume from `places` of epoch 1 (steps; negative: from its end, so that -1 is after the last; None: after the
+    loop). Returns what went wrong.
+
+    What should have been is a run with Accelerate alone. Only a stateful loader with workers is
+    compared with a tracked one: alone, each process shuffles it in its own way.
+    """
+    whole = uninterrupted(case, tracked=case.stateful and case.workers > 0)
     length = 1 + max(step for _, step, _ in whole)
-    for step in (1, length - 1, length, None):
+    failures = []
+    for place in places:
+        step = place if place is None or place > 0 else length + 1 + place
         saved = interrupted(case, 1, step)
-        name = f"after {step} of {length} steps"
-        if case.stateful:
-            over = step in (length, None)
-            got = rest_of_stateful(case, saved, 2 if over else 1, 0 if over else step or 0)
-        elif step is None:
-            got = resumed(case, saved, 2)
-        else:
-            got = resumed(case, saved, 1, step)
-        outcome[name] = (saved.records + got, whole)
-    return outcome
+        over = step in (length, None)
+        got = saved.records + rest_of(case, saved, 2 if over else 1, 0 if over else step or 0)
+        if got != whole:
+            failures.append(
+                f"saved after {step} of {length} steps: {_first_difference(got, whole)}"
+            )
+    return failures
 
 
-def rest_of_stateful(case: Case, saved: Saved, epoch: int, done: int) -> list[Record]:
+def rest_of(case: Case, saved: Saved, epoch: int, done: int) -> list[Record]:
+    if not case.stateful:
+        return resumed(case, saved, epoch, done)
     accelerator, loader = prepared(case, seed=77)
     load(accelerator, saved)
     return rest(loader, epoch, first=done)
 
 
-def with_workers(case: Case) -> Case:
-    return replace(case, workers=2)
+def _first_difference(got: list[Record], whole: list[Record]) -> str:
+    for mine, other in zip(got, whole, strict=False):
+        if mine != other:
+            return f"{mine} and not {other}"
+    return f"{len(got)} steps and not {len(whole)}"
+
+
+def indices(records: list[Record]) -> list[list[int]]:
+    """What samples each step had, without the random numbers."""
+    return [[int(value) for value in seen[:-1][::4]] for _, _, seen in records]
