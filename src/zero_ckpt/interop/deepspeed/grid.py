@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Sequence
 
 from zero_ckpt.interop.deepspeed.column import Column, Group
 
 __all__ = ["stack_stages"]
 
-V = TypeVar("V")
-
 
 def stack_stages(stages: Sequence[Column]) -> Column:
-    """One column with the parameters of all pipeline stages. What several stages hold (tied layers) is taken once."""
+    """One column with the parameters of all pipeline stages.
+
+    What several stages hold (tied layers) is taken from the last: each steps its own copy, with moments of its own.
+    """
     if len(stages) == 1:
         return stages[0]
     whole = Column(problem=next((s.problem for s in stages if s.problem), ""))
     for stage in stages:
-        _add_new(whole.masters, stage.masters)
-        _add_new(whole.module, stage.module)
-        _add_new(whole.states, stage.states)
-        _add_new(whole.aliases, stage.aliases)
+        whole.masters |= stage.masters
+        whole.module |= stage.module
+        whole.states |= stage.states
+        whole.aliases |= stage.aliases
         whole.order += [name for name in stage.order if name not in whole.order]
         whole.buffers |= stage.buffers
         whole.frozen |= stage.frozen
         _add_groups(whole.groups, stage.groups)
     return whole
-
-
-def _add_new(mine: dict[str, V], other: Mapping[str, V]) -> None:
-    for name, value in other.items():
-        mine.setdefault(name, value)
 
 
 def _add_groups(groups: list[Group], more: Iterable[Group]) -> None:

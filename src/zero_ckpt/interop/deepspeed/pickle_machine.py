@@ -58,36 +58,14 @@ class Record:
         return self.state.get(name, default) if isinstance(self.state, dict) else default
 
 
-_RUNS_CODE = frozenset(
-    {
-        "__builtin__",
-        "_ctypes",
-        "_operator",
-        "asyncio",
-        "bdb",
-        "builtins",
-        "code",
-        "codeop",
-        "commands",
-        "ctypes",
-        "importlib",
-        "marshal",
-        "multiprocessing",
-        "nt",
-        "operator",
-        "os",
-        "pdb",
-        "posix",
-        "pty",
-        "runpy",
-        "shutil",
-        "socket",
-        "subprocess",
-        "sys",
-        "timeit",
-        "webbrowser",
-    }
-)
+_PYTHON2_NAMES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+"""Modules as protocol 2 calls them, and their names."""
+
+_RUNNERS = """
+    _ctypes _operator asyncio bdb builtins code codeop commands ctypes importlib marshal multiprocessing nt operator os
+    pdb posix pty runpy shutil socket subprocess sys timeit webbrowser
+"""
+_RUNS_CODE = frozenset(_RUNNERS.split())
 """Modules whose functions no training state calls: a pickle that calls one was made to do harm."""
 
 Constructor = Callable[..., Any]
@@ -262,7 +240,7 @@ class _Machine:
 
     def make_global(self) -> None:
         module = self.line()
-        self.push(Global(module, self.line()))
+        self.push(Global(_PYTHON2_NAMES.get(module, module), self.line()))
 
     def stack_global(self) -> None:
         name, module = self.pop(), self.pop()

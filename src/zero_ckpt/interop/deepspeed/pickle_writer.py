@@ -11,6 +11,7 @@ import struct
 from typing import Any
 
 from zero_ckpt.interop.deepspeed.pickle_machine import Global, Record
+from zero_ckpt.interop.deepspeed.plain import Array
 
 __all__ = ["pickle_record"]
 
@@ -36,6 +37,8 @@ def _write(value: Any, depth: int) -> list[bytes]:
         return [*_plain(value.module), *_plain(value.name), b"\x93"]
     if isinstance(value, Record):
         return _record(value, depth)
+    if isinstance(value, Array):
+        return _write(_as_record(value), depth)
     if type(value) is dict:
         pairs = [part for item in value.items() for x in item for part in _write(x, depth + 1)]
         return [b"}(", *pairs, b"u"]
@@ -57,6 +60,22 @@ def _record(value: Record, depth: int) -> list[bytes]:
     if value.state is not None:
         parts += [*_write(value.state, depth + 1), b"b"]
     return parts
+
+
+def _as_record(array: Array) -> Record:
+    """A numpy array or scalar as numpy pickles it."""
+    import numpy as np
+
+    if array.dtype is None or array.data is None:
+        raise _Unwritable
+    state = (3, array.dtype.order, None, None, None, -1, -1, 0)
+    dtype = Record(Global("numpy", "dtype"), (array.dtype.code, False, True), state=state)
+    module = np.zeros(0).__reduce__()[0].__module__  # another one in each version of numpy
+    if array.shape is None:
+        return Record(Global(module, "scalar"), (dtype, array.data))
+    made = Record(Global(module, "_reconstruct"), (Global("numpy", "ndarray"), (0,), b"b"))
+    made.state = (1, array.shape, dtype, array.fortran, array.data)
+    return made
 
 
 def _plain(value: Any) -> list[bytes]:

@@ -36,17 +36,17 @@ def stage_names(
 ) -> list[dict[str, Shape]] | None:
     """The parameters of each stage's optimizer, in its order; None where nothing fits.
 
-    Stages have consecutive layers. A later stage may begin with parameters of layers tied to an earlier one, whose
-    names here begin with `TIED`.
+    Stages have consecutive layers. A later stage may begin with parameters of layers tied to an earlier one; where
+    their shapes do not tell which, their names here begin with `TIED`.
     """
     names = list(candidates)
     at, found = 0, list[dict[str, Shape]]()
     for shapes in stages:
-        taken = None if shapes is None else _take(shapes, names[at:], candidates, bool(found))
+        taken = None if shapes is None else _take(shapes, names[at:], candidates, names[:at])
         if taken is None:
             return None
         found.append(taken)
-        at += sum(not name.startswith(TIED) for name in taken)
+        at += sum(name in names[at:] for name in taken)
     return found if at == len(names) else None
 
 
@@ -54,17 +54,28 @@ def _take(
     shapes: Sequence[Shape | None],
     names: Sequence[str],
     candidates: Mapping[str, Shape],
-    may_be_tied: bool,
+    earlier: Sequence[str],
 ) -> dict[str, Shape] | None:
-    for tied in range(len(shapes) + 1 if may_be_tied else 1):
+    for tied in range(len(shapes) + 1 if earlier else 1):
         rest = shapes[tied:]
         chosen = names[: len(rest)]
         if len(chosen) == len(rest) and all(
             shape in (None, candidates[name]) for shape, name in zip(rest, chosen, strict=True)
         ):
-            again = {f"{TIED}{i}": shape or () for i, shape in enumerate(shapes[:tied])}
+            again = _again(shapes[:tied], earlier, candidates)
             return again | {name: candidates[name] for name in chosen}
     return None
+
+
+def _again(
+    shapes: Sequence[Shape | None], earlier: Sequence[str], candidates: Mapping[str, Shape]
+) -> dict[str, Shape]:
+    """Parameters of tied layers, by the earlier one of their shape where there is only one."""
+    found: dict[str, Shape] = {}
+    for index, shape in enumerate(shapes):
+        same = [name for name in earlier if candidates[name] == shape and name not in found]
+        found[same[0] if len(same) == 1 else f"{TIED}{index}"] = shape or ()
+    return found
 
 
 def drop_doubles(column: Column) -> None:

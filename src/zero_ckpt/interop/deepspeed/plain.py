@@ -193,7 +193,7 @@ _FACTORIES = {
 def _default_dict(factory: Any = None) -> Any:
     if factory is None:
         return defaultdict(None)
-    if isinstance(factory, Global) and factory.module in ("builtins", "__builtin__"):
+    if isinstance(factory, Global) and factory.module == "builtins":
         found = _FACTORIES.get(factory.name)
         if found is not None:
             return defaultdict(found)
@@ -245,7 +245,7 @@ CONSTRUCTORS: dict[str, Callable[..., Any]] = {
     "datetime.timezone": datetime.timezone,
     "numpy.dtype": _numpy_dtype,
     **_both(
-        "builtins __builtin__",
+        "builtins",
         {
             "set": set,
             "frozenset": frozenset,
