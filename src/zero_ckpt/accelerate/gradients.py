@@ -1,95 +1,127 @@
 """Gradients of an accumulation window that is not complete.
 
-Within `accelerator.accumulate()`, gradients of the batches so far lie on each rank, not yet averaged, and Accelerate's
-own checkpoints lose them: after a resume the window's step is made of what is left of it. Here each rank stores its
-own, and gets them back at the same world size; so the window goes on as if never interrupted. At another world size
-they have no place: the window begins anew, with a warning.
+Within `accelerator.accumulate()`, gradients of the batches so far lie on each rank, and Accelerate alone loses them:
+after a resume the window's step is made of what is left of it. Here each rank stores its own, and gets them back where
+it holds the same parts again; so the window goes on as if never interrupted. At another world size they have no place:
+the window begins anew, with a warning.
+
+Under FSDP2, batches without communication leave whole gradients of this rank's own in records of FSDP2; batches with it
+(`sync_each_batch`) leave reduced parts in `.grad`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from zero_ckpt.accelerate.base import ZeroBase
 from zero_ckpt.core.binding import bound_names
 
-__all__ = ["capture_gradients", "in_window", "restore_gradients"]
+__all__ = ["capture_gradients", "gradients_fit", "restore_gradients"]
+
+PART = "#part"
+"""Marks the name of a gradient of which this rank has a part."""
 
 
-def in_window(accelerator: ZeroBase) -> bool:
-    """Whether gradients are being accumulated, and the optimizer step that uses them is to come."""
-    return not accelerator.gradient_state.sync_gradients
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where gradients of one parameter lie. `record`: FSDP2's, when it shards the parameter."""
+
+    name: str
+    parameter: Any
+    record: Any = None
 
 
 def capture_gradients(accelerator: ZeroBase) -> dict[str, torch.Tensor]:
-    """FQN -> what this rank has accumulated; empty outside of a window. References, not copies."""
-    if not in_window(accelerator):
-        return {}
-    names = bound_names(accelerator.zero_models())
+    """Name -> what this rank has accumulated; empty outside of a window. References, not copies.
+
+    Sharded models must be in their sharded state, as `capture_models` leaves them.
+    """
     found: dict[str, torch.Tensor] = {}
-    for model in accelerator.zero_models().values():
-        unsharded = {id(sharded): part for sharded, part in _sharded(model)}
-        for parameter in model.parameters():
-            part = unsharded.get(id(parameter))
-            gradient = parameter.grad if part is None else _accumulated(part)
-            if gradient is not None:
-                found[names[id(parameter)]] = gradient.detach()
+    if accelerator.gradient_state.sync_gradients:
+        return found
+    for place in _places(accelerator):
+        gradient = place.parameter.grad
+        if isinstance(gradient, DTensor):
+            found[place.name + PART] = gradient.to_local().detach()
+        elif gradient is not None:
+            found[place.name] = gradient.detach()
+        whole = None if place.record is None else _accumulated(place.record)
+        if whole is not None:
+            found[place.name] = whole
     return found
 
 
+def gradients_fit(accelerator: ZeroBase, gradients: Mapping[str, torch.Tensor]) -> bool:
+    """Whether every one of them has its place here."""
+    shapes: dict[str, torch.Size] = {}
+    for place in _places(accelerator):
+        shapes[place.name] = place.parameter.shape
+        if isinstance(place.parameter, DTensor):
+            shapes[place.name + PART] = place.parameter.to_local().shape
+            if place.record is None:
+                del shapes[place.name]
+    return all(name in shapes and shapes[name] == g.shape for name, g in gradients.items())
+
+
+@torch.no_grad()
 def restore_gradients(accelerator: ZeroBase, gradients: Mapping[str, torch.Tensor]) -> None:
-    """Continue the window with these gradients; without any, there is none."""
-    names = bound_names(accelerator.zero_models())
-    for model in accelerator.zero_models().values():
-        unsharded = {id(sharded): part for sharded, part in _sharded(model)}
+    """Continue the window with these gradients, which fit; without any, there is none."""
+    for place in _places(accelerator):
+        parameter, record = place.parameter, place.record
+        part, whole = gradients.get(place.name + PART), gradients.get(place.name)
+        parameter.grad = None
+        if part is not None:
+            local = part.to(parameter.to_local().device)
+            parameter.grad = DTensor.from_local(
+                local,
+                parameter.device_mesh,
+                parameter.placements,
+                run_check=False,
+                shape=parameter.shape,
+                stride=parameter.stride(),
+            )
+        if record is not None:
+            if hasattr(record, "_unsharded_param"):
+                record._unsharded_param.grad = None
+            record.unsharded_accumulated_grad = None if whole is None else whole.to(record.device)
+        elif whole is not None:
+            parameter.grad = whole.to(parameter.device)
+
+
+def _places(accelerator: ZeroBase) -> Iterator[_Place]:
+    models = accelerator.zero_models()
+    names = bound_names(models)
+    for model in models.values():
+        records = {id(record.sharded_param): record for record in _records(model)}
         for parameter in model.parameters():
-            stored = gradients.get(names[id(parameter)])
-            part = unsharded.get(id(parameter))
-            if part is not None:
-                _put(part, stored)
-            else:
-                parameter.grad = None if stored is None else stored.to(parameter.device)
+            yield _Place(names[id(parameter)], parameter, records.get(id(parameter)))
 
 
-def _sharded(model: nn.Module) -> Iterator[tuple[nn.Parameter, Any]]:
-    """(sharded parameter, FSDP2's record of it) of everything that FSDP2 shards."""
+def _records(model: nn.Module) -> Iterator[Any]:
+    """FSDP2's record of every parameter that it shards."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            for group in _groups(module):
-                for record in group.fsdp_params:
-                    yield record.sharded_param, record
-
-
-def _groups(module: FSDPModule) -> list[Any]:
-    state = module._get_fsdp_state()
-    groups = getattr(state, "_fsdp_param_groups", None)  # torch 2.13 has several for a module
-    if groups is not None:
-        return list(groups)
-    return [state._fsdp_param_group] if state._fsdp_param_group is not None else []
+            state = module._get_fsdp_state()
+            groups = getattr(
+                state, "_fsdp_param_groups", None
+            )  # newer torch has several for a module
+            for group in [state._fsdp_param_group] if groups is None else groups:
+                yield from () if group is None else group.fsdp_params
 
 
 def _accumulated(record: Any) -> torch.Tensor | None:
     """What passes without communication have left: whole, and of this rank only."""
-    kept: torch.Tensor | None = record.unsharded_accumulated_grad
+    kept = record.unsharded_accumulated_grad
     if kept is None and hasattr(record, "_unsharded_param"):
         kept = record._unsharded_param.grad
-    return _local(kept)
-
-
-def _local(tensor: Any) -> torch.Tensor | None:
-    local = getattr(tensor, "_local_tensor", tensor)
-    return None if local is None else local.detach()
-
-
-def _put(record: Any, stored: torch.Tensor | None) -> None:
-    if hasattr(record, "_unsharded_param"):
-        record._unsharded_param.grad = None
-    record.unsharded_accumulated_grad = (
-        None if stored is None else stored.to(record.sharded_param.device)
-    )
-    record.sharded_param.grad = None
+    if kept is None:
+        return None
+    local: torch.Tensor = kept.to_local() if isinstance(kept, DTensor) else kept
+    return local.detach()

@@ -16,7 +16,7 @@ from torch import nn
 from zero_ckpt.accelerate import data
 from zero_ckpt.accelerate.base import ZeroBase
 from zero_ckpt.accelerate.content import ENTRY, names_for
-from zero_ckpt.accelerate.gradients import restore_gradients
+from zero_ckpt.accelerate.gradients import gradients_fit, restore_gradients
 from zero_ckpt.core import rng
 from zero_ckpt.core.binding import bound_names, check_same_names, prefix_of, set_extra_state
 from zero_ckpt.core.checkpoint import Checkpoint
@@ -83,10 +83,6 @@ class PlanMixin(ZeroBase):
             plan.installs.append(self._zero_scheduler_install(checkpoint, objects))
         if not wanted.module_only:
             plan.installs.append(self._zero_install(checkpoint, objects, state, wanted, notices))
-            control, device = self.zero_control, self.zero_device()
-            plan.installs.append(  # the last: what comes before may draw numbers
-                rng.plan_restore(checkpoint, control.rank, control.world_size, device)
-            )
         return plan
 
     def _zero_plan_optimizers(
@@ -133,15 +129,16 @@ class PlanMixin(ZeroBase):
         wanted: Wanted,
         notices: list[str],
     ) -> Callable[[], None]:
-        """Counters, registered objects, the scaler, the window's gradients, and the place in the data."""
-        control = self.zero_control
-        own = objects.get(ENTRY, {})
+        """Counters, registered objects, the scaler, gradients, the place in the data, and random generators.
+
+        Generators are the last: what comes before may draw numbers.
+        """
+        control, own = self.zero_control, objects.get(ENTRY, {})
         same = checkpoint.manifest.world_size == control.world_size
         ranks = checkpoint.rank_objects(control.rank if same else 0, wanted.weights_only)
-        gradients = ranks.get("gradients", {}) if same else {}
+        gradients, step = self._zero_window(checkpoint.path, own, ranks, same, notices)
         apart = same and self.distributed_type == DistributedType.FSDP
         buffers = ranks.get("buffers", {}) if apart else {}
-        step = _window_start(own) if ranks.get("gradients") and not same else own.get("step", 0)
         loaders = data.plan_loaders(
             self,
             lambda _: ranks.get("dataloaders"),  # asks for rank 0 at another world size, as above
@@ -153,17 +150,39 @@ class PlanMixin(ZeroBase):
         def install() -> None:
             self._zero_step = checkpoint.manifest.step
             self.step = step
-            if ENTRY in objects:
-                for registered, saved in zip(self._custom_objects, own["custom"], strict=True):
-                    registered.load_state_dict(saved)
+            for registered, saved in zip(self._custom_objects, own.get("custom", ()), strict=False):
+                registered.load_state_dict(saved)
             if self.scaler is not None and own.get("scaler"):
                 self.scaler.load_state_dict(own["scaler"])
             restore_gradients(self, gradients)
             for key in buffers.keys() & state.tensors.keys():
                 state.tensors[key].detach().copy_(buffers[key])
             notices.extend(loaders())
+            if "rng" in ranks and same:
+                rng.restore(ranks["rng"], self.zero_device())
+            elif "rng" in ranks:
+                rng.derive(ranks["rng"], control.rank, self.zero_device())
 
         return install
+
+    def _zero_window(
+        self,
+        path: str,
+        own: Mapping[str, Any],
+        ranks: Mapping[str, Any],
+        same: bool,
+        notices: list[str],
+    ) -> tuple[dict[str, Any], int]:
+        """Gradients of an incomplete accumulation window, and Accelerate's counter of batches."""
+        gradients, step = ranks.get("gradients", {}), int(own.get("step", 0))
+        if gradients and not (same and gradients_fit(self, gradients)):
+            window = max(1, own.get("gradient_accumulation_steps", 1))
+            notices.append(
+                f"{path} was saved within a gradient accumulation window, whose gradients have no place at another "
+                "world size or in a model that is sharded in another way: the window begins anew"
+            )
+            return {}, step - step % window
+        return gradients, step
 
     def _zero_check_custom(self, path: str, objects: dict[str, Any], wanted: Wanted) -> None:
         """Raises Accelerate's RuntimeError for another number of registered objects."""
@@ -195,11 +214,6 @@ class PlanMixin(ZeroBase):
                 f"{own['num_processes']} when {checkpoint.path} was saved: the learning rate changes faster or slower "
                 "than before. split_batches=True in the DataLoaderConfiguration makes it independent of that."
             )
-        if notice and checkpoint.rank_objects(0).get("gradients"):
-            self._zero_warn(
-                f"{checkpoint.path} was saved within a gradient accumulation window, whose gradients have no place at "
-                "another world size: the window begins anew"
-            )
 
     def _zero_steps_by_size(self) -> bool:
         """Whether any scheduler's steps depend on the number of processes."""
@@ -208,8 +222,3 @@ class PlanMixin(ZeroBase):
     def _zero_warn(self, text: str) -> None:
         if self.zero_control.rank == 0:
             warnings.warn(text, stacklevel=4)
-
-
-def _window_start(own: Mapping[str, Any]) -> int:
-    step, window = own.get("step", 0), max(1, own.get("gradient_accumulation_steps", 1))
-    return int(step - step % window)

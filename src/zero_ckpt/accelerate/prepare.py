@@ -96,6 +96,7 @@ class PrepareMixin(ZeroBase):
 
     def _zero_shard(self, model: nn.Module, stage: int) -> None:
         runtime, options = self._zero_runtime, self._zero_options
+        model = getattr(model, "_orig_mod", model)  # inside torch.compile
         if runtime.mesh is None:
             kind = self.device.type
             runtime.mesh = zero.make_mesh(self.num_processes, options.sharding_size, kind)
@@ -124,6 +125,11 @@ class PrepareMixin(ZeroBase):
                 if whole is not optimizer:
                     self._zero_runtime.partitions.append((whole, optimizer))
             elif stage >= 2:
+                if hasattr(optimizer, "consolidate_state_dict"):
+                    raise ConfigurationError(
+                        f"stage={stage} shards optimizer state already; a ZeroRedundancyOptimizer is for stages 0 and "
+                        "1. Prepare the optimizer that it was made of."
+                    )
                 self._zero_rebind(optimizer)
             if hasattr(optimizer, "consolidate_state_dict"):
                 device_placement = False  # Accelerate would ask for a state dict of all ranks
