@@ -1,0 +1,191 @@
+"""`attach_trainer`: a `transformers.Trainer` whose checkpoints go through zero_ckpt.
+
+`checkpoint-N/` keeps what others read in it (weights and config of Hugging Face, `trainer_state.json`, random
+generators), and in place of `optimizer.pt` and `scheduler.pt` it is a checkpoint directory of ours with one tag,
+`global_step{N}`: optimizer, scheduler and weights, sharded, verified and committed. Where that is, a resume takes the
+weights from it too; a folder that the Trainer alone wrote resumes as ever.
+
+The Trainer never calls `save_state`; what it does call for its optimizer and scheduler is overridden, by a subclass of
+its own class. Its accelerator is attached as by `attach`. The Trainer finds its place in the data by itself, by
+counting steps; only the epoch has to be told to the sampler before batches are skipped, which it forgets on several
+processes.
+
+May not import transformers: what is needed of it is the Trainer that is given.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from zero_ckpt.accelerate.attach import attach
+from zero_ckpt.accelerate.base import ZeroBase
+from zero_ckpt.accelerate.content import make_snapshot
+from zero_ckpt.accelerate.hooks import Edits
+from zero_ckpt.accelerate.planning import Wanted
+from zero_ckpt.core.checkpoint import Checkpoint
+from zero_ckpt.core.loading import load_together
+from zero_ckpt.core.restoring import Restoration
+from zero_ckpt.core.state import Snapshot
+from zero_ckpt.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from typing import Any as Host
+else:
+    Host = object  # the Trainer's own class comes after the mixin
+
+__all__ = ["attach_trainer"]
+
+T = TypeVar("T")
+SCHEDULER = ""
+"""The Trainer's only scheduler, as a single one is named in checkpoints."""
+
+
+class TrainerMixin(Host):  # type: ignore[misc]
+    """All overrides; in front of a Trainer's class."""
+
+    _zero_attach: dict[str, Any]
+    """Arguments of `attach`."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the Trainer's; it may make another accelerator for another batch size."""
+        super().create_accelerator_and_postprocess()
+        attach(self.accelerator, **self._zero_attach)
+
+    def _run_epoch(self, model: Any, epoch: int, train_dataloader: Any, **others: Any) -> Any:
+        """As the Trainer's; the loader that skips batches does not hand the epoch on to a sharded sampler."""
+        if hasattr(train_dataloader, "set_epoch"):
+            train_dataloader.set_epoch(epoch)
+        return super()._run_epoch(
+            model=model, epoch=epoch, train_dataloader=train_dataloader, **others
+        )
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """As the Trainer's; weights that we have sharded are gathered for the Hugging Face files."""
+        if state_dict is None and self._zero_is_sharded():
+            state_dict = self.accelerator.get_state_dict(self.model)
+        super()._save(output_dir, state_dict=state_dict)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Collective: the committed part of `checkpoint-N`, which is durable on return."""
+        accelerator: ZeroBase = self.accelerator
+        if not accelerator.zero_is_ours:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        step, options = int(self.state.global_step), accelerator._zero_options
+        os.makedirs(output_dir, exist_ok=True)
+        handle = accelerator.zero_engine.save(
+            output_dir,
+            f"global_step{step}",
+            lambda: self._zero_snapshot(step),
+            step=step,
+            zero_stage=accelerator.zero_stage,
+            tag_validation=options.tag_validation,
+            timeout=options.timeout,
+        )
+        accelerator._zero_runtime.saved = os.path.dirname(handle.path), handle.tag
+        accelerator._zero_runtime.ended = False
+
+    def _zero_snapshot(self, step: int) -> Snapshot:
+        """This rank's references. The Trainer keeps the place in the data itself."""
+        frozen_elsewhere = hasattr(self.accelerator.unwrap_model(self.model), "peft_config")
+        snapshot = make_snapshot(
+            self.accelerator, Edits(), {}, None, exclude_frozen=frozen_elsewhere
+        )
+        snapshot.objects["lr_schedulers"] = {SCHEDULER: self.lr_scheduler.state_dict()}
+        snapshot.objects["global_step"] = step
+        snapshot.rank_objects = {"rng": snapshot.rank_objects["rng"]}
+        return snapshot
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Weights: from the Hugging Face files, or, where a checkpoint of ours holds them all, later from that."""
+        if not self._zero_holds_model(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Collective: all that a checkpoint of ours holds, all or nothing on every rank."""
+        if checkpoint is None or not self._zero_is_our_folder(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        self._zero_load(checkpoint, Wanted(schedulers=False))
+
+    def _load_best_model(self) -> None:
+        """As the Trainer's, whose way does not know sharded weights."""
+        best = self.state.best_model_checkpoint
+        if self._zero_is_sharded() and self._zero_holds_model(best):
+            self._zero_load(best, Wanted(module_only=True))
+        else:
+            super()._load_best_model()
+
+    def _zero_load(self, directory: str, wanted: Wanted) -> None:
+        accelerator, notices = self.accelerator, list[str]()
+
+        def prepare(checkpoint: Checkpoint) -> tuple[Restoration, dict[str, Any]]:
+            objects = checkpoint.objects()
+            notices.clear()
+            models = accelerator.zero_models()
+            plan = accelerator._zero_plan(checkpoint, objects, models, wanted, notices)
+            schedulers = objects.get("lr_schedulers", {})
+            if not wanted.module_only and SCHEDULER in schedulers:
+                state = schedulers[SCHEDULER]
+                plan.installs.append(lambda: self.lr_scheduler.load_state_dict(state))
+            return plan, objects
+
+        loaded = load_together(
+            accelerator.zero_engine.storage,
+            accelerator.zero_control,
+            directory,
+            None,
+            prepare,
+            timeout=accelerator._zero_options.timeout,
+        )
+        loaded.checkpoint.close()
+        for notice in notices:
+            accelerator._zero_warn(notice)
+
+    def _zero_is_our_folder(self, checkpoint: str) -> bool:
+        """Rank 0's answer."""
+        if not self.accelerator.zero_is_ours or not os.path.isdir(checkpoint):
+            return False
+        ((_, is_ours),) = self.accelerator._zero_find(checkpoint, None)["candidates"]
+        return bool(is_ours)
+
+    def _zero_holds_model(self, checkpoint: str) -> bool:
+        """Whether it holds every weight: all but those of adapters, which are beside a model that is elsewhere."""
+        has_adapter = hasattr(self.accelerator.unwrap_model(self.model), "peft_config")
+        return not has_adapter and self._zero_is_our_folder(checkpoint)
+
+    def _zero_is_sharded(self) -> bool:
+        return bool(self.accelerator._zero_is_sharded(self.model))
+
+
+@cache
+def _attached_class(own: Any) -> Any:
+    body = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
+    return type(own.__name__, (TrainerMixin, own), body)
+
+
+def attach_trainer(trainer: T, stage: int | None = None, **options: Any) -> T:
+    """Let a `transformers.Trainer` save and resume through zero_ckpt. Returns the same trainer.
+
+    Call it on every rank, once, before `train()`. `stage` and `options` are those of `attach`: stage None keeps how the
+    Trainer shards (DDP, or FSDP2 by its arguments), 1, 2 and 3 shard optimizer state, gradients too, parameters too.
+    `trainer.train(resume_from_checkpoint=...)` then resumes at any world size and stage, also from a folder that the
+    Trainer alone wrote; FSDP1 and DeepSpeed stay the Trainer's own affair.
+
+    Raises `ConfigurationError` for what is no Trainer, or options that do not fit.
+    """
+    given: Any = trainer
+    if isinstance(given, TrainerMixin):
+        raise ConfigurationError("this trainer is attached already: call attach_trainer once.")
+    if not hasattr(given, "accelerator") or not hasattr(given, "_save_optimizer_and_scheduler"):
+        raise ConfigurationError(
+            f"attach_trainer expects a transformers.Trainer, found {type(given).__name__}. For an Accelerator, use "
+            "attach."
+        )
+    attach(given.accelerator, stage, **options)
+    own: Any = type(given)
+    given.__class__ = _attached_class(own)
+    given._zero_attach = {"stage": stage, **options}
+    return trainer
