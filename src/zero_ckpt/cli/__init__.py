@@ -1,4 +1,4 @@
-"""The `zero-ckpt` command: `ls`, `inspect`, `verify`, `export`. Only `export` imports torch."""
+"""The `zero-ckpt` command: `ls`, `inspect`, `verify`, `export`, `convert`. Only the last two import torch."""
 
 from zero_ckpt.cli.program import main
 

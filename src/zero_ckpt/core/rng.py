@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zero_ckpt.core.foreign import ForeignManifest
+
 if TYPE_CHECKING:
     from zero_ckpt.core.checkpoint import Checkpoint
 
@@ -145,9 +147,9 @@ def count_ranks(count: int) -> str:
 
 
 def world_size_notice(checkpoint: Checkpoint, world_size: int) -> str:
-    """What the user should know of generators that are derived; "" at the same world size."""
+    """What the user should know of generators that are derived; "" at the same world size, or without any."""
     saved = checkpoint.manifest.world_size
-    if saved == world_size:
+    if saved == world_size or isinstance(checkpoint.manifest, ForeignManifest):
         return ""
     return (
         f"{checkpoint.path} was saved by {count_ranks(saved)} and is loaded by {world_size}: random number generators "

@@ -16,11 +16,12 @@ import torch
 import xxhash
 
 from zero_ckpt.core.chunks import Box, flat_range_boxes
+from zero_ckpt.core.lazy import LazyTensor
 from zero_ckpt.core.memory import copy_bytes
 from zero_ckpt.core.shard_file import BLOCK, Chunk, ShardLayout
 from zero_ckpt.core.storage import FileWriter, aligned_buffer, round_up
 
-__all__ = ["Source", "StagingPool", "WriteThreads", "write_shard"]
+__all__ = ["Source", "StagingPool", "WriteThreads", "source_of", "write_shard"]
 
 _WRITE_THREADS = 2
 """Writes in flight of one file: while the disk works on one, the system prepares the next."""
@@ -58,6 +59,39 @@ class Source:
             part = part.view(-1).view(torch.uint8)
             target[at : at + part.numel()].copy_(part)
             at += part.numel()
+
+
+class LazySource(Source):
+    """The bytes of a stored tensor, read a slab at a time: a copy of a checkpoint never holds more of it."""
+
+    __slots__ = ("_held", "_lazy", "_start")
+
+    def __init__(self, tensor: LazyTensor) -> None:
+        self._lazy = tensor
+        self._held, self._start = torch.empty(0, dtype=torch.uint8), 0
+
+    def copy_to(self, address: int, start: int, stop: int) -> None:
+        nbytes = self._lazy.nbytes
+        while start < stop:
+            if not self._start <= start < self._start + self._held.numel():
+                self._read(start - start % BLOCK, min(nbytes, start - start % BLOCK + BLOCK))
+            count = min(stop, self._start + self._held.numel()) - start
+            copy_bytes(address, self._held.data_ptr() + start - self._start, count)
+            address, start = address + count, start + count
+        if stop == nbytes:
+            self._held = self._held.new_empty(0)
+
+    def _read(self, start: int, stop: int) -> None:
+        size = self._lazy.element_size()
+        boxes = flat_range_boxes(tuple(self._lazy.shape), start // size, stop // size)
+        parts = [self._lazy.read_box(box).contiguous().view(-1) for box in boxes]
+        self._held, self._start = torch.cat(parts).view(torch.uint8), start
+
+
+def source_of(tensor: torch.Tensor) -> Source:
+    """A tensor's bytes, wherever it has them."""
+    is_unread = isinstance(tensor, LazyTensor) and not tensor.is_read
+    return LazySource(tensor) if is_unread else Source(tensor)  # type: ignore[arg-type]
 
 
 class StagingPool:

@@ -1,0 +1,55 @@
+"""`zero-ckpt convert SRC DST`: a checkpoint of DeepSpeed's, or of ours, as a new one of ours."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+
+from zero_ckpt.cli.text import json_text, printable, size_text
+from zero_ckpt.core.storage import LocalStorage
+from zero_ckpt.core.tags import find_checkpoint
+from zero_ckpt.errors import UnsafeObjectError
+
+SUMMARY = "write a DeepSpeed checkpoint as one of ours"
+DESCRIPTION = """\
+Writes a checkpoint with everything in it (weights, optimizer state, scheduler, client state) as a tag of another
+checkpoint directory, committed and with checksums, in one process and with little memory. Values are taken over
+bitwise. Of a checkpoint directory: its latest. DeepSpeed itself is not needed."""
+EXAMPLES = """\
+  zero-ckpt convert deepspeed_run checkpoints
+  zero-ckpt convert deepspeed_run/global_step100 checkpoints --tag step100"""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="SRC", help="a tag's folder, or a checkpoint directory")
+    parser.add_argument("output", metavar="DST", help="checkpoint directory to write to")
+    parser.add_argument("--tag", metavar="NAME", help="of the new checkpoint (default: as it was)")
+    parser.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="open pickled objects of the client state: can run code",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    begin = time.monotonic()
+    found = find_checkpoint(LocalStorage(), os.path.abspath(options.path))
+    # Needs torch; only now, when there is something to convert.
+    from zero_ckpt.interop.convert import convert_checkpoint
+
+    try:
+        folder = convert_checkpoint(
+            found.folder, options.output, name=options.tag, weights_only=not options.allow_pickle
+        )
+    except UnsafeObjectError as error:
+        text = str(error).replace("weights_only=False", "--allow-pickle")
+        raise UnsafeObjectError(text) from error
+    nbytes = sum(entry.nbytes for entry in LocalStorage().list(folder))
+    if options.json:
+        print(json_text({"source": found.folder, "path": folder, "nbytes": nbytes}))
+        return 0
+    seconds = time.monotonic() - begin
+    print(f"{printable(folder)}  {size_text(nbytes)}")
+    print(f"\nfrom {printable(found.folder)}, in {seconds:.1f} s")
+    return 0

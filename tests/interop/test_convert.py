@@ -1,0 +1,81 @@
+"""DeepSpeed checkpoints as ours: everything bitwise, committed, and loaded by the same training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import zero_ckpt
+from tests.interop.cases import Case
+from tests.interop.models import LM
+from zero_ckpt.cli import main
+from zero_ckpt.core.checkpoint import open_checkpoint
+from zero_ckpt.errors import ConfigurationError, UnsafeObjectError
+from zero_ckpt.interop.convert import convert_checkpoint
+
+CONVERTED = [
+    "accelerate_z3_w2",
+    "base_z2_w2_bf16",
+    "bn_z2_w2",
+    "frozen_z3_w2_bf16",
+    "lightning_z2_w2",
+    "moe_z1_w2_ep2",
+    "pipe_z1_w2_pp2",
+    "sched_warmup_z2_w2",
+    "tied_z3_w2",
+    "tp_mpu_z1_w2_tp2",
+    "universal_frozen_z2_w2",
+]
+
+
+@pytest.mark.parametrize("name", CONVERTED)
+def test_everything_is_taken_over_bitwise(name: str, deepspeed_cases: Path, tmp_path: Path) -> None:
+    case = Case(deepspeed_cases / name)
+    folder = convert_checkpoint(case.directory, tmp_path, case.tags[-1], name="converted")
+    assert folder == str(tmp_path / "converted")
+    with open_checkpoint(case.directory, case.tags[-1]) as old, open_checkpoint(tmp_path) as new:
+        for role in ("model", "optim"):
+            assert new.keys(role) == old.keys(role)
+            for key in old.keys(role):
+                assert torch.equal(new.tensor(role, key), old.tensor(role, key)), key
+        assert new.objects() == old.objects()
+        for part in ("aliases", "step", "zero_stage"):
+            assert getattr(new.manifest, part) == getattr(old.manifest, part)
+        for part in ("buffers", "frozen"):
+            assert sorted(getattr(new.manifest, part)) == sorted(getattr(old.manifest, part))
+
+
+def test_the_command_converts_and_the_result_verifies_and_loads(
+    deepspeed_cases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = Case(deepspeed_cases / "base_z3_w2_fp32")
+    assert main(["convert", str(case.directory), str(tmp_path / "out"), "--tag", "new"]) == 0
+    assert main(["verify", str(tmp_path / "out")]) == 0
+    assert "no damage" in capsys.readouterr().out
+    model = LM()
+    optimizer = torch.optim.AdamW(model.parameters())
+    path, _ = zero_ckpt.load_checkpoint(tmp_path / "out", model, optimizer)
+    assert path == str(tmp_path / "out" / "new")
+    for key, value in case.weights.items():
+        assert torch.equal(model.state_dict()[key], value)
+
+
+def test_pickled_client_state_is_refused_by_name_and_leaves_nothing(
+    deepspeed_cases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = Case(deepspeed_cases / "client_class_z2_w2").directory
+    with pytest.raises(UnsafeObjectError, match=r"client_state/state.*usertrainer\.TrainState"):
+        convert_checkpoint(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert main(["convert", str(source), str(tmp_path / "out")]) == 2
+    assert "--allow-pickle" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_never_converted_onto_itself(deepspeed_cases: Path) -> None:
+    source = Case(deepspeed_cases / "base_z2_w2_fp32").directory
+    before = sorted(path.name for path in source.rglob("*"))
+    with pytest.raises(ConfigurationError, match="in the old one's folder"):
+        convert_checkpoint(source, source)
+    assert sorted(path.name for path in source.rglob("*")) == before
