@@ -14,10 +14,10 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CHECKED := $(wildcard src tests examples benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-fast lint types format demo bench clean
+.PHONY: help install test test-fast lint types format demo demo-accelerate bench clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 25
 
 install: $(READY) ## set up .venv
 
@@ -51,8 +51,11 @@ format: $(READY) ## rewrite the code in the project's format
 demo: $(READY) ## train, kill, resume elsewhere, export: under 3 minutes
 	$(BIN)/python examples/lightning/demo.py
 
+demo-accelerate: $(READY) ## the same with Accelerate: 2 processes, killed, resumed on 1
+	$(BIN)/python examples/accelerate/demo.py
+
 bench: $(READY) ## measure against raw disk and torch's own checkpoints
 	$(BIN)/python -m benchmarks
 
 clean: ## remove what the targets made, .venv included
-	rm -rf .venv build dist runs/demo .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
+	rm -rf .venv build dist runs/demo runs/demo-accelerate .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
