@@ -16,10 +16,10 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from torch.utils.data import DataLoader
 
-from accelerate import Accelerator
 from zero_ckpt.accelerate import attach
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the model and the data are shared

@@ -5,10 +5,10 @@ Lightning gives each rank its share, and zero_ckpt continues them in the middle 
 
 from __future__ import annotations
 
+import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-import lightning as L
 from shared.text import training_windows
 
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 
+import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
-import lightning as L
 from shared.gpt import GPT, loss_of
 
 

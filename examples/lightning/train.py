@@ -16,9 +16,9 @@ import os
 import sys
 from pathlib import Path
 
+import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-import lightning as L
 import zero_ckpt.lightning
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # the model and the data are shared
