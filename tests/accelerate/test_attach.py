@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import pickle
 import warnings
@@ -24,6 +25,9 @@ from zero_ckpt.errors import ConfigurationError
 class Own(Accelerator):  # type: ignore[misc]
     def hello(self) -> str:
         return "hello"
+
+    def save_state(self, *args: Any, **kwargs: Any) -> Any:
+        return ["hello", super().save_state(*args, **kwargs)]
 
 
 class OwnZero(ZeroAccelerator):
@@ -49,10 +53,15 @@ def kept(out: str) -> None:
         assert not [name for name in vars(accelerator) if name.startswith("_zero")]
         assert detach(accelerator) is accelerator
         accelerator.prepare(nn.Linear(2, 2))
+        assert "tag" not in inspect.signature(Accelerator.save_state).parameters
         accelerator.save_state(out)
         assert "model.safetensors" in os.listdir(out)
-    assert isinstance(attach(Own(cpu=True)), ZeroAccelerator) is False
-    assert attach(Own(cpu=True)).hello() == "hello"
+    own = attach(Own(cpu=True))
+    assert isinstance(own, ZeroAccelerator)
+    assert own.hello() == "hello"
+    assert own.save_state(out, tag="a") == ["hello", Path(out)]  # the user's override, then ours
+    with pytest.raises(ConfigurationError, match="expected an Accelerator, found dict"):
+        attach({})
 
 
 def test_the_class_form_takes_both_kinds_of_arguments() -> None:
@@ -82,7 +91,8 @@ def pickled(out: str) -> None:
         assert type(back) is type(accelerator)
         assert back._zero_options == accelerator._zero_options
         step(back, back._models[0], back._optimizers[0])
-        folder = back.save_state(f"{out}/{number}")
+        folder = f"{out}/{number}"
+        back.save_state(folder)
         assert sorted(os.listdir(folder)) == ["global_step2", "latest"]
         back.load_state(folder)
         assert accelerator._zero_step == 1
@@ -188,20 +198,16 @@ def test_other_kinds_of_training_are_left_to_accelerate(tmp_path: Path) -> None:
     on_ranks(left_alone, 1, str(tmp_path))
 
 
-class Recorder(Accelerator):  # type: ignore[misc]
-    """Stands for Accelerate's own code under an engine that this machine does not have."""
-
-    def save_state(self, *args: Any, **kwargs: Any) -> Any:
-        self.calls = [(args, kwargs)]
-        return Path("saved")
-
-    def load_state(self, *args: Any, **kwargs: Any) -> Any:
-        self.calls += [(args, kwargs)]
-
-
 def left_alone(out: str) -> None:
-    accelerator: Any = attach(Recorder(cpu=True))
+    accelerator: Any = attach(Accelerator(cpu=True))
     accelerator.state.distributed_type = DistributedType.DEEPSPEED
+    calls: list[Any] = []
+    # Stand for Accelerate's own code under an engine that this machine does not have.
+    original: Any = Accelerator
+    original.save_state = lambda self, *args, **kwargs: (
+        calls.append((args, kwargs)) or Path("saved")
+    )
+    original.load_state = lambda self, *args, **kwargs: calls.append((args, kwargs))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         assert accelerator.save_state(out, client_state={"a": 1}, exclude=2) == Path("saved")
@@ -209,7 +215,7 @@ def left_alone(out: str) -> None:
     assert [str(each.message) for each in told] == [
         "under DEEPSPEED zero_ckpt leaves saving and loading to Accelerate's own code"
     ]
-    assert accelerator.calls == [
+    assert calls == [
         ((out, True), {"exclude": 2, "client_state": {"a": 1}}),
         ((out, None), {"strict": False}),
     ]

@@ -24,6 +24,7 @@ from tests.accelerate.harness import (
     state_of,
     train,
 )
+from tests.lightning.harness import whole
 from zero_ckpt.accelerate import attach
 from zero_ckpt.errors import CheckpointNotFoundError, StateMismatchError, UnsafeObjectError
 
@@ -255,6 +256,43 @@ def plainly(out: str) -> Any:
     made = make()
     made[0].load_state(out)
     return state_of(made)
+
+
+@pytest.mark.parametrize("sizes", [(2, 2), (2, 3)])
+def test_registered_objects_may_hold_sharded_tensors(
+    sizes: tuple[int, int], tmp_path: Path
+) -> None:
+    before = on_ranks(averaging, sizes[0], str(tmp_path), False)
+    after = on_ranks(averaging, sizes[1], str(tmp_path), True)
+    assert_same(before[0], after[0])
+
+
+class Average:
+    """Holds an average of a model's weights, sharded as they are."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"weights": self.weights, "decay": [0.9, (1, 2)]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert state["decay"] == [0.9, (1, 2)]
+        for name, value in state["weights"].items():
+            self.weights[name].copy_(value)
+
+
+def averaging(out: str, load: bool) -> Any:
+    warnings.filterwarnings("ignore", ".*was saved by|AcceleratedScheduler makes", UserWarning)
+    made = make(3, seed=int(load))
+    average = Average(made[1])
+    made[0].register_for_checkpointing(average)
+    if load:
+        made[0].load_state(out)
+    else:
+        train(made, batches(1))
+        made[0].save_state(out)
+    return {name: whole(value).clone() for name, value in average.weights.items()}
 
 
 def test_several_models_optimizers_and_schedulers(tmp_path: Path) -> None:

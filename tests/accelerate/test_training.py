@@ -15,6 +15,11 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 
 from tests.accelerate.harness import (
     Net,
@@ -238,6 +243,30 @@ def users_own(out: str) -> None:
     optimizer.step()
     accelerator.load_state(out)
     assert torch.equal(before, whole(model[0].weight))
+
+
+@pytest.mark.slow
+def test_tensor_parallel_models_are_saved(tmp_path: Path) -> None:
+    on_ranks(tensor_parallel, 4, str(tmp_path))
+
+
+def tensor_parallel(out: str) -> None:
+    """With FSDP2 on the other dimension: parts that are no single rows."""
+    accelerator: Any = attach(Accelerator(cpu=True))
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "1": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["data"])
+    optimizer = accelerator.prepare(torch.optim.AdamW(model.parameters()))
+    accelerator.prepare_model(model, evaluation_mode=True)
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    accelerator.save_state(out)
+    before = {key: whole(value).clone() for key, value in model.state_dict().items()}
+    optimizer.step()
+    accelerator.load_state(out)
+    assert_same(before, {key: whole(value) for key, value in model.state_dict().items()})
 
 
 def test_frozen_parameters_may_be_left_out(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ A = TypeVar("A")
 
 
 class ZeroMixin(EndMixin, LoadMixin, PrepareMixin):
-    """All overrides; in front of an accelerator's class, which is `_zero_own`."""
+    """All overrides, in front of Accelerate's. `_zero_own`: the class without them."""
 
     _zero_own: ClassVar[Any]
 
@@ -37,6 +37,7 @@ class ZeroMixin(EndMixin, LoadMixin, PrepareMixin):
         self._zero_runtime = Runtime()
         self.zero_check_stage()
         if self.zero_is_ours:
+            _ = self.zero_engine  # makes this rank known, so that its death is seen by the others
             data.track_loaders(self)
         self.zero_count_steps()
 
@@ -80,12 +81,15 @@ _made: dict[Any, Any] = {Accelerator: ZeroAccelerator}
 
 
 def attached_class(own: Any) -> Any:
-    """The class of an accelerator of class `own` that is attached; always the same."""
+    """The class of an accelerator of class `own` that is attached; always the same.
+
+    Overrides of a user's class come before ours, and reach ours through `super()`.
+    """
     if issubclass(own, ZeroMixin):
         return own
     if own not in _made:
         body = {"__module__": own.__module__, "__doc__": own.__doc__, "_zero_own": own}
-        _made[own] = type(f"Zero{own.__name__}", (ZeroMixin, own), body)
+        _made[own] = type(f"Zero{own.__name__}", (own, ZeroAccelerator), body)
     return _made[own]
 
 
@@ -143,6 +147,8 @@ def attach(
         timeout,
     )
     given: Any = accelerator
+    if not isinstance(given, Accelerator):
+        raise ConfigurationError(f"expected an Accelerator, found {type(given).__name__}")
     if isinstance(given, ZeroMixin):
         if given._zero_options != options:
             raise ConfigurationError(

@@ -6,7 +6,9 @@ Nothing here uses the training's process group.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from zero_ckpt.core.control import DEFAULT_TIMEOUT, ControlPlane
@@ -24,13 +26,15 @@ def together(
 ) -> Any:
     """Every rank runs `action`; rank 0's `decide` makes of their results, by rank, what all ranks get.
 
-    Results are JSON. A rank whose `action` failed raises its own error; the others raise one of ours that names it.
-    What `decide` raises is raised on every rank.
+    Results are JSON. `action` may take its time: while it runs the others are told that this rank is alive. A rank
+    whose `action` failed raises its own error; the others raise one of ours that names it. What `decide` raises is
+    raised on every rank.
     """
     failure: Exception | None = None
     result: Any = None
     try:
-        result = action()
+        with _alive(control):
+            result = action()
     except Exception as error:
         failure = error
 
@@ -49,3 +53,24 @@ def together(
         if failure is None:
             raise
         raise failure from None
+
+
+@contextmanager
+def _alive(control: ControlPlane) -> Iterator[None]:
+    """Beat once a second inside: a user's hook may write or send files for minutes."""
+    if control.world_size == 1:
+        yield
+        return
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(1.0):
+            control.beat()
+
+    thread = threading.Thread(target=beat, name="zero_ckpt-alive", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

@@ -17,6 +17,7 @@ from zero_ckpt.accelerate import data
 from zero_ckpt.accelerate.base import ZeroBase
 from zero_ckpt.accelerate.content import ENTRY, names_for
 from zero_ckpt.accelerate.gradients import gradients_fit, restore_gradients
+from zero_ckpt.accelerate.registered import as_live
 from zero_ckpt.core import rng
 from zero_ckpt.core.binding import bound_names, check_same_names, prefix_of, set_extra_state
 from zero_ckpt.core.checkpoint import Checkpoint
@@ -147,10 +148,15 @@ class PlanMixin(ZeroBase):
             control.world_size,
         )
 
+        pairs = list(zip(self._custom_objects, own.get("custom", ()), strict=False))
+        states = [
+            (registered, as_live(state, registered.state_dict())) for registered, state in pairs
+        ]
+
         def install() -> None:
             self._zero_step = checkpoint.manifest.step
             self.step = step
-            for registered, saved in zip(self._custom_objects, own.get("custom", ()), strict=False):
+            for registered, saved in states:
                 registered.load_state_dict(saved)
             if self.scaler is not None and own.get("scaler"):
                 self.scaler.load_state_dict(own["scaler"])

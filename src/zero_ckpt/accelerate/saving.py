@@ -48,7 +48,6 @@ class SaveMixin(ZeroBase):
             saved: Path = super().save_state(output_dir, safe_serialization, **kwargs)
             return saved
         directory = self._zero_save_directory(output_dir)
-        os.makedirs(directory, exist_ok=True)
         edits, offered = self._zero_run_save_hooks(directory)
         name = f"global_step{self._zero_step}" if tag is None else str(tag)
 
@@ -100,6 +99,7 @@ class SaveMixin(ZeroBase):
         offered: list[Offered] = []
 
         def run() -> Any:
+            os.makedirs(directory, exist_ok=True)
             offered.append(run_save_hooks(self, directory))
             return offered[0].edits.as_record()
 
