@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,34 @@ def edited(out: str) -> None:
     accelerator.load_state(out, strict=False)
     assert second.weight.tolist() == [[7, 7], [7, 7]]
     assert first.weight.tolist() != [[7, 7], [7, 7]]
+
+
+def test_whole_state_dicts_may_be_exchanged(tmp_path: Path) -> None:
+    on_ranks(exchanged, 2, str(tmp_path))
+
+
+def exchanged(out: str) -> None:
+    made = make(3)
+    accelerator = made[0]
+
+    def on_save(models: list[Any], weights: list[Any], output_dir: str) -> None:
+        weights[0] = {"shift": torch.zeros(3, dtype=torch.bfloat16)}
+
+    handle = accelerator.register_save_state_pre_hook(on_save)
+    accelerator.save_state(out)
+    with open_checkpoint(out) as checkpoint:
+        assert checkpoint.keys("model") == ["shift"]
+        assert checkpoint.tensor("model", "shift").dtype == torch.bfloat16
+    handle.remove()
+
+    accelerator.register_save_state_pre_hook(lambda models, weights, path: weights.append({}))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        accelerator.save_state(out)
+    texts = [str(each.message) for each in told]
+    assert any("1 state dicts that belong to no" in t for t in texts) is accelerator.is_main_process
+    with open_checkpoint(out) as checkpoint:
+        assert len(checkpoint.keys("model")) > 1
 
 
 def test_a_hook_that_fails_on_one_rank_fails_the_save_on_all(tmp_path: Path) -> None:

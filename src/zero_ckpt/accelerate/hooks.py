@@ -10,7 +10,8 @@ State dicts that hooks see hold live tensors: of a sharded model, this rank's pa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,17 +76,38 @@ def _compare(
     before: list[dict[str, Any]],
 ) -> None:
     names = _names_of(accelerator)
-    remaining = {id(each) for each in offered.weights}
+    left = _what_became_of(given, offered.weights)
+    added = len(offered.weights) - sum(own is not None for own in left)
+    if added and accelerator.is_main_process:
+        warnings.warn(
+            f"hooks have added {added} state dicts that belong to no prepared model; they are not stored. Write them "
+            "into output_dir, or register their owner for checkpointing.",
+            stacklevel=2,
+        )
     seen: set[str] = set()
-    for model, own, was in zip(accelerator._models, given, before, strict=False):
+    for model, own, was in zip(accelerator._models, left, before, strict=False):
         name = names[id(innermost(model))]
         if name in seen:
             continue
         seen.add(name)
-        if id(own) not in remaining:
+        if own is None:
             offered.edits.removed.append(name)
         else:
             _compare_one(offered, name, model, own, was)
+
+
+def _what_became_of(
+    given: Sequence[dict[str, Any]], weights: Sequence[dict[str, Any]]
+) -> list[dict[str, Any] | None]:
+    """For each state dict that hooks got: itself, another one that was put in its place, or None."""
+    remaining = {id(each): each for each in weights}
+    left = [remaining.get(id(each)) for each in given]
+    if len(weights) == len(given):
+        known = {id(each) for each in given}
+        for place, now in enumerate(weights):
+            if left[place] is None and id(now) not in known:
+                left[place] = now
+    return left
 
 
 def _names_of(accelerator: ZeroBase) -> dict[int, str]:
