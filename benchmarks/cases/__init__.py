@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from benchmarks.bench import Bench
+from benchmarks.cases.accelerate import accelerate
 from benchmarks.cases.collapse import collapse
 from benchmarks.cases.first import first
 from benchmarks.cases.load import load
@@ -24,4 +25,5 @@ CASES: dict[str, Callable[[Bench], list[Row]]] = {
     "small": small,
     "reshard": reshard,
     "collapse": collapse,
+    "accelerate": accelerate,
 }
