@@ -96,6 +96,7 @@ class Checkpoint:
         dtype = TORCH_DTYPES[placed.dtype]
         tensor = LazyTensor(role, key, placed.shape, dtype, lambda box: self.tensor(role, key, box))
         tensor.source = self
+        tensor.fill = lambda box, target: self.read([self.request(role, key, target, box)])
         return tensor
 
     def objects(self, weights_only: bool = True) -> dict[str, Any]:

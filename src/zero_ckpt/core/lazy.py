@@ -65,6 +65,7 @@ class LazyTensor(torch.Tensor):
     """
 
     source: object = None
+    fill: Callable[[Box, torch.Tensor], None] | None = None
     role: str
     key: str
     _read: _Read
@@ -92,6 +93,13 @@ class LazyTensor(torch.Tensor):
     def read_box(self, box: Box) -> torch.Tensor:
         """The values of `box` only."""
         return self._value[box.slices()] if self._value is not None else self._read(box)
+
+    def read_into(self, box: Box, target: torch.Tensor) -> None:
+        """Fill `target` with the values of `box`, without memory of its own where the source can do that."""
+        if self.fill is not None and self._value is None:
+            self.fill(box, target)
+        else:
+            target.copy_(self.read_box(box))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LazyTensor({self.key!r}, shape={list(self.shape)}, dtype={self.dtype})"

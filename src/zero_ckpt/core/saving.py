@@ -21,7 +21,7 @@ from zero_ckpt.core.manifest import FileRecord, shard_name
 from zero_ckpt.core.objects import OBJECTS, RANK_OBJECTS, encode_objects
 from zero_ckpt.core.planner import SavePlan
 from zero_ckpt.core.shard_file import ShardLayout, layout_shard
-from zero_ckpt.core.staging import Source, StagingPool, source_of, view_of, write_shard
+from zero_ckpt.core.staging import Slab, Source, StagingPool, source_of, view_of, write_shard
 from zero_ckpt.core.state import Snapshot
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.errors import StateMismatchError
@@ -131,7 +131,8 @@ def _shard(
 ) -> ShardPlan:
     layout = layout_shard(((k, lay.dtype, lay.shape, box) for k, lay, box, _ in items), metadata)
     tensors = {(key, box.offset): tensor for key, _, box, tensor in items}
-    sources = [source_of(tensors[c.key, c.box.offset]) for c in layout.chunks]
+    slab = Slab()
+    sources = [source_of(tensors[c.key, c.box.offset], slab) for c in layout.chunks]
     return ShardPlan(name, layout, sources)
 
 

@@ -21,7 +21,7 @@ from zero_ckpt.core.memory import copy_bytes
 from zero_ckpt.core.shard_file import BLOCK, Chunk, ShardLayout
 from zero_ckpt.core.storage import FileWriter, aligned_buffer, round_up
 
-__all__ = ["Source", "StagingPool", "WriteThreads", "source_of", "write_shard"]
+__all__ = ["Slab", "Source", "StagingPool", "WriteThreads", "source_of", "write_shard"]
 
 _WRITE_THREADS = 2
 """Writes in flight of one file: while the disk works on one, the system prepares the next."""
@@ -61,37 +61,58 @@ class Source:
             at += part.numel()
 
 
+class Slab:
+    """Memory that stored tensors pass through on their way to another file, one after the other."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8)
+        self.owner: object = None
+        self.start = self.nbytes = 0
+
+    def holds(self, owner: object, at: int) -> bool:
+        return self.owner is owner and self.start <= at < self.start + self.nbytes
+
+    def take(self, owner: object, start: int, nbytes: int) -> torch.Tensor:
+        """Room for bytes `start` and following of `owner`."""
+        if not self.memory.numel():
+            self.memory = torch.empty(BLOCK, dtype=torch.uint8)
+        self.owner, self.start, self.nbytes = owner, start, nbytes
+        return self.memory[:nbytes]
+
+
 class LazySource(Source):
-    """The bytes of a stored tensor, read a slab at a time: a copy of a checkpoint never holds more of it."""
+    """The bytes of a stored tensor, read a slab at a time."""
 
-    __slots__ = ("_held", "_lazy", "_start")
+    __slots__ = ("_lazy", "_slab")
 
-    def __init__(self, tensor: LazyTensor) -> None:
-        self._lazy = tensor
-        self._held, self._start = torch.empty(0, dtype=torch.uint8), 0
+    def __init__(self, tensor: LazyTensor, slab: Slab) -> None:
+        self._lazy, self._slab = tensor, slab
 
     def copy_to(self, address: int, start: int, stop: int) -> None:
-        nbytes = self._lazy.nbytes
+        slab = self._slab
         while start < stop:
-            if not self._start <= start < self._start + self._held.numel():
-                self._read(start - start % BLOCK, min(nbytes, start - start % BLOCK + BLOCK))
-            count = min(stop, self._start + self._held.numel()) - start
-            copy_bytes(address, self._held.data_ptr() + start - self._start, count)
+            if not slab.holds(self, start):
+                begin = start - start % BLOCK
+                self._read(begin, min(self._lazy.nbytes, begin + BLOCK))
+            offset = start - slab.start
+            count = min(stop - start, slab.nbytes - offset)
+            copy_bytes(address, slab.memory.data_ptr() + offset, count)
             address, start = address + count, start + count
-        if stop == nbytes:
-            self._held = self._held.new_empty(0)
 
     def _read(self, start: int, stop: int) -> None:
         size = self._lazy.element_size()
-        boxes = flat_range_boxes(tuple(self._lazy.shape), start // size, stop // size)
-        parts = [self._lazy.read_box(box).contiguous().view(-1) for box in boxes]
-        self._held, self._start = torch.cat(parts).view(torch.uint8), start
+        target = self._slab.take(self, start, stop - start).view(self._lazy.dtype)
+        at = 0
+        for box in flat_range_boxes(tuple(self._lazy.shape), start // size, stop // size):
+            self._lazy.read_into(box, target[at : at + box.numel].view(box.shape))
+            at += box.numel
 
 
-def source_of(tensor: torch.Tensor) -> Source:
+def source_of(tensor: torch.Tensor, slab: Slab) -> Source:
     """A tensor's bytes, wherever it has them."""
-    is_unread = isinstance(tensor, LazyTensor) and not tensor.is_read
-    return LazySource(tensor) if is_unread else Source(tensor)  # type: ignore[arg-type]
+    if isinstance(tensor, LazyTensor) and not tensor.is_read:
+        return LazySource(tensor, slab)
+    return Source(tensor)
 
 
 class StagingPool:
