@@ -21,7 +21,7 @@ class Job:
     """A run. `stage` "alone": the Trainer is not attached."""
 
     folder: str
-    stage: int | None | str = None
+    stage: int | str | None = None
     epochs: int = 3
     resume: str | bool | None = None
     arguments: tuple[tuple[str, Any], ...] = ()
@@ -85,7 +85,11 @@ def make_trainer(job: Job) -> tuple[Trainer, Losses]:
     )
     losses = Losses()
     trainer = Trainer(
-        GPT2LMHeadModel(config), arguments, train_dataset=Sentences(), callbacks=[losses]
+        GPT2LMHeadModel(config),
+        arguments,
+        train_dataset=Sentences(),
+        eval_dataset=Sentences(),
+        callbacks=[losses],
     )
     if job.stage != "alone":
         attach_trainer(trainer, job.stage)
@@ -105,3 +109,41 @@ def _seen(trainer: Trainer, losses: Losses) -> Seen:
         trainer.lr_scheduler.get_last_lr()[0],
         {key: value.detach().clone() for key, value in weights.items()},
     )
+
+
+class SaveAgain(TrainerCallback):
+    """Saves what was loaded to another folder, before the first step."""
+
+    trainer: Trainer
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer._save_optimizer_and_scheduler(self.folder)
+
+
+def run_and_save_again(job: Job, folder: str) -> Seen:
+    trainer, losses = make_trainer(job)
+    again = SaveAgain(folder)
+    again.trainer = trainer
+    trainer.add_callback(again)
+    trainer.train(resume_from_checkpoint=job.resume)
+    return _seen(trainer, losses)
+
+
+def train_twice(job: Job, checkpoint: str) -> tuple[dict[int, float], dict[int, float]]:
+    """In one program: to the end, and then again from a checkpoint."""
+    trainer, losses = make_trainer(job)
+    trainer.train()
+    first, losses.seen = losses.seen, {}
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return first, losses.seen
+
+
+def best_at_end(job: Job) -> tuple[str, dict[str, torch.Tensor]]:
+    """The folder of the best checkpoint, and the weights that the trainer ends with."""
+    trainer, losses = make_trainer(job)
+    trainer.train()
+    assert trainer.state.best_model_checkpoint is not None
+    return trainer.state.best_model_checkpoint, _seen(trainer, losses).weights

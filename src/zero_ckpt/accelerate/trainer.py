@@ -16,11 +16,16 @@ May not import transformers: what is needed of it is the Trainer that is given.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+
 from zero_ckpt.accelerate.attach import attach
-from zero_ckpt.accelerate.base import ZeroBase
+from zero_ckpt.accelerate.base import ZeroBase, raw_optimizer
 from zero_ckpt.accelerate.content import make_snapshot
 from zero_ckpt.accelerate.hooks import Edits
 from zero_ckpt.accelerate.planning import Wanted
@@ -47,11 +52,21 @@ class TrainerMixin(Host):  # type: ignore[misc]
 
     _zero_attach: dict[str, Any]
     """Arguments of `attach`."""
+    _zero_kept: Sequence[tuple[Any, Any]] = ()
+    """Models that were sharded by an earlier call of `train`."""
 
     def create_accelerator_and_postprocess(self) -> None:
         """As the Trainer's; it may make another accelerator for another batch size."""
         super().create_accelerator_and_postprocess()
         attach(self.accelerator, **self._zero_attach)
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """As the Trainer's, which forgets what it has prepared when it trains again."""
+        runtime = self.accelerator._zero_runtime
+        runtime.shardings += [each for each in self._zero_kept if each not in runtime.shardings]
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        self._zero_kept = list(runtime.shardings)
+        return prepared
 
     def _run_epoch(self, model: Any, epoch: int, train_dataloader: Any, **others: Any) -> Any:
         """As the Trainer's; the loader that skips batches does not hand the epoch on to a sharded sampler."""
@@ -89,10 +104,9 @@ class TrainerMixin(Host):  # type: ignore[misc]
 
     def _zero_snapshot(self, step: int) -> Snapshot:
         """This rank's references. The Trainer keeps the place in the data itself."""
-        frozen_elsewhere = hasattr(self.accelerator.unwrap_model(self.model), "peft_config")
-        snapshot = make_snapshot(
-            self.accelerator, Edits(), {}, None, exclude_frozen=frozen_elsewhere
-        )
+        self._zero_bind_model()
+        has_adapter = self._zero_has_adapter()
+        snapshot = make_snapshot(self.accelerator, Edits(), {}, None, exclude_frozen=has_adapter)
         snapshot.objects["lr_schedulers"] = {SCHEDULER: self.lr_scheduler.state_dict()}
         snapshot.objects["global_step"] = step
         snapshot.rank_objects = {"rng": snapshot.rank_objects["rng"]}
@@ -105,21 +119,24 @@ class TrainerMixin(Host):  # type: ignore[misc]
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Collective: all that a checkpoint of ours holds, all or nothing on every rank."""
-        if checkpoint is None or not self._zero_is_our_folder(checkpoint):
-            super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self._zero_is_our_folder(checkpoint):
+            self._zero_load(checkpoint, Wanted(schedulers=False))
             return
-        self._zero_load(checkpoint, Wanted(schedulers=False))
+        if self._zero_is_sharded():
+            shard_state_when_loaded(raw_optimizer(self.optimizer))
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
         """As the Trainer's, whose way does not know sharded weights."""
         best = self.state.best_model_checkpoint
         if self._zero_is_sharded() and self._zero_holds_model(best):
-            self._zero_load(best, Wanted(module_only=True))
+            self._zero_load(best, Wanted(optimizers=False, schedulers=False, module_only=True))
         else:
             super()._load_best_model()
 
     def _zero_load(self, directory: str, wanted: Wanted) -> None:
         accelerator, notices = self.accelerator, list[str]()
+        self._zero_bind_model()
 
         def prepare(checkpoint: Checkpoint) -> tuple[Restoration, dict[str, Any]]:
             objects = checkpoint.objects()
@@ -153,11 +170,46 @@ class TrainerMixin(Host):  # type: ignore[misc]
 
     def _zero_holds_model(self, checkpoint: str) -> bool:
         """Whether it holds every weight: all but those of adapters, which are beside a model that is elsewhere."""
-        has_adapter = hasattr(self.accelerator.unwrap_model(self.model), "peft_config")
-        return not has_adapter and self._zero_is_our_folder(checkpoint)
+        return not self._zero_has_adapter() and self._zero_is_our_folder(checkpoint)
+
+    def _zero_has_adapter(self) -> bool:
+        return hasattr(self.accelerator.unwrap_model(self.model), "peft_config")
+
+    def _zero_bind_model(self) -> None:
+        """A Trainer that trains again prepares a wrapped model only once."""
+        if not self.accelerator._models:
+            self.accelerator._models.append(self.model_wrapped)
 
     def _zero_is_sharded(self) -> bool:
         return bool(self.accelerator._zero_is_sharded(self.model))
+
+
+def shard_state_when_loaded(optimizer: Optimizer) -> None:
+    """Let the next `load_state_dict` of this optimizer take whole tensors for parameters that are sharded.
+
+    Communicates nothing: every rank has the whole state, and keeps its parts.
+    """
+
+    def shard(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        hook.remove()
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        numbers = [number for group in state["param_groups"] for number in group["params"]]
+        by_number = dict(zip(numbers, parameters, strict=False))
+        parts = {
+            number: {name: _part(value, by_number[number]) for name, value in values.items()}
+            for number, values in state["state"].items()
+        }
+        return {**state, "state": parts}
+
+    hook = optimizer.register_load_state_dict_pre_hook(shard)
+
+
+def _part(value: Any, parameter: torch.Tensor) -> Any:
+    is_whole = isinstance(value, torch.Tensor) and not isinstance(value, DTensor)
+    if not is_whole or not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+        return value
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(value.to(parameter.device), mesh, placements, src_data_rank=None)
 
 
 @cache
