@@ -222,3 +222,24 @@ def left_alone(out: str) -> None:
     with pytest.raises(ConfigurationError, match="has no tags"):
         accelerator.save_state(out, tag="a")
     assert not os.listdir(out)
+
+
+def test_what_accelerates_fsdp_wrote_loads(tmp_path: Path) -> None:
+    for before, after in on_ranks(foreign_fsdp, 2, str(tmp_path)):
+        assert_same(before, after)
+
+
+def foreign_fsdp(out: str) -> tuple[Any, Any]:
+    made = make("fsdp2")
+    train(made, batches(2))
+    before = state_of(made)
+    detach(made[0]).save_state(out)
+    PartialState().wait_for_everyone()
+    assert "pytorch_model_fsdp_0" in os.listdir(out)
+    attach(made[0])
+    train(made, batches(1))
+    made[0].load_state(out)
+    after = state_of(made)
+    for each in (before, after):  # Accelerate takes each buffer from any rank
+        each["weights"] = {k: v for k, v in each["weights"].items() if not k.startswith("norm.r")}
+    return before, after

@@ -1,6 +1,6 @@
 """What the parts of an attached accelerator share: its options, its engine, and what it has prepared.
 
-Attributes that we add to an accelerator are called `_zero_...`. Those in `_HERE` belong to this process and are left
+Attributes that we add to an accelerator are called `_zero_...`. `_zero_runtime` belongs to this process, and is left
 behind when an accelerator is pickled.
 """
 

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from zero_ckpt.accelerate.base import ZeroBase
 from zero_ckpt.accelerate.hooks import run_load_hooks
 from zero_ckpt.accelerate.meeting import together
-from zero_ckpt.accelerate.naming import OURS, candidates, kind_of, next_iteration
+from zero_ckpt.accelerate.naming import candidates, is_accelerates, next_iteration
 from zero_ckpt.accelerate.planning import PlanMixin, Wanted
 from zero_ckpt.accelerate.saving import SaveMixin
 from zero_ckpt.core.checkpoint import Checkpoint
@@ -102,7 +102,7 @@ class LoadMixin(PlanMixin, SaveMixin):
         def decide(asked: list[Any]) -> dict[str, Any]:
             paths = list(candidates(checkpoints)) if asked[0] is None else [asked[0]]
             return {
-                "candidates": [[p, tag is not None or kind_of(p) == OURS] for p in paths],
+                "candidates": [[p, tag is not None or not is_accelerates(p)] for p in paths],
                 "next": next_iteration(checkpoints) if naming else None,
             }
 

@@ -13,46 +13,41 @@ import re
 import shutil
 from collections.abc import Iterator
 
+from zero_ckpt.core.manifest import MANIFEST_NAME
 from zero_ckpt.core.storage import LocalStorage
-from zero_ckpt.core.tags import LATEST_NAME, is_tag_folder, list_tags, remove_tag
+from zero_ckpt.core.tags import is_tag_folder, list_tags, remove_tag
 from zero_ckpt.errors import CheckpointNotFoundError, ConfigurationError, ZeroCkptError
 
-__all__ = ["Kind", "candidates", "directory_for_save", "kind_of", "next_iteration", "retire"]
-
-Kind = str
-OURS: Kind = "zero_ckpt"
-ACCELERATES: Kind = "accelerate"
-NEITHER: Kind = ""
+__all__ = ["candidates", "directory_for_save", "is_accelerates", "next_iteration", "retire"]
 
 _storage = LocalStorage()
 
 
-def kind_of(directory: str) -> Kind:
-    """Who wrote this folder: we (a checkpoint directory or a tag's folder), Accelerate, or neither."""
-    try:
-        names = os.listdir(directory)
-    except OSError:
-        return NEITHER
-    if LATEST_NAME in names or is_tag_folder(_storage, directory):
-        # DeepSpeed has a `latest` too, and no tag of ours beside it.
-        if is_tag_folder(_storage, directory) or list_tags(_storage, directory):
-            return OURS
-    elif list_tags(_storage, directory):
-        return OURS
-    if any(re.fullmatch(r"random_states_\d+\.pkl", name) for name in names):
-        return ACCELERATES
-    return NEITHER
+def is_accelerates(directory: str) -> bool:
+    """Whether Accelerate's own code is to read this folder: it holds nothing that the core opens.
+
+    What Accelerate has completed is its own, also where it holds a format that the core would open.
+    """
+    if _is_committed(directory):
+        return False
+    is_known = is_tag_folder(_storage, directory) or bool(list_tags(_storage, directory))
+    return _is_complete(directory) or not is_known
 
 
-def _is_checkpoint(directory: str) -> bool:
-    kind = kind_of(directory)
-    return kind == ACCELERATES or (kind == OURS and _is_committed(directory))
+def _is_complete(directory: str) -> bool:
+    """Whether Accelerate has written a checkpoint there, to the end."""
+    names = os.listdir(directory)
+    return any(re.fullmatch(r"random_states_\d+\.pkl", name) for name in names)
 
 
 def _is_committed(directory: str) -> bool:
-    if is_tag_folder(_storage, directory):
-        return True
-    return any(tag.manifest is not None for tag in list_tags(_storage, directory))
+    """Whether it is a tag's folder of ours, or holds one."""
+    folders = [directory, *(os.path.join(directory, name) for name in os.listdir(directory))]
+    return any(os.path.isfile(os.path.join(folder, MANIFEST_NAME)) for folder in folders)
+
+
+def _is_checkpoint(directory: str) -> bool:
+    return os.path.isdir(directory) and (_is_committed(directory) or _is_complete(directory))
 
 
 def _numbered(checkpoints: str) -> list[tuple[int, str]]:

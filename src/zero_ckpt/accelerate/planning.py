@@ -147,17 +147,16 @@ class PlanMixin(ZeroBase):
             control.rank,
             control.world_size,
         )
-
-        pairs = list(zip(self._custom_objects, own.get("custom", ()), strict=False))
-        states = [
-            (registered, as_live(state, registered.state_dict())) for registered, state in pairs
+        custom = [
+            (each, as_live(saved, each.state_dict()))
+            for each, saved in zip(self._custom_objects, own.get("custom", ()), strict=False)
         ]
 
         def install() -> None:
             self._zero_step = checkpoint.manifest.step
             self.step = step
-            for registered, saved in states:
-                registered.load_state_dict(saved)
+            for each, saved in custom:
+                each.load_state_dict(saved)
             if self.scaler is not None and own.get("scaler"):
                 self.scaler.load_state_dict(own["scaler"])
             restore_gradients(self, gradients)
