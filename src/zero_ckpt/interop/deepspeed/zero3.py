@@ -34,12 +34,13 @@ def read_pieces(model: Mapping[str, Any], optims: Sequence[Mapping[str, Any]]) -
     for optim in optims:
         if optim.get("ds_zero_partition_groups") is not None:
             raise LayoutError("experts that ZeRO-3 partitions (AutoEP) are not read")
-    shapes = {name: s for group in shapes_by_group(model) for name, s in group.items()}
+    listed = shapes_by_group(model)
+    shapes = {name: shape for group in listed for name, shape in group.items()}
     vectors = [Flat(_sub_groups(optim, rank)) for rank, optim in enumerate(optims)]
     _check_lengths(shapes, vectors)
     column = Column(masters=_cut(shapes, vectors))
     try:
-        homes = _homes(shapes, _lengths(_sub_groups(optims[0], 0)), len(optims))
+        homes = _homes(listed, _lengths(_sub_groups(optims[0], 0)), len(optims))
         _add_states(column, shapes, optims, homes)
     except LayoutError as error:
         column.problem, column.states = str(error), {}
@@ -92,8 +93,12 @@ def _cut(shapes: Shapes, vectors: Sequence[Flat]) -> dict[str, Tensor]:
     return found
 
 
-def _homes(shapes: Shapes, lengths: Sequence[int], world: int) -> list[list[str]]:
-    """The parameters of each sub-group."""
+def _homes(listed: Sequence[Shapes], lengths: Sequence[int], world: int) -> list[list[str]]:
+    """The parameters of each sub-group: as `param_shapes` lists them, or by their places (older versions)."""
+    sums = [sum(_share(shape, world) for shape in group.values()) for group in listed]
+    if sums == list(lengths):
+        return [list(group) for group in listed]
+    shapes = {name: shape for group in listed for name, shape in group.items()}
     ends, found = list(accumulate(lengths)), [list[str]() for _ in lengths]
     at = index = 0
     for name, shape in shapes.items():
