@@ -270,7 +270,7 @@ class _Machine:
         if make is not None:
             try:
                 return make(*args)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, AttributeError):
                 return Record(kind, args, new)  # arguments that a plain value does not take
         if kind.module in _RUNS_CODE or kind.module.partition(".")[0] in _RUNS_CODE:
             raise UnsafeObjectError(

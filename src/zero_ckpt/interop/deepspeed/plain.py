@@ -77,6 +77,17 @@ class Size(tuple[int, ...]):
     __slots__ = ()
 
 
+def _of(kind: Callable[[Any], Any], *accepted: type) -> Callable[..., Any]:
+    """A constructor that takes containers that are there already: a range would be a container without bounds."""
+
+    def make(items: Any = ()) -> Any:
+        if items != () and type(items) not in accepted:
+            raise TypeError(f"a {type(items).__name__}")
+        return kind(items)
+
+    return make
+
+
 @dataclass(frozen=True, slots=True)
 class Device:
     """A `torch.device`, as text."""
@@ -115,7 +126,9 @@ class Array:
         _, shape, dtype, fortran, data = state
         if not isinstance(dtype, NumpyDtype) or not isinstance(data, (bytes, bytearray, str)):
             return
-        self.dtype, self.shape, self.fortran = dtype, tuple(shape), bool(fortran)
+        if not isinstance(shape, tuple):
+            raise PickleError("a numpy array without a shape")
+        self.dtype, self.shape, self.fortran = dtype, shape, bool(fortran)
         self.data = data.encode("latin-1") if isinstance(data, str) else bytes(data)
 
 
@@ -142,6 +155,8 @@ def _typed_tensor(
 def _view(storage: Any, offset: Any, shape: Any, strides: Any, dtype: str | None) -> StoredTensor:
     if not isinstance(storage, Storage):
         raise PickleError("a tensor without a storage")
+    if not isinstance(shape, tuple) or not isinstance(strides, tuple):
+        raise PickleError("a tensor without shape and strides")
     numbers = (offset, *shape, *strides)
     if not all(type(n) is int and n >= 0 for n in numbers) or len(shape) != len(strides):
         raise PickleError(f"a tensor of shape {shape!r}, strides {strides!r}, offset {offset!r}")
@@ -207,6 +222,10 @@ def _encoded(text: str, encoding: str = "latin1") -> bytes:
     return text.encode("latin-1")
 
 
+def _bytearray(data: Any = b"", encoding: str = "latin-1") -> bytearray:
+    return bytearray(data if isinstance(data, bytes) else _encoded(data, encoding))
+
+
 def _numpy_dtype(code: Any, *_: Any) -> NumpyDtype:
     if not isinstance(code, str):
         raise TypeError("no code")
@@ -220,9 +239,10 @@ def _numpy_scalar(dtype: Any, data: Any = None) -> Array:
 
 
 def _numpy_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> Array:
-    if not isinstance(dtype, NumpyDtype):
+    plain = isinstance(data, (bytes, bytearray)) and isinstance(shape, tuple)
+    if not isinstance(dtype, NumpyDtype) or not plain:
         raise TypeError("an object")
-    return Array(dtype, tuple(shape), order == "F", bytes(data))
+    return Array(dtype, shape, order == "F", bytes(data))
 
 
 def _both(modules: str, found: dict[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
@@ -233,10 +253,10 @@ CONSTRUCTORS: dict[str, Callable[..., Any]] = {
     **_TENSORS,
     "torch._tensor._rebuild_from_type": _from_type,
     "torch._tensor._rebuild_from_type_v2": _from_type,
-    "torch.Size": Size,
+    "torch.Size": _of(Size, tuple, list),
     "torch.device": lambda kind, index=None: Device(kind if index is None else f"{kind}:{index}"),
-    "collections.OrderedDict": OrderedDict,
-    "collections.Counter": Counter,
+    "collections.OrderedDict": _of(OrderedDict, list),
+    "collections.Counter": _of(Counter, dict),
     "collections.defaultdict": _default_dict,
     "_codecs.encode": _encoded,
     "datetime.datetime": datetime.datetime,
@@ -247,14 +267,12 @@ CONSTRUCTORS: dict[str, Callable[..., Any]] = {
     **_both(
         "builtins",
         {
-            "set": set,
-            "frozenset": frozenset,
+            "set": _of(set, list, tuple),
+            "frozenset": _of(frozenset, list, tuple),
             "complex": complex,
             "slice": slice,
             "range": range,
-            "bytearray": lambda data=b"", encoding="latin-1": bytearray(
-                data.encode(encoding) if isinstance(data, str) else bytes(data)
-            ),
+            "bytearray": _bytearray,
         },
     ),
     **_both(

@@ -103,11 +103,12 @@ def _reading(source: Source, begin: int) -> Callable[[int, int], bytes]:
 def _objects(model: Mapping[str, Any], whole: Column) -> dict[str, Any]:
     """The tree that a `Checkpointer` stores, from what DeepSpeed stored."""
     groups = [{"params": g.names, "options": options_of(g.options)} for g in whole.groups]
+    record = {"class": class_of(whole, model.get("ds_config")), "groups": groups}
     scheduler = model.get("lr_scheduler")
     return {
         "client_state": {key: value for key, value in model.items() if key not in _OWN_KEYS},
         "global_step": model.get("global_steps"),
-        "optimizers": {"": {"class": class_of(whole, model.get("ds_config")), "groups": groups}},
+        "optimizers": {"": record} if groups or whole.problem else {},
         "lr_schedulers": {} if scheduler is None else {"": scheduler},
         "extra_state": extra_states(model.get("module")),
     }

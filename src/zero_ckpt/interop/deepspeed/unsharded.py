@@ -28,8 +28,7 @@ def read_unsharded(optimizer: Any, candidates: Names) -> Column:
     """
     column = Column()
     if not isinstance(optimizer, dict):
-        column.problem = "there was no optimizer"
-        return column
+        return column  # there was none
     try:
         flat = optimizer.get("fp32_groups_flat")
         lists = optimizer.get("fp32_groups")
