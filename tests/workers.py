@@ -48,6 +48,7 @@ _PRELOAD = [
     "torch.distributed.tensor",
     "lightning.pytorch",
     "accelerate",
+    "transformers.trainer",
     "zero_ckpt.checkpointer",
 ]
 

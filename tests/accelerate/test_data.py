@@ -53,6 +53,7 @@ def test_resume_is_bitwise(case: Case, world_size: int) -> None:
         assert failures == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("case", WITH_WORKERS, ids=str)
 def test_resume_with_workers_is_bitwise(case: Case, world_size: int) -> None:
