@@ -5,6 +5,7 @@ Inside of `run_ranks` the process group and the variables of a launch exist alre
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
+from accelerate.state import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, ParallelismConfig
 from torch import nn
 
@@ -22,7 +23,17 @@ from zero_ckpt.accelerate import attach
 from zero_ckpt.accelerate.base import raw_optimizer
 from zero_ckpt.core.state import capture_model, parameter_names
 
-__all__ = ["Net", "assert_same", "batches", "fsdp2", "make", "on_ranks", "state_of", "train"]
+__all__ = [
+    "Net",
+    "assert_same",
+    "batches",
+    "fsdp2",
+    "impatient",
+    "make",
+    "on_ranks",
+    "state_of",
+    "train",
+]
 
 FEATURES = 6
 
@@ -146,10 +157,9 @@ def state_of(made: tuple[Any, Any, Any, Any]) -> dict[str, Any]:
     }
 
 
-def forget() -> None:
-    """Accelerate's state of this process, which outlives its accelerators."""
-    AcceleratorState._reset_state()
-    PartialState._shared_state.clear()
+def impatient(accelerator: Any, seconds: float | None = 1.0) -> None:
+    """How long it waits for silent ranks from now on; None as ever. Only for calls that some rank does not make."""
+    accelerator._zero_options = dataclasses.replace(accelerator._zero_options, timeout=seconds)
 
 
 def on_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60) -> list[Any]:

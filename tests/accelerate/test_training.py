@@ -26,6 +26,7 @@ from tests.accelerate.harness import (
     assert_same,
     batches,
     fsdp2,
+    impatient,
     make,
     on_ranks,
     state_of,
@@ -287,10 +288,12 @@ def test_a_save_that_one_rank_makes_alone_ends(tmp_path: Path) -> None:
 
 
 def alone(out: str) -> None:
-    made = make(timeout=1.0)
+    made = make()
     if made[0].is_main_process:
+        impatient(made[0])
         with pytest.raises(RankTimeoutError, match="rank 1"):
             made[0].save_state(out)
+        impatient(made[0], None)
     dist.barrier()
     made[0].save_state(out)
     made[0].load_state(out)
