@@ -78,7 +78,6 @@ class Reduced:
         Reduced(eval, "1"),
         Reduced(exec, "1"),
         Reduced(__import__, "os"),
-        Reduced(getattr, "", "upper"),
         Reduced(subprocess.Popen, ["true"]),
         [1, {"deep": Reduced(os.system, "touch hacked")}],
     ],
@@ -92,8 +91,7 @@ def test_a_call_that_only_an_attack_makes_is_refused_by_name(attack: Any, protoc
 @pytest.mark.parametrize("kind", [set, frozenset, collections.Counter, bytearray, bytes, list])
 def test_a_container_of_a_range_is_never_filled(kind: Any) -> None:
     endless = 1 << 50 if kind in (bytearray, bytes) else range(1 << 50)
-    with contextlib.suppress(UnsafeObjectError):
-        assert isinstance(opened(pickle.dumps(Reduced(kind, endless))), Record)
+    assert isinstance(opened(pickle.dumps(Reduced(kind, endless))), Record)
 
 
 class Meter:

@@ -62,11 +62,15 @@ _PYTHON2_NAMES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 """Modules as protocol 2 calls them, and their names."""
 
 _RUNNERS = """
-    _ctypes _operator asyncio bdb builtins code codeop commands ctypes importlib marshal multiprocessing nt operator os
-    pdb posix pty runpy shutil socket subprocess sys timeit webbrowser
+    _ctypes bdb code codeop commands ctypes importlib marshal nt os pdb posix pty runpy shutil socket subprocess sys
+    timeit webbrowser
 """
 _RUNS_CODE = frozenset(_RUNNERS.split())
 """Modules whose functions no training state calls: a pickle that calls one was made to do harm."""
+
+_BUILTIN_RUNNERS = "__import__ breakpoint compile delattr eval exec exit globals input locals open quit setattr vars"
+_BUILTINS_RUN_CODE = frozenset(_BUILTIN_RUNNERS.split())
+"""The same of Python's own functions. `getattr` is how enumerations and methods are pickled."""
 
 Constructor = Callable[..., Any]
 Constructors = Mapping[str, Constructor]
@@ -272,7 +276,7 @@ class _Machine:
                 return make(*args)
             except (TypeError, ValueError, AttributeError):
                 return Record(kind, args, new)  # arguments that a plain value does not take
-        if kind.module in _RUNS_CODE or kind.module.partition(".")[0] in _RUNS_CODE:
+        if _is_attack(kind):
             raise UnsafeObjectError(
                 f"the pickle calls '{kind.path}', which a checkpoint has no reason to do. Nothing was run. "
                 "Do not open this file with tools that run pickles."
@@ -291,6 +295,12 @@ class _Machine:
 
     def persist(self) -> None:
         self.push(self._persistent(self.pop()))
+
+
+def _is_attack(kind: Global) -> bool:
+    if kind.module == "builtins":
+        return kind.name in _BUILTINS_RUN_CODE
+    return kind.module.partition(".")[0] in _RUNS_CODE
 
 
 def _long(data: memoryview) -> int:

@@ -272,6 +272,7 @@ CONSTRUCTORS: dict[str, Callable[..., Any]] = {
             "complex": complex,
             "slice": slice,
             "range": range,
+            "bytes": _of(bytes),
             "bytearray": _bytearray,
         },
     ),
