@@ -158,10 +158,16 @@ def freed(out: str) -> None:
     made = make(3)
     train(made, batches(2))
     made[0].free_memory()
-    model, optimizer = made[0].prepare(*linear_and_adam())
-    step(made[0], model, optimizer)
+    again = (made[0], *made[0].prepare(*made[1:]))  # as find_executable_batch_size does
+    assert again == made
+    assert not made[0].save_model(made[1], f"{out}/model")
+    train(made, batches(1))
     made[0].save_state(out)
-    assert "global_step1" in os.listdir(out)
+    assert sorted(os.listdir(out)) == ["global_step1", "latest", "model"]
+    made[0].free_memory()
+    made[0].prepare(*linear_and_adam())
+    made[0].save_state(out)
+    assert "global_step0" in os.listdir(out)
 
 
 @pytest.mark.parametrize("stage", [None, 1])

@@ -85,10 +85,11 @@ class PrepareMixin(ZeroBase):
     ) -> Any:
         """As Accelerate's; at stages 2 and 3 the model is sharded in place, and not wrapped."""
         stage = self.zero_stage_to_apply
-        is_new = not getattr(model, "_is_accelerate_prepared", False)
-        if stage < 2 or evaluation_mode or not is_new:
+        if stage < 2 or evaluation_mode:
             return super().prepare_model(model, device_placement, evaluation_mode)
         self._zero_shard(model, stage)
+        if getattr(model, "_is_accelerate_prepared", False):
+            return super().prepare_model(model, device_placement)
         for optimizer in self._optimizers:  # prepared before their model
             self._zero_rebind(raw_optimizer(optimizer))
         # Without wrapping: what is left is mixed precision and compilation.
@@ -96,6 +97,7 @@ class PrepareMixin(ZeroBase):
 
     def _zero_shard(self, model: nn.Module, stage: int) -> None:
         runtime, options = self._zero_runtime, self._zero_options
+        is_new = not getattr(model, "_is_accelerate_prepared", False)
         model = getattr(model, "_orig_mod", model)  # inside torch.compile
         if runtime.mesh is None:
             kind = self.device.type
@@ -108,7 +110,7 @@ class PrepareMixin(ZeroBase):
             cpu_offload=options.cpu_offload,
         )
         runtime.shardings.append((model, sharding))
-        if self.ddp_handler is None or self.ddp_handler.broadcast_buffers:
+        if is_new and (self.ddp_handler is None or self.ddp_handler.broadcast_buffers):
             share_buffers(model, runtime.mesh, lambda: bool(self.sync_gradients))
 
     def _zero_rebind(self, optimizer: Optimizer) -> None:
