@@ -13,7 +13,13 @@ from accelerate.utils import ProjectConfiguration
 
 from tests.accelerate.harness import assert_same, batches, make, on_ranks, state_of, train
 from zero_ckpt.accelerate import detach
-from zero_ckpt.accelerate.naming import candidates, directory_for_save, next_iteration, retire
+from zero_ckpt.accelerate.naming import (
+    candidates,
+    directory_for_save,
+    is_accelerates,
+    next_iteration,
+    retire,
+)
 from zero_ckpt.errors import CheckpointNotFoundError, SaveError
 from zero_ckpt.testing import FaultyStorage, fail_at
 
@@ -165,6 +171,19 @@ def mixed(root: str) -> None:
     fresh[0].project_configuration.total_limit = 1
     fresh[0].save_state()
     assert os.listdir(Path(root, "checkpoints")) == ["checkpoint_1"]
+
+
+def test_whose_folder_it_is(tmp_path: Path) -> None:
+    assert is_accelerates(str(tmp_path))
+    (tmp_path / "random_states_0.pkl").touch()
+    (tmp_path / "pytorch_model").mkdir()
+    (tmp_path / "pytorch_model" / "model-00000-of-00001.safetensors").touch()
+    assert not is_accelerates(str(tmp_path))  # nothing that Accelerate would find, a tag that we do
+    (tmp_path / "model.safetensors").touch()
+    assert is_accelerates(str(tmp_path))
+    (tmp_path / "pytorch_model" / "manifest.json").touch()
+    assert not is_accelerates(str(tmp_path))
+    assert not is_accelerates(str(tmp_path / "pytorch_model"))
 
 
 def test_rules_for_folders(tmp_path: Path) -> None:

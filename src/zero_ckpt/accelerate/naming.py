@@ -22,16 +22,22 @@ __all__ = ["candidates", "directory_for_save", "is_accelerates", "next_iteration
 
 _storage = LocalStorage()
 
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model_fsdp")
+"""What Accelerate's weights are called, but for those that an engine writes for it."""
+
 
 def is_accelerates(directory: str) -> bool:
     """Whether Accelerate's own code is to read this folder: it holds nothing that the core opens.
 
-    What Accelerate has completed is its own, also where it holds a format that the core would open.
+    What Accelerate has completed is its own, also where its FSDP's format is one that the core opens; but not what its
+    DeepSpeed wrote, whose weights its other code does not find.
     """
     if _is_committed(directory):
         return False
-    is_known = is_tag_folder(_storage, directory) or bool(list_tags(_storage, directory))
-    return _is_complete(directory) or not is_known
+    if not is_tag_folder(_storage, directory) and not list_tags(_storage, directory):
+        return True
+    has_weights = any(name.startswith(_WEIGHTS) for name in os.listdir(directory))
+    return has_weights and _is_complete(directory)
 
 
 def _is_complete(directory: str) -> bool:
