@@ -382,16 +382,18 @@ def remove_tag(storage: Storage, directory: str, tag: str) -> None:
         storage.sync(directory)
 
 
-def _is_ours(info: TagInfo) -> bool:
-    return info.manifest is not None and not isinstance(info.manifest, ForeignManifest)
+def _is_ours(storage: Storage, directory: str, info: TagInfo) -> bool:
+    return (
+        info.manifest is not None and format_of(_names(storage, f"{directory}/{info.name}")) is None
+    )
 
 
 def prune(storage: Storage, directory: str, keep_last: int, protected: str) -> list[str]:
     """Remove the oldest committed checkpoints beyond `keep_last`; never `protected`, nor what `latest` names.
 
-    Checkpoints of other systems neither count nor are removed.
+    Checkpoints of other systems, and folders that hold one beside ours, neither count nor are removed.
     """
-    infos = [info for info in list_tags(storage, directory) if _is_ours(info)]
+    infos = [info for info in list_tags(storage, directory) if _is_ours(storage, directory, info)]
     spared = {protected, read_latest(storage, directory)}
     doomed = [
         info.name for info in infos[: max(0, len(infos) - keep_last)] if info.name not in spared
