@@ -14,6 +14,9 @@ from accelerate import Accelerator
 from torch import nn
 
 from tests.accelerate.harness import assert_same, fsdp2, on_ranks
+from tests.interop.cases import Case
+from tests.interop.models import MODELS
+from tests.interop.test_deepspeed_resume import optimizer_of
 from tests.lightning.harness import Model, loader, trainer, whole
 from tests.lightning.harness import loader as lightning_loader
 from zero_ckpt import Checkpointer
@@ -204,3 +207,30 @@ def registered(root: str) -> None:
         client_state = accelerator.load_state(f"{root}/ckpt")
     assert client_state == {"from": "checkpointer"}
     assert extra.param_groups[0]["lr"] == 0.25
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_run_that_deepspeed_began_goes_on(stage: int, deepspeed_cases: Path) -> None:
+    for before, after, step in on_ranks(
+        from_deepspeed, 2, deepspeed_cases / "base_z2_w2_fp32", stage
+    ):
+        assert before["states"]
+        assert_same(before, after)
+        assert step > 0
+
+
+def from_deepspeed(folder: Path, stage: int) -> tuple[Any, Any, int]:
+    """What `Checkpointer` makes of it, and what an accelerator does."""
+    warnings.filterwarnings("ignore", DIFFERENT, UserWarning)
+    case = Case(folder)
+    plain = MODELS[case.meta["model"]]()
+    its_own = optimizer_of(case, plain)
+    with Checkpointer(plain, its_own) as checkpointer:
+        checkpointer.load_checkpoint(case.directory, load_lr_scheduler_states=False)
+    accelerator: Any = attach(Accelerator(cpu=True), stage)
+    model = MODELS[case.meta["model"]]()
+    optimizer = optimizer_of(case, model)
+    accelerator.prepare(model, optimizer)
+    accelerator.load_state(case.directory, load_lr_scheduler_states=False)
+    after = state(accelerator._models[0], raw_optimizer(accelerator._optimizers[0]), {})
+    return state(plain, its_own, {}), after, accelerator._zero_step
