@@ -1,11 +1,12 @@
 """A load that all ranks make together: same checkpoint, all or nothing, same outcome.
 
 1. open      rank 0 resolves the path once and names the folder
-2. verified  every rank has planned its reads, filled what is new, and verified every byte that will overwrite live
-             tensors; if any rank could not, all raise, or go on to the next older checkpoint when none was named
-3. done      live tensors are filled, new state is installed
+2. planned   every rank knows what it has to read; what is the same on all (replicas) is verified in shares
+3. verified  every rank has filled what is new, and verified every byte that will overwrite live tensors
+4. done      live tensors are filled, new state is installed
 
-So a damaged or unfitting checkpoint changes nothing on any rank. (`verify_first=False` trades that for speed.)
+When a rank cannot plan or verify, all raise, or go on to the next older checkpoint when none was named. So a damaged or
+unfitting checkpoint changes nothing on any rank. (`verify_first=False` trades that for speed.)
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -21,6 +22,7 @@ from typing import Any, Generic, TypeVar
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.collector import collector_paused
 from zero_ckpt.core.control import DEFAULT_TIMEOUT, TORN, ControlPlane
+from zero_ckpt.core.reader import Sharing
 from zero_ckpt.core.restoring import Restoration
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.core.tags import Candidates, fallback_notice, find_checkpoint, locate
@@ -106,24 +108,40 @@ class _Session:
             try:
                 checkpoint = unless_loaded.enter_context(Checkpoint(self._storage, folder))
                 plan, prepared = prepare(checkpoint)
-                live = checkpoint.plan_reads(plan.live)
+                live, fresh = map(checkpoint.plan_reads, (plan.live, plan.fresh))
+            except Exception as error:
+                failure = error
+            digests = [] if failure is not None else [live.digests(), fresh.digests()]
+            record = [_problem(failure), digests]
+            answer = self._meet("load: planned", record, self._judge_plans, failure)
+            if answer["next"]:
+                failure = None  # it holds this frame, and so what was read
+                return None
+            beat = self._control.beat
+            shared_live, shared_fresh = map(self._sharing, answer["shared"])
+            try:
                 if verify_first:
-                    live.verify(self._control.beat)
-                checkpoint.read(plan.fresh, self._control.beat)
+                    live.verify(beat, shared_live)
+                fresh.fill(beat, shared_fresh)
                 plan.check()
             except Exception as error:
                 failure = error
             if self._meet("load: verified", _problem(failure), self._judge, failure)["next"]:
-                failure = None  # it holds this frame, and so what was read
+                failure = None
                 return None
             try:
-                live.fill(self._control.beat)
+                live.fill(beat, shared_live)
                 plan.install()
             except Exception as error:
                 failure = error
             self._meet("load: done", _problem(failure), _raise_torn, failure)
             unless_loaded.pop_all()
         return Loaded(checkpoint, prepared)
+
+    def _sharing(self, roles: list[str]) -> Sharing | None:
+        """`roles`: those of which all ranks read the same."""
+        rank, world_size = self._control.rank, self._control.world_size
+        return Sharing(rank, world_size, frozenset(roles)) if world_size > 1 else None
 
     def _meet(
         self,
@@ -172,6 +190,14 @@ class _Session:
                 "Nothing was loaded. Pass the same path and tag on every rank."
             )
 
+    def _judge_plans(self, records: list[Any]) -> dict[str, Any]:
+        """Rank 0: as `_judge`; and of the live and of the fresh reads, the roles that all ranks have in common."""
+        answer = self._judge([problem for problem, _ in records])
+        if answer["next"]:
+            return answer
+        plans = zip(*(digests for _, digests in records), strict=True)
+        return {**answer, "shared": [_common(digests) for digests in plans]}
+
     def _judge(self, problems: list[Any]) -> dict[str, Any]:
         """Rank 0: go on, try an older checkpoint, or raise."""
         error = _first(problems)
@@ -191,6 +217,12 @@ class _Session:
 _DAMAGE = {
     kind.__name__ for kind in (CorruptCheckpointError, CorruptManifestError, CorruptShardError)
 }
+
+
+def _common(digests: Sequence[Mapping[str, str]]) -> list[str]:
+    """The roles whose digests are the same on all ranks."""
+    first = digests[0]
+    return [role for role in first if all(each.get(role) == first[role] for each in digests)]
 
 
 def _asked(path: str, tag: str | None) -> str:

@@ -16,8 +16,10 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+import xxhash
 
 from zero_ckpt.core.chunks import Box, flat_range_boxes
 from zero_ckpt.core.dtensors import DTYPE_NAMES, TORCH_DTYPES
@@ -29,7 +31,7 @@ from zero_ckpt.core.shards import ShardSet, StoredFile
 from zero_ckpt.core.storage import aligned_buffer
 from zero_ckpt.errors import CorruptShardError
 
-__all__ = ["ReadPlan", "Request", "plan_reads"]
+__all__ = ["ReadPlan", "Request", "Sharing", "plan_reads"]
 
 READ_THREADS = 4
 """Blocks in flight of one rank."""
@@ -62,8 +64,28 @@ class _Part:
 class _FilePlan:
     """The parts that one file gives, by block index; a part that spans blocks stands under each."""
 
+    role: str
     reader: StoredFile
     blocks: dict[int, list[_Part]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """The roles of which all `world_size` ranks read the same blocks, and which rank this is."""
+
+    rank: int
+    world_size: int
+    roles: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """One block to read. `keep`: somebody else will read it, too."""
+
+    reader: StoredFile
+    index: int
+    parts: Sequence[_Part]
+    keep: bool
 
 
 @dataclass(slots=True)
@@ -72,13 +94,33 @@ class ReadPlan:
 
     files: list[_FilePlan]
 
-    def verify(self, progress: Callable[[], None]) -> None:
-        """Read and verify every block, and change nothing."""
-        _run(self.files, None, progress)
+    def digests(self) -> dict[str, str]:
+        """For each role what identifies the blocks to read: ranks with equal digests read the same ones."""
+        hashers: dict[str, Any] = {}
+        for plan in sorted(self.files, key=lambda plan: plan.reader.name):
+            hasher = hashers.setdefault(plan.role, xxhash.xxh3_128())
+            hasher.update(f"{plan.reader.name}\n{sorted(plan.blocks)}\n".encode())
+        return {role: hasher.hexdigest() for role, hasher in hashers.items()}
 
-    def fill(self, progress: Callable[[], None]) -> None:
+    def verify(self, progress: Callable[[], None], sharing: Sharing | None = None) -> None:
+        """Read and verify every block, and change nothing; of what all ranks read, this rank's share."""
+        _run(self._work(sharing, divided=True), None, progress)
+
+    def fill(self, progress: Callable[[], None], sharing: Sharing | None = None) -> None:
         """Fill every target. Raises `CorruptShardError` or OSError; targets may then be partly filled."""
-        _run(self.files, _copy_block, progress)
+        _run(self._work(sharing), _copy_block, progress)
+
+    def _work(self, sharing: Sharing | None, *, divided: bool = False) -> list[_Work]:
+        """What all ranks read is read through the page cache: the disk gives it once to each host."""
+        work: list[_Work] = []
+        for plan in self.files:
+            shared = sharing is not None and plan.role in sharing.roles
+            blocks = sorted(plan.blocks.items())
+            if shared and divided:
+                assert sharing is not None
+                blocks = blocks[sharing.rank :: sharing.world_size]
+            work += [_Work(plan.reader, index, parts, shared) for index, parts in blocks]
+        return work
 
     def fill_from(self, read_block: Callable[[StoredFile, int], memoryview]) -> None:
         """Fill every target on this thread, with verified blocks that `read_block(file, index)` gives."""
@@ -100,7 +142,9 @@ def plan_reads(shards: ShardSet, requests: Iterable[Request]) -> ReadPlan:
         for rank, box, overlap in found:
             plan = plans.get((request.role, rank))
             if plan is None:
-                plan = plans[request.role, rank] = _FilePlan(shards.get(request.role, rank))
+                plan = plans[request.role, rank] = _FilePlan(
+                    request.role, shards.get(request.role, rank)
+                )
             _add_part(plan, request, box, overlap)
     return ReadPlan(list(plans.values()))
 
@@ -140,11 +184,9 @@ def _byte_span(chunk: Chunk, overlap: Box) -> tuple[int, int]:
 _CopyBlock = Callable[[memoryview, int, Sequence[_Part]], None]
 
 
-def _run(plans: Sequence[_FilePlan], copy: _CopyBlock | None, progress: Callable[[], None]) -> None:
+def _run(blocks: Sequence[_Work], copy: _CopyBlock | None, progress: Callable[[], None]) -> None:
     """Read all blocks with a few threads; the first error stops the rest and is raised."""
-    work = iter(
-        [(plan, index, parts) for plan in plans for index, parts in sorted(plan.blocks.items())]
-    )
+    work = iter(blocks)
     lock, stop = threading.Lock(), threading.Event()
 
     def worker() -> None:
@@ -154,17 +196,16 @@ def _run(plans: Sequence[_FilePlan], copy: _CopyBlock | None, progress: Callable
                     item = next(work, None)
                 if item is None:
                     return
-                plan, index, parts = item
                 try:
-                    data = plan.reader.read_block(index, buffer)
+                    data = item.reader.read_block(item.index, buffer, item.keep)
                     if copy is not None:
-                        copy(data, index * BLOCK, parts)
+                        copy(data, item.index * BLOCK, item.parts)
                 except BaseException:
                     stop.set()
                     raise
                 progress()
 
-    count = min(READ_THREADS, sum(len(plan.blocks) for plan in plans))
+    count = min(READ_THREADS, len(blocks))
     if count <= 1:
         worker()
         return
