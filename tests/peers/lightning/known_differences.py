@@ -82,13 +82,6 @@ KNOWN = (
         ("models/test_restore.py::test_callbacks_state_fit_ckpt_path",),
     ),
     Difference(
-        "The test trains with LBFGS, which cannot be sharded: refused above stage 0.",
-        (
-            "trainer/optimization/test_backward_calls.py::test_backward_count_with_closure",
-            "core/test_lightning_optimizer.py::test_lightning_optimizer_automatic_optimization_lbfgs_zero_grad",
-        ),
-    ),
-    Difference(
         "Fails with plain DDP on one process too: Lightning makes new data loaders for a "
         "distributed sampler, and the test watches the one that it made.",
         ("loops/test_loops.py::test_workers_are_shutdown",),
@@ -107,6 +100,11 @@ KNOWN = (
         "Fails with plain DDP too: the test fakes a part of a SLURM job, and a distributed "
         "strategy asks for the rest (SLURM_NODEID).",
         ("trainer/connectors/test_checkpoint_connector.py::test_hpc_restore_attempt",),
+    ),
+    Difference(
+        "Fails with plain DDP too: the test sets strategy.world_size, which distributed strategies "
+        "compute.",
+        ("loops/optimization/test_automatic_loop.py::test_skip_training_step_not_allowed",),
     ),
     Difference(
         "Fails with plain DDP too: the test is about SingleDeviceStrategy, or replaces a method "
