@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -254,3 +256,23 @@ def stored_and_read(case: Case) -> list[str]:
 @pytest.mark.parametrize("case", [Case(), Case(stateful=True, data="growing")], ids=str)
 def test_the_state_is_stored_without_pickle(case: Case) -> None:
     assert run_ranks(stored_and_read, 1, case) == [[]]
+
+
+def forgotten(case: Case) -> list[bool]:
+    """Whether a loader, and one that skips, are gone at once: before, while and after they are iterated."""
+    gone = []
+    for steps in (0, 2, None):
+        accelerator, loader = jobs.prepared(case, seed=1)
+        skipping = skip_first_batches(loader, 1)
+        references = [weakref.ref(loader), weakref.ref(skipping)]
+        for each in (loader, skipping):
+            list(itertools.islice(jobs.steps(each, 0), steps))
+        accelerator._dataloaders.clear()
+        del accelerator, loader, skipping, each
+        gone += [reference() is None for reference in references]
+    return gone
+
+
+@pytest.mark.parametrize("case", [Case(), Case(dispatch=True), Case(stateful=True)], ids=str)
+def test_a_forgotten_loader_is_freed_at_once(case: Case) -> None:
+    assert run_ranks(forgotten, 1, case) == [[True] * 6]

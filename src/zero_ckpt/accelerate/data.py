@@ -115,7 +115,7 @@ def skip_first_batches(loader: Any, num_batches: int = 0) -> Any:
     width = 1 if stream else data_states.batches_per_step(loader)
     skipping = accelerate_skip_first_batches(loader, num_batches=num_batches * width)
     _keep_settings(loader, skipping)
-    track(skipping, tracker, (loader._zero_skip or 0) + num_batches)
+    track(skipping, loader, (loader._zero_skip or 0) + num_batches)
     return skipping
 
 
@@ -143,7 +143,7 @@ def _entry(loader: Any) -> dict[str, Any]:
         return {**common, **_still(tracker.pending)}
     if tracker.epoch is None:
         return {**common, "epoch": None, "iteration": loader.iteration}
-    return {**common, **_so_far(tracker.epoch, loader.iteration)}
+    return {**common, **_so_far(tracker, tracker.epoch, loader.iteration)}
 
 
 def _still(position: Position) -> dict[str, Any]:
@@ -160,8 +160,8 @@ def _still(position: Position) -> dict[str, Any]:
     }
 
 
-def _so_far(epoch: Epoch, iteration: int) -> dict[str, Any]:
-    over = epoch.over or (epoch.view is not None and bool(epoch.view.end_of_dataloader))
+def _so_far(tracker: Tracker, epoch: Epoch, iteration: int) -> dict[str, Any]:
+    over = epoch.over or tracker.has_handed_out_all
     return {
         "epoch": epoch.number,
         "iteration": iteration + 1 if over and iteration == epoch.number else iteration,

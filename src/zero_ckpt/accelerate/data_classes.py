@@ -35,18 +35,18 @@ def is_tracked(loader: Any) -> bool:
     return can_track(loader) and "_zero_tracker" in vars(loader)
 
 
-def track(loader: Any, tracker: Tracker | None = None, skip: int | None = None) -> None:
-    """Make a prepared loader tell where it is; with `tracker`, it is one that skips the first `skip` batches of that
-    one's.
-    """
+def track(loader: Any, source: Any = None, skip: int | None = None) -> None:
+    """Make a prepared loader tell where it is; with `source`, it is one that skips the first `skip` batches of that."""
     if is_tracked(loader):
         return
     kind: Any = type(loader)
     _set_class(loader, _tracked(kind))
-    loader._zero_skip = skip
-    loader._zero_tracker = Tracker(loader) if tracker is None else tracker
-    if tracker is None:
+    loader._zero_skip, loader._zero_source = skip, source
+    if source is None:
+        loader._zero_tracker = Tracker(loader)
         loader._zero_tracker.watched = _watch(loader)
+    else:
+        loader._zero_tracker = source._zero_tracker
 
 
 def _watch(loader: Any) -> bool:
@@ -79,12 +79,15 @@ def _renew_first_iterator(base: Any) -> None:
 @cache
 def _tracked(original: Any) -> type:
     class Tracked(original):  # type: ignore[misc]
-        """A loader that tells its tracker of every batch. `_zero_skip`: batches that it leaves out; None for the
-        prepared loader itself.
+        """A loader that tells its tracker of every batch.
+
+        `_zero_skip`: batches that it leaves out, of `_zero_source`, which it keeps alive; both None
+        for the prepared loader itself.
         """
 
         _zero_tracker: Tracker
         _zero_skip: int | None
+        _zero_source: Any
 
         def __iter__(self) -> Iterator[Any]:
             tracker = self._zero_tracker
@@ -100,11 +103,16 @@ def _tracked(original: Any) -> type:
                 if tracker.loader.iteration == turn.epoch.number:
                     tracker.loader.iteration = self.iteration
             finally:
-                turn.closed()
+                tracker.closed(turn)
 
         def __reduce__(self) -> Any:
             kind, arguments, *rest = super().__reduce__()
             return (_tracked_again, (kind, arguments), *rest)
+
+        def __setstate__(self, state: dict[str, Any]) -> None:
+            self.__dict__.update(state)
+            if self._zero_source is None:
+                self._zero_tracker.bind(self)
 
     if issubclass(original, DataLoaderDispatcher):
         return _named_like(_telling_between_steps(Tracked), original)

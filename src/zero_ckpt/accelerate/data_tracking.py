@@ -22,20 +22,40 @@ __all__ = ["Tracker"]
 
 
 class Tracker:
-    """Where one prepared loader is; shared with the loaders that skip its first batches."""
+    """Where one prepared loader is; shared with its batch sampler and with the loaders that skip its first batches.
+
+    It keeps no loader alive: Accelerate's users free theirs, with what they hold, by forgetting them.
+    """
 
     def __init__(self, loader: Any) -> None:
-        self.loader = loader
+        self.bind(loader)
         self.epoch: Epoch | None = None
         self.pending: Position | None = None
         self.watched = False  # whether the batch sampler tells
         self.respawn = False  # the saving job's workers had been started in an earlier epoch
         self._turn: Turn | None = None  # begun, its first index not yet asked for
         self._other: weakref.ref[Any] | None = None  # an untracked loader that runs the epoch
+        self._view: weakref.ref[Any] | None = None  # the tracked loader that runs the epoch
         self._muted = False
 
+    def bind(self, loader: Any) -> None:
+        """`loader` is the prepared one."""
+        self._loader: weakref.ref[Any] | None = weakref.ref(loader)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_turn": None, "_other": None}
+        here = ("_loader", "_turn", "_other", "_view")
+        return {**self.__dict__, **dict.fromkeys(here)}
+
+    @property
+    def loader(self) -> Any:
+        """The prepared loader; None when it is gone."""
+        return None if self._loader is None else self._loader()
+
+    @property
+    def has_handed_out_all(self) -> bool:
+        """Whether the training is at its last batch."""
+        view = None if self._view is None else self._view()
+        return view is not None and bool(view.end_of_dataloader)
 
     @property
     def stateful(self) -> bool:
@@ -65,7 +85,7 @@ class Tracker:
         yielded = skip or 0
         if position is not None and skip is None and self.stateful:
             yielded = position.yielded
-        self.epoch = Epoch(view.iteration, yielded, view)
+        self.epoch, self._view = Epoch(view.iteration, yielded), weakref.ref(view)
         self._turn = turn = Turn(view, self.epoch, replay)
         return turn
 
@@ -104,16 +124,21 @@ class Tracker:
 
     def forget(self) -> None:
         """What has been until now, since a checkpoint is loaded."""
-        self.epoch = self._turn = self._other = self.pending = None
+        self.epoch = self._turn = self._other = self._view = self.pending = None
 
     def started(self) -> None:
         """The turn that was begun has its first batch."""
         self._turn = None
 
+    def closed(self, turn: Turn) -> None:
+        """A turn has come to its end, or was left."""
+        turn.closed()
+        self._turn = self._view = None
+
     def indices(self, indices: Iterator[Any]) -> Iterator[Any]:
         """The batch sampler is iterated, by whomever."""
         turn, self._turn = self._turn, None
-        if turn is None and not self._muted:
+        if turn is None and not self._muted and self.loader is not None:
             turn = self._turn_of_other()
         return indices if turn is None or self._muted else turn.order(indices)
 

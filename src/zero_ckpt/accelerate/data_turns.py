@@ -46,11 +46,10 @@ class Position:
 
 @dataclass(slots=True)
 class Epoch:
-    """The pass that was begun last, as it goes on. view: the tracked loader that makes it, while it does."""
+    """The pass that was begun last, as it goes on."""
 
     number: int
     yielded: int
-    view: Any = None
     start: Mapping[str, Any] | None = None
     fetch: rng.Streams | None = None
     running: bool = True
@@ -98,7 +97,7 @@ class Turn:
     """One iteration of a loader; `replay` None: an ordinary one."""
 
     def __init__(self, loader: Any, epoch: Epoch, replay: Replay | None) -> None:
-        self.loader = loader
+        self._loader = loader
         self.epoch = epoch
         self.replay = replay
         self._stream = data_states.is_stream(loader)
@@ -138,14 +137,16 @@ class Turn:
 
     def closed(self) -> None:
         """The training has left the loop, early or not."""
-        self.epoch.running, self.epoch.view = False, None
+        self.epoch.running = False
         if self.replay is not None:
             self.replay.finish()
 
     def _begin(self) -> None:
+        # From here on the loader's own iterator may hold this turn: it must not hold the loader.
+        loader, self._loader = self._loader, None
         if self.replay is None:
-            self.epoch.start = data_states.capture_start(self.loader)
+            self.epoch.start = data_states.capture_start(loader)
             return
         self.epoch.start = self.replay.start
         if self.replay.start is not None:
-            data_states.restore_start(self.loader, self.replay.start)
+            data_states.restore_start(loader, self.replay.start)
