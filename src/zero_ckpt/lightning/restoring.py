@@ -18,7 +18,7 @@ import torch
 
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.loading import load_together
-from zero_ckpt.core.reader import Request
+from zero_ckpt.core.reader import Request, Sharing
 from zero_ckpt.core.restoring import Restoration
 from zero_ckpt.core.state import parameter_names
 from zero_ckpt.core.tags import is_tag_folder
@@ -113,7 +113,7 @@ class RestoreMixin(StrategyBase):
     ) -> Callable[[Checkpoint], tuple[Restoration, dict[str, Any]]]:
         def prepare(checkpoint: Checkpoint) -> tuple[Restoration, dict[str, Any]]:
             roles = ("model", "optim", "state") if self.is_fitting else ("model", "state")
-            verify_share(checkpoint, roles, self.control)
+            verify_share(checkpoint, roles, self.control, self.replicated)
             content = from_checkpoint(
                 checkpoint,
                 self.namespace.version,
@@ -208,9 +208,15 @@ class RestoreMixin(StrategyBase):
 
     def _read(self, source: Checkpoint, requests: list[Request]) -> None:
         try:
-            source.read(requests, self.control.beat)
+            source.plan_reads(requests).fill(self.control.beat, self.replicated)
         finally:
             source.close()  # files are opened again when they are needed again
+
+    @property
+    def replicated(self) -> Sharing | None:
+        """Below stage 2 all ranks read the same weights: once from the disk, then from its cache."""
+        several = self.stage < 2 and self.world_size > 1
+        return Sharing(0, 1, frozenset({"model", "optim"})) if several else None
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Restore every optimizer; all of them, or none."""

@@ -9,17 +9,19 @@ import torch
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.control import ControlPlane
 from zero_ckpt.core.planner import Placed
-from zero_ckpt.core.reader import Request
+from zero_ckpt.core.reader import Request, Sharing
 from zero_ckpt.core.runs import Run
 
 __all__ = ["verify_share"]
 
 
-def verify_share(checkpoint: Checkpoint, roles: Sequence[str], control: ControlPlane) -> None:
+def verify_share(
+    checkpoint: Checkpoint, roles: Sequence[str], control: ControlPlane, sharing: Sharing | None
+) -> None:
     """Read and verify every block of this rank's share of the files: those of its own number.
 
-    At the same world size that is what this rank loads next, from the page cache then. Raises
-    `CorruptShardError`.
+    At the same world size that is what this rank loads next. `sharing`: what will be loaded by all
+    ranks. Raises `CorruptShardError`.
     """
     manifest = checkpoint.manifest
     requests = []
@@ -27,7 +29,7 @@ def verify_share(checkpoint: Checkpoint, roles: Sequence[str], control: ControlP
         for role in roles:
             if manifest.file_of(role, rank) in manifest.files:
                 requests += _all_of(checkpoint, role, rank)
-    checkpoint.plan_reads(requests).verify(control.beat)
+    checkpoint.plan_reads(requests).verify(control.beat, sharing)
 
 
 def _all_of(checkpoint: Checkpoint, role: str, rank: int) -> list[Request]:
