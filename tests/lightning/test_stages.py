@@ -169,3 +169,42 @@ def test_one_process_alone_keeps_its_model_plain_and_several_go_on_from_it(
     assert plain
     for seen in on_ranks(_go_on, 2, tmp_path / "on", stage, tmp_path / "six.ckpt"):
         assert_same(seen, weights)
+
+
+def _hybrid(root: Path, stage: int) -> list[Any]:
+    found = []
+    for own, options in ((0, {}), (stage, {"strategy_options": {"sharding_size": 2}})):
+        L.seed_everything(5)
+        model = Model()
+        run = trainer(root, own, max_steps=6, **options)
+        run.fit(model, loader(64, shuffle=True))
+        found.append((model.losses, whole_weights(model)))
+        run.save_checkpoint(root / f"stage-{own}.ckpt")
+    return found
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_two_copies_of_a_sharded_model_train_like_ddp_and_are_stored_once(
+    tmp_path: Path, stage: int
+) -> None:
+    results = on_ranks(_hybrid, 4, tmp_path, stage)
+    for (losses, weights), (new_losses, new_weights) in results:
+        assert new_losses == [(i, pytest.approx(loss, rel=2e-6)) for i, loss in losses]
+        for key, value in weights.items():
+            torch.testing.assert_close(new_weights[key], value, rtol=2e-5, atol=2e-6, msg=key)
+    bytes_of = {
+        own: sum(file.stat().st_size for file in (tmp_path / f"stage-{own}.ckpt").glob("model-*"))
+        for own in (0, stage)
+    }
+    assert bytes_of[stage] < 2 * bytes_of[0]
+    trained = results[0][1][1]
+    for seen in on_ranks(_go_on_from, 2, tmp_path / "on", tmp_path / f"stage-{stage}.ckpt"):
+        assert_same(seen, trained)
+
+
+def _go_on_from(root: Path, path: Path) -> Any:
+    warnings.filterwarnings("ignore", ".*was saved by 4 ranks and is resumed by")
+    probe = Probe()
+    run = trainer(root, 2, max_steps=8, callbacks=[probe])
+    run.fit(Model(), loader(), ckpt_path=str(path))
+    return probe.seen["weights"]
