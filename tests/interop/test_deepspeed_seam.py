@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 import zero_ckpt
 from tests.interop.cases import Case
-from tests.interop.models import LM
+from tests.interop.models import LM, Odd
 from tests.interop.writer import Run, write
 from tests.workers import run_ranks
 from zero_ckpt import Checkpointer, get_fp32_state_dict_from_zero_checkpoint
@@ -147,3 +147,27 @@ def test_the_scheduler_s_state_arrives(deepspeed_cases: Path) -> None:
     assert scheduler.last_epoch == 3
     assert scheduler.get_last_lr() == [group["lr"] for group in optimizer.param_groups]
     assert optimizer.param_groups[0]["lr"] < 0.5
+
+
+def load_in_accelerate(directory: str) -> tuple[dict[str, torch.Tensor], int, float]:
+    from accelerate import Accelerator
+
+    import zero_ckpt.accelerate
+
+    accelerator = Accelerator(cpu=True)
+    zero_ckpt.accelerate.attach(accelerator)
+    model = Odd()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2)
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    accelerator.load_state(directory)
+    weights = accelerator.unwrap_model(model).state_dict()
+    return weights, scheduler.scheduler.last_epoch, optimizer.param_groups[0]["lr"]
+
+
+def test_what_accelerate_saved_with_deepspeed_loads_in_accelerate(deepspeed_cases: Path) -> None:
+    case = Case(deepspeed_cases / "accelerate_z3_w2")
+    for weights, epoch, lr in run_ranks(load_in_accelerate, 2, str(case.directory)):
+        assert all(torch.equal(weights[key], value) for key, value in case.weights.items())
+        assert epoch == 3
+        assert lr == pytest.approx(0.001)

@@ -1,29 +1,37 @@
-"""`zero-ckpt convert SRC DST`: a checkpoint of DeepSpeed's, or of ours, as a new one of ours."""
+"""`zero-ckpt convert SRC DST`: a checkpoint of DeepSpeed's as one of ours, or of ours as one of DeepSpeed's."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import time
+from pathlib import Path
 
 from zero_ckpt.cli.text import json_text, printable, size_text
 from zero_ckpt.core.storage import LocalStorage
 from zero_ckpt.core.tags import find_checkpoint
 from zero_ckpt.errors import UnsafeObjectError
 
-SUMMARY = "write a DeepSpeed checkpoint as one of ours"
+SUMMARY = "write a DeepSpeed checkpoint as one of ours, or the reverse"
 DESCRIPTION = """\
 Writes a checkpoint with everything in it (weights, optimizer state, scheduler, client state) as a tag of another
 checkpoint directory, committed and with checksums, in one process and with little memory. Values are taken over
 bitwise. Of a checkpoint directory: its latest. DeepSpeed itself is not needed."""
 EXAMPLES = """\
   zero-ckpt convert deepspeed_run checkpoints
-  zero-ckpt convert deepspeed_run/global_step100 checkpoints --tag step100"""
+  zero-ckpt convert deepspeed_run/global_step100 checkpoints --tag step100
+  zero-ckpt convert checkpoints deepspeed_run --to universal      for DeepSpeed's load_universal"""
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="SRC", help="a tag's folder, or a checkpoint directory")
     parser.add_argument("output", metavar="DST", help="checkpoint directory to write to")
+    parser.add_argument(
+        "--to",
+        choices=["zero_ckpt", "universal"],
+        default="zero_ckpt",
+        help="our format, or DeepSpeed's universal one, for DeepSpeed to load",
+    )
     parser.add_argument("--tag", metavar="NAME", help="of the new checkpoint (default: as it was)")
     parser.add_argument(
         "--allow-pickle",
@@ -37,15 +45,18 @@ def run(options: argparse.Namespace) -> int:
     found = find_checkpoint(LocalStorage(), os.path.abspath(options.path))
     # Needs torch; only now, when there is something to convert.
     from zero_ckpt.interop.convert import convert_checkpoint
+    from zero_ckpt.interop.universal import convert_to_universal
 
+    convert = convert_to_universal if options.to == "universal" else convert_checkpoint
     try:
-        folder = convert_checkpoint(
+        folder = convert(
             found.folder, options.output, name=options.tag, weights_only=not options.allow_pickle
         )
     except UnsafeObjectError as error:
         text = str(error).replace("weights_only=False", "--allow-pickle")
         raise UnsafeObjectError(text) from error
-    nbytes = sum(entry.nbytes for entry in LocalStorage().list(folder))
+    files = [path for path in Path(folder).rglob("*") if path.is_file()]
+    nbytes = sum(path.stat().st_size for path in files)
     if options.json:
         print(json_text({"source": found.folder, "path": folder, "nbytes": nbytes}))
         return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from zero_ckpt.interop.deepspeed.column import Column, extra_states
 from zero_ckpt.interop.deepspeed.folder import Opened
 from zero_ckpt.interop.deepspeed.objects import ObjectEncoder
 from zero_ckpt.interop.deepspeed.optimizers import class_of, options_of
-from zero_ckpt.interop.deepspeed.sources import Bytes, Gathered, Source, read_bytes
+from zero_ckpt.interop.deepspeed.sources import Bytes, FileTable, Gathered, Source, read_bytes
 
 __all__ = ["StateFile"]
 
@@ -56,7 +57,10 @@ class StateFile:
     def __init__(self, opened: Opened) -> None:
         self.name = f"{opened.table.folder} (objects)"
         encoder = ObjectEncoder(OBJECTS)
-        self._tree = json.dumps(encoder.encode(_objects(opened.model, opened.whole))).encode()
+        objects = _objects(opened.model, opened.whole)
+        if not objects["lr_schedulers"]:
+            objects["lr_schedulers"] = _schedulers_beside(opened.table)
+        self._tree = json.dumps(encoder.encode(objects)).encode()
         self._source = Gathered(self.name)
         self.chunks: list[Chunk] = []
         for key, stored in encoder.tensors.items():
@@ -94,6 +98,21 @@ class StateFile:
 
     def close(self) -> None:
         """Its sources are closed by their table."""
+
+
+def _schedulers_beside(table: FileTable) -> dict[str, Any]:
+    """Accelerate keeps schedulers itself: in `scheduler.bin`, `scheduler_1.bin`, ... beside its tag `pytorch_model`."""
+    folder, tag = os.path.split(table.folder)
+    if tag != "pytorch_model":
+        return {}
+    there = {entry.name for entry in table.files.list(folder)}
+    names = ["scheduler.bin"]
+    while f"scheduler_{len(names)}.bin" in there:
+        names.append(f"scheduler_{len(names)}.bin")
+    if names[0] not in there:
+        return {}
+    trees = [table.open(f"../{name}").tree for name in names]
+    return {"": trees[0]} if len(trees) == 1 else {str(i): tree for i, tree in enumerate(trees)}
 
 
 def _reading(source: Source, begin: int) -> Callable[[int, int], bytes]:

@@ -48,6 +48,8 @@ def _groups(models: Sequence[Mapping[str, Any]]) -> list[dict[str, tuple[int, ..
 
 def _read_parameter(column: Column, table: FileTable, name: str, shape: tuple[int, ...]) -> None:
     folder = f"zero/{name}"
+    if any(part in ("", ".", "..") for part in name.split("/")):
+        raise LayoutError(f"'{name}' cannot be the name of a folder")
     try:
         files = [e.name for e in table.files.list(f"{table.folder}/{folder}") if not e.is_dir]
     except OSError as error:
