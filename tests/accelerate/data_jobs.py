@@ -74,7 +74,7 @@ class Numbers(Dataset[torch.Tensor]):
         return self.case.samples
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return sample(index, noisy=not self.case.workers)
+        return sample(index, noisy=not self.case.workers and self.case.data != "quiet")
 
 
 class Growing(Numbers):

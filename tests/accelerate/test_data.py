@@ -20,6 +20,7 @@ from zero_ckpt.core.objects import decode_objects, encode_objects
 
 CASES = [
     Case(),
+    Case(data="quiet"),
     Case(seedable=True),
     Case(generator=True),
     Case(replacement=True),

@@ -9,6 +9,10 @@ Accelerate's loaders fetch one step ahead: when the training gets batch n, batch
 and a data set that draws random numbers has drawn them. The repeated pass reads that batch again, so
 for it alone the generators go back to where they stood then (`Epoch.fetch`). Loaders with workers
 read in other processes; the random streams of those start anew.
+
+Asking Python's and NumPy's generators for their state at every batch would take longer than many a
+batch, and few data sets use them: they are watched while the first batches of an epoch are read and
+used, and after that only if they have moved.
 """
 
 from __future__ import annotations
@@ -21,6 +25,10 @@ from zero_ckpt.accelerate import data_states
 from zero_ckpt.core import rng
 
 __all__ = ["Epoch", "Position", "Replay", "Turn"]
+
+
+_WATCHED = 8
+"""Batches after which it is known which generators are used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +101,32 @@ class Replay:
             self.finish()
 
 
+class _Fetches:
+    """The global generators before each batch is read, as far as they are used."""
+
+    def __init__(self) -> None:
+        self._first: rng.Streams | None = None
+        self._count = 0
+        self._python = self._numpy = True
+
+    def before(self) -> rng.Streams:
+        now = rng.streams(python=self._python, numpy=self._numpy)
+        self._count += 1
+        if self._first is None:
+            self._first = now
+        elif self._count == _WATCHED:
+            self._python = now.python != self._first.python
+            self._numpy = _has_moved(self._first.numpy, now.numpy)
+        return now
+
+
+def _has_moved(before: tuple[Any, ...] | None, after: tuple[Any, ...] | None) -> bool:
+    """Whether NumPy's generator has: name, 624 words, place in them, and a normal number in stock."""
+    if before is None or after is None:
+        return after is not None
+    return before[2:] != after[2:] or bool((before[1] != after[1]).any())
+
+
 class Turn:
     """One iteration of a loader; `replay` None: an ordinary one."""
 
@@ -103,7 +137,7 @@ class Turn:
         self._stream = data_states.is_stream(loader)
         self._width = data_states.batches_per_step(loader)
         # In the reading process the data set may draw; workers have generators of their own.
-        self._reads_here = loader.base_dataloader.num_workers == 0
+        self._fetches = _Fetches() if loader.base_dataloader.num_workers == 0 else None
         if self._stream:
             self._begin()  # it may draw its order as soon as its iterator is made
 
@@ -118,8 +152,8 @@ class Turn:
                 replay.before(index, self._width)
             if index < hidden:
                 continue
-            if self._reads_here and index % self._width == 0:
-                self.epoch.fetch = rng.streams()
+            if self._fetches is not None and index % self._width == 0:
+                self.epoch.fetch = self._fetches.before()
             yield batch
         if replay is not None:
             replay.finish()

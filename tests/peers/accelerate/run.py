@@ -29,7 +29,6 @@ FILES = (
     "test_cpu.py",
     "test_kwargs_handlers.py",
     "test_hooks.py",
-    "test_tracking.py",
 )
 """What exercises `prepare`, `save_state`, `load_state` and `end_training`, below `tests`."""
 
