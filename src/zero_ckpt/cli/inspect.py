@@ -171,7 +171,8 @@ def _tensor_lines(m: Manifest, role: str, full: bool) -> Iterator[str]:
 
     groups = group_names(tensors, kind)
     rows = [_row(group, tensors, note(group.keys[0])) for group in groups]
-    header = ("NAME", "TENSORS", "DTYPE", "SHAPE", "SIZE", "PLACEMENT", "RANKS", "")
+    where = "FILES" if isinstance(m, ForeignManifest) else "RANKS"
+    header = ("NAME", "TENSORS", "DTYPE", "SHAPE", "SIZE", "PLACEMENT", where, "")
     lines = table(header, rows, right="TENSORS SIZE")
     if not full:
         yield from lines

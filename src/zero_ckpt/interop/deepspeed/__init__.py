@@ -3,12 +3,14 @@
 ZeRO stage 0 to 3, in fp32, fp16 and bf16, of any number of ranks, with pipeline and tensor parallelism and experts, and
 universal checkpoints. Nothing of DeepSpeed or torch is imported, and no code of a checkpoint is run.
 
-    names, pickle_machine, plain, torch_files, sources    files: what they are called, their pickles, their bytes
+    names, records, pickle_machine, pickle_writer, plain,
+    torch_files, sources                                   files: what they are called, their pickles, their bytes
     tensors, column                                        where a tensor's elements are; what one rank's files hold
     zero12, zero3, unsharded, matching, moe, experts,
     universal                                              the layouts of the stages
     pipeline, parallel, grid                               model-parallel ranks put together
-    folder, objects, content                               a whole tag, in the core's terms
+    save, modules, folder, optimizers, objects,
+    state_file, content                                    a whole tag, in the core's terms
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from zero_ckpt.interop.deepspeed.pickle_machine import Record
+from zero_ckpt.interop.deepspeed.records import Record
 from zero_ckpt.interop.deepspeed.tensors import LayoutError, StoredTensor, Tensor
 
 __all__ = [

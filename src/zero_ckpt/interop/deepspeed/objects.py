@@ -14,9 +14,9 @@ from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from zero_ckpt.interop.deepspeed.pickle_machine import Global, Record
 from zero_ckpt.interop.deepspeed.pickle_writer import pickle_record
 from zero_ckpt.interop.deepspeed.plain import TORCH_NAMES, Array, Device, NumpyDtype, Size
+from zero_ckpt.interop.deepspeed.records import Global, Record
 from zero_ckpt.interop.deepspeed.tensors import LayoutError, StoredTensor
 
 __all__ = ["ObjectEncoder"]

@@ -12,65 +12,16 @@ from __future__ import annotations
 import struct
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from zero_ckpt.errors import UnsafeObjectError
+from zero_ckpt.interop.deepspeed.records import Global, PickleError, Record, is_attack
 
-__all__ = ["Global", "PickleError", "Record", "load_pickle"]
-
-
-class PickleError(Exception):
-    """The bytes are no pickle that `torch.save` could have written."""
-
-
-@dataclass(frozen=True, slots=True)
-class Global:
-    """The name of a class or function. It is never looked up."""
-
-    module: str
-    name: str
-
-    @property
-    def path(self) -> str:
-        return f"{self.module}.{self.name}"
-
-
-@dataclass(slots=True, eq=False)
-class Record:
-    """An object of a class that is not opened: what it was called with, its state, and what was put into it.
-
-    `new`: it was made by `__new__` (opcode NEWOBJ), not by a call (REDUCE).
-    """
-
-    kind: Global
-    args: Any = ()
-    new: bool = False
-    state: Any = None
-    items: list[Any] = field(default_factory=list)
-    pairs: list[tuple[Any, Any]] = field(default_factory=list)
-
-    def append(self, item: Any) -> None:
-        self.items.append(item)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """An attribute that the state holds."""
-        return self.state.get(name, default) if isinstance(self.state, dict) else default
+__all__ = ["load_pickle"]
 
 
 _PYTHON2_NAMES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 """Modules as protocol 2 calls them, and their names."""
-
-_RUNNERS = """
-    _ctypes bdb code codeop commands ctypes importlib marshal nt os pdb posix pty runpy shutil socket subprocess sys
-    timeit webbrowser
-"""
-_RUNS_CODE = frozenset(_RUNNERS.split())
-"""Modules whose functions no training state calls: a pickle that calls one was made to do harm."""
-
-_BUILTIN_RUNNERS = "__import__ breakpoint compile delattr eval exec exit globals input locals open quit setattr vars"
-_BUILTINS_RUN_CODE = frozenset(_BUILTIN_RUNNERS.split())
-"""The same of Python's own functions. `getattr` is how enumerations and methods are pickled."""
 
 Constructor = Callable[..., Any]
 Constructors = Mapping[str, Constructor]
@@ -276,7 +227,7 @@ class _Machine:
                 return make(*args)
             except (TypeError, ValueError, AttributeError):
                 return Record(kind, args, new)  # arguments that a plain value does not take
-        if _is_attack(kind):
+        if is_attack(kind):
             raise UnsafeObjectError(
                 f"the pickle calls '{kind.path}', which a checkpoint has no reason to do. Nothing was run. "
                 "Do not open this file with tools that run pickles."
@@ -295,12 +246,6 @@ class _Machine:
 
     def persist(self) -> None:
         self.push(self._persistent(self.pop()))
-
-
-def _is_attack(kind: Global) -> bool:
-    if kind.module == "builtins":
-        return kind.name in _BUILTINS_RUN_CODE
-    return kind.module.partition(".")[0] in _RUNS_CODE
 
 
 def _long(data: memoryview) -> int:

@@ -10,8 +10,8 @@ import pickletools
 import struct
 from typing import Any
 
-from zero_ckpt.interop.deepspeed.pickle_machine import Global, Record
 from zero_ckpt.interop.deepspeed.plain import Array
+from zero_ckpt.interop.deepspeed.records import Global, Record
 
 __all__ = ["pickle_record"]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zero_ckpt.core.dtypes import itemsize
-from zero_ckpt.interop.deepspeed.pickle_machine import Global, PickleError, Record
+from zero_ckpt.interop.deepspeed.records import Global, PickleError, Record
 from zero_ckpt.interop.deepspeed.tensors import Storage, StoredTensor
 
 __all__ = ["CONSTRUCTORS", "STORAGE_DTYPES", "TORCH_NAMES", "Array", "Device", "NumpyDtype", "Size"]

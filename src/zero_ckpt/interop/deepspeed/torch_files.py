@@ -19,8 +19,9 @@ from zero_ckpt.core.dtypes import itemsize
 from zero_ckpt.core.storage import ALIGNMENT, FileReader, aligned_buffer
 from zero_ckpt.core.storage import Storage as Files
 from zero_ckpt.errors import CorruptShardError, UnsafeObjectError
-from zero_ckpt.interop.deepspeed.pickle_machine import Global, PickleError, load_pickle
+from zero_ckpt.interop.deepspeed.pickle_machine import load_pickle
 from zero_ckpt.interop.deepspeed.plain import CONSTRUCTORS, STORAGE_DTYPES
+from zero_ckpt.interop.deepspeed.records import Global, PickleError
 from zero_ckpt.interop.deepspeed.tensors import Storage
 
 __all__ = ["REMEDY", "TorchFile", "open_torch_file"]

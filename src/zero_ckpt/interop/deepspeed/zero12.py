@@ -18,7 +18,7 @@ from typing import Any
 
 from zero_ckpt.interop.deepspeed.column import Column, Group, Value, number_of, shapes_by_group
 from zero_ckpt.interop.deepspeed.experts import global_name, local_counts, ranks_of_experts
-from zero_ckpt.interop.deepspeed.pickle_machine import Record
+from zero_ckpt.interop.deepspeed.records import Record
 from zero_ckpt.interop.deepspeed.tensors import Flat, LayoutError, StoredTensor, Tensor
 
 __all__ = ["read_partitions"]
