@@ -115,6 +115,25 @@ def test_of_two_precisions_in_one_folder_the_model_files_counts(tmp_path: Path) 
     assert_read(run, tmp_path / "tag")
 
 
+def test_partitions_of_an_earlier_save_are_not_read_at_stage_0(tmp_path: Path) -> None:
+    write(a_run(2), tmp_path / "tag")
+    weight = torch.randn(3, 2)
+    state = {0: {"momentum_buffer": torch.randn(3, 2)}}
+    optimizer = {"state": state, "param_groups": [{"lr": 0.1, "params": [0]}]}
+    tree = {
+        "module": {"w": weight},
+        "buffer_names": [],
+        "param_shapes": None,
+        "optimizer": optimizer,
+    }
+    torch.save(tree, tmp_path / "tag" / "mp_rank_00_model_states.pt")
+    with open_checkpoint(tmp_path / "tag") as checkpoint:
+        assert checkpoint.keys("model") == ["w"]
+        assert torch.equal(checkpoint.tensor("model", "w"), weight)
+        moments = checkpoint.tensor("optim", "w/momentum_buffer")
+        assert torch.equal(moments, state[0]["momentum_buffer"])
+
+
 def test_two_saves_of_one_step_and_different_stages_are_refused(tmp_path: Path) -> None:
     write(a_run(3), tmp_path / "tag")
     write(a_run(2), tmp_path / "tag")

@@ -144,7 +144,7 @@ class _Assembly:
     def _stage_candidates(self, tp: int) -> Sequence[Names | None]:
         """For each pipeline stage the parameters of its optimizer, where the optimizer does not name them."""
         save = self._save
-        if save.pp == 1 or self._names.optims:
+        if save.pp == 1 or save.has_optims(0, tp):
             return [None] * save.pp
         shapes = [flat_shapes(save.model_of(pp, tp).get("optimizer")) for pp in range(save.pp)]
         module = {name: stored.shape for name, stored in self._module(0, tp, {}).items()}

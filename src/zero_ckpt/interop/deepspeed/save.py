@@ -75,7 +75,10 @@ class Save:
         return pp * self.tp + tp
 
     def has_optims(self, pp: int, tp: int) -> bool:
+        """Whether the save partitioned the optimizer: partitions without `param_shapes` are an earlier save's."""
         mp = self.column(pp, tp)
+        if self.model_of(pp, tp).get("param_shapes") is None:
+            return False
         return any(key[1] == mp for key in self.names.optims.get(self._prefix, ()))
 
     def optims(self, pp: int, tp: int) -> list[Tree]:
