@@ -17,6 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from peer_standins import make_folder, missing
+
 HERE = Path(__file__).resolve().parent
 
 FILES = (
@@ -32,6 +34,12 @@ FILES = (
 )
 """What exercises `prepare`, `save_state`, `load_state` and `end_training`, below `tests`."""
 
+SCRIPTS = {
+    "test_examples.py": "checkpointing or load_states",  # examples/by_feature/checkpointing.py
+    "peer_scripts.py": "",  # test_utils/scripts/external_deps/test_checkpointing.py; ours to start it
+}
+"""What runs scripts that ask the hub, and the tests that count: run with `peer_standins`."""
+
 KNOWN: dict[str, str] = {}
 """Tests that pass with Accelerate alone and must differ attached, and why."""
 
@@ -43,15 +51,19 @@ def run_file(arguments: argparse.Namespace, file: str, *, attached: bool) -> Out
     label = "attached" if attached else "alone"
     record = arguments.records / f"{file}.{label}.json"
     record.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "pytest", f"tests/{file}", "-v", "--color=no"]
+    path = file if (HERE / file).is_file() else f"tests/{file}"
+    command = [sys.executable, "-m", "pytest", path, "-v", "--color=no"]
     command += ["-p", "peer_plugin", "-p", "no:cacheprovider", f"--timeout={arguments.timeout}"]
     command += [f"--peer-record={record}", "--durations=5"]
-    command += ["-k", arguments.k] if arguments.k else []
-    with record.with_suffix(".log").open("w") as log:
+    chosen = [f"({words})" for words in (SCRIPTS.get(file), arguments.k) if words]
+    command += ["-k", " and ".join(chosen)] if chosen else []
+    with tempfile.TemporaryDirectory() as made, record.with_suffix(".log").open("w") as log:
+        if file in SCRIPTS:
+            make_folder(Path(made), arguments.source)
         subprocess.run(
             command,
-            cwd=arguments.source,
-            env=environment(arguments, attached=attached),
+            cwd=made if file in SCRIPTS else arguments.source,
+            env=environment(arguments, file, made, attached=attached),
             stdout=log,
             stderr=subprocess.STDOUT,
             check=False,
@@ -60,15 +72,19 @@ def run_file(arguments: argparse.Namespace, file: str, *, attached: bool) -> Out
     return dict(json.loads(record.read_text())) if record.exists() else {}
 
 
-def environment(arguments: argparse.Namespace, *, attached: bool) -> dict[str, str]:
+def environment(
+    arguments: argparse.Namespace, file: str, cache: str, *, attached: bool
+) -> dict[str, str]:
     """On the CPU and off the network; what a test starts is attached too."""
     search = [str(HERE), str(HERE / "children"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    search += [str(HERE / "standins")] if file in SCRIPTS else []
     values = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(search),
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "ACCELERATE_USE_CPU": "true",
         "HF_HUB_OFFLINE": "1",
+        "HF_HOME": cache,
         "OMP_NUM_THREADS": "1",
         "PEER_STAGE": "" if arguments.stage is None else str(arguments.stage),
     }
@@ -78,7 +94,7 @@ def environment(arguments: argparse.Namespace, *, attached: bool) -> dict[str, s
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("source", type=Path, help="source tree of the installed Accelerate")
-    parser.add_argument("files", nargs="*", default=FILES, help="below tests")
+    parser.add_argument("files", nargs="*", default=(*FILES, *SCRIPTS), help="below tests")
     parser.add_argument("-k", help="only tests that match, as in pytest")
     parser.add_argument("--stage", type=int, choices=range(4), help="of attach (default: None)")
     parser.add_argument("--timeout", type=float, default=200, help="seconds for one test")
@@ -97,6 +113,9 @@ def main() -> int:
     print(f"{'file':32} executed  passed  known  unexplained", flush=True)
     executed, unexplained = 0, []
     for file in arguments.files:
+        if file in SCRIPTS and (why := missing(arguments.source)):
+            print(f"{file:32} not run: {why}", flush=True)
+            continue
         alone = run_file(arguments, file, attached=False)
         ours = run_file(arguments, file, attached=True)
         counted = [test for test, (outcome, _) in alone.items() if outcome == "passed"]
