@@ -15,6 +15,7 @@ from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 from torch.nn.parameter import is_lazy
 
 from zero_ckpt.core.chunks import Box, full_box
+from zero_ckpt.core.dtypes import TORCH_NAMES
 from zero_ckpt.core.layout import Layout, Mesh, local_box
 from zero_ckpt.errors import FormatVersionError, StateMismatchError
 
@@ -30,30 +31,7 @@ __all__ = [
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
     getattr(torch, attribute): name
-    for attribute, name in {
-        "float64": "F64",
-        "float32": "F32",
-        "float16": "F16",
-        "bfloat16": "BF16",
-        "int64": "I64",
-        "int32": "I32",
-        "int16": "I16",
-        "int8": "I8",
-        "uint64": "U64",
-        "uint32": "U32",
-        "uint16": "U16",
-        "uint8": "U8",
-        "bool": "BOOL",
-        "complex64": "C64",
-        "complex128": "C128",
-        "complex32": "C32",
-        "float8_e4m3fn": "F8_E4M3",
-        "float8_e5m2": "F8_E5M2",
-        "float8_e4m3fnuz": "F8_E4M3FNUZ",
-        "float8_e5m2fnuz": "F8_E5M2FNUZ",
-        "float8_e8m0fnu": "F8_E8M0",
-        "float4_e2m1fn_x2": "F4_E2M1X2",
-    }.items()
+    for attribute, name in {**TORCH_NAMES, "float4_e2m1fn_x2": "F4_E2M1X2"}.items()
     if hasattr(torch, attribute)
 }
 """torch dtype -> the name that checkpoints use. Types that this torch lacks are absent."""

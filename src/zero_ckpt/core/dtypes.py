@@ -6,7 +6,7 @@ more trailing dimension) and keep their own name in the manifest and in the shar
 
 from __future__ import annotations
 
-__all__ = ["ITEMSIZE", "NATIVE", "itemsize", "stored_dtype", "stored_shape"]
+__all__ = ["ITEMSIZE", "NATIVE", "TORCH_NAMES", "itemsize", "stored_dtype", "stored_shape"]
 
 NATIVE = {
     "F64": 8,
@@ -35,6 +35,31 @@ _AS_BYTES = {"C128": 16, "C32": 4, "F4_E2M1X2": 1}
 
 ITEMSIZE = NATIVE | _AS_BYTES
 """Bytes of one element of every type that a checkpoint may hold."""
+
+TORCH_NAMES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint64": "U64",
+    "uint32": "U32",
+    "uint16": "U16",
+    "uint8": "U8",
+    "bool": "BOOL",
+    "complex64": "C64",
+    "complex128": "C128",
+    "complex32": "C32",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "float8_e8m0fnu": "F8_E8M0",
+}
+"""Names of dtypes in `torch`, but for those that pack several numbers into an element."""
 
 
 def itemsize(dtype: str) -> int:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import datetime
 import json
 import math
-import pathlib
 import pickle
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from zero_ckpt.core.leaves import LEAVES, ordered_items, text64
 from zero_ckpt.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -74,7 +72,7 @@ class _Encoder:
             return value if math.isfinite(value) else {"$float": repr(value)}
         if kind in _CONTAINERS:
             return self._container(value, path)
-        encode = _LEAVES.get(kind)
+        encode = LEAVES.get(kind)
         if encode is not None:
             return encode(value)
         if kind is datetime.datetime and _is_plain_time(value):
@@ -88,7 +86,7 @@ class _Encoder:
         try:
             if isinstance(value, dict):
                 return self._mapping(value, path)
-            items = [self.encode(v, (*path, str(i))) for i, v in enumerate(_items(value))]
+            items = [self.encode(v, (*path, str(i))) for i, v in enumerate(ordered_items(value))]
             return items if type(value) is list else {f"${type(value).__name__}": items}
         finally:
             self._open.discard(id(value))
@@ -116,14 +114,14 @@ class _Encoder:
         if type(value) is np.ndarray and value.dtype.kind in PLAIN_KINDS:
             return self._array(value, path)
         if isinstance(value, np.generic) and value.dtype.kind in PLAIN_KINDS:
-            return {"$scalar": [value.dtype.str, _text64(value.tobytes())]}
+            return {"$scalar": [value.dtype.str, text64(value.tobytes())]}
         return self._torch(value, path)
 
     def _array(self, value: np.ndarray[Any, Any], path: Path) -> Any:
         import torch
 
         if value.dtype.str[1:] not in _TORCH_ARRAYS or not value.dtype.isnative:
-            data = _text64(np.ascontiguousarray(value).tobytes())
+            data = text64(np.ascontiguousarray(value).tobytes())
             return {"$ndarray": [value.dtype.str, list(value.shape), data]}
         tensor = torch.from_numpy(np.array(value, order="C"))
         return {"$array": self._entry(tensor, value, path)}
@@ -195,27 +193,3 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 def _is_plain_time(value: datetime.datetime) -> bool:
     """Whether ISO text says all: no named time zone, and not the second of two equal clock readings."""
     return not value.fold and (value.tzinfo is None or type(value.tzinfo) is datetime.timezone)
-
-
-def _items(value: Any) -> list[Any]:
-    """Items in a stable order: sets iterate differently in every process."""
-    if isinstance(value, (slice, range)):
-        return [value.start, value.stop, value.step]
-    if isinstance(value, (set, frozenset)):
-        return sorted(value, key=lambda v: (type(v).__name__, repr(v)))
-    return list(value)
-
-
-def _text64(data: bytes | bytearray) -> str:
-    return base64.b64encode(data).decode()
-
-
-_LEAVES: dict[type, Callable[[Any], Any]] = {
-    bytes: lambda v: {"$bytes": _text64(v)},
-    bytearray: lambda v: {"$bytearray": _text64(v)},
-    complex: lambda v: {"$complex": [repr(v.real), repr(v.imag)]},
-    datetime.date: lambda v: {"$date": v.isoformat()},
-    datetime.timedelta: lambda v: {"$timedelta": [v.days, v.seconds, v.microseconds]},
-    pathlib.PosixPath: lambda v: {"$path": str(v)},
-    pathlib.WindowsPath: lambda v: {"$path": str(v)},
-}

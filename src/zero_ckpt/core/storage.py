@@ -358,7 +358,8 @@ def _cached_fraction(fd: int, nbytes: int) -> float:
     """
     try:
         mapping = mmap.mmap(fd, nbytes, access=mmap.ACCESS_COPY)  # ctypes wants it writable
-    except (OSError, ValueError):
+        mincore = ctypes.CDLL(None).mincore
+    except (OSError, ValueError, AttributeError):  # AttributeError: no such call on this system
         return 0.0
     pages = -(-nbytes // mmap.PAGESIZE)
     base = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
@@ -367,13 +368,7 @@ def _cached_fraction(fd: int, nbytes: int) -> float:
     for first in range(0, pages, max(_SAMPLE_PAGES, pages // _SAMPLES)):
         count = min(_SAMPLE_PAGES, pages - first)
         address = ctypes.c_void_p(base + first * mmap.PAGESIZE)
-        try:
-            status = ctypes.CDLL(None).mincore(
-                address, ctypes.c_size_t(count * mmap.PAGESIZE), resident
-            )
-        except AttributeError:  # no such call on this system
-            return 0.0
-        if status:
+        if mincore(address, ctypes.c_size_t(count * mmap.PAGESIZE), resident):
             return 0.0
         found += sum(page & 1 for page in resident[:count])
         asked += count

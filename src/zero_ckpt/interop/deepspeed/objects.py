@@ -6,7 +6,6 @@ whoever asks for it is told its class, or allows pickles.
 
 from __future__ import annotations
 
-import base64
 import datetime
 import math
 import pathlib
@@ -14,6 +13,7 @@ from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
 from typing import Any
 
+from zero_ckpt.core.leaves import LEAVES, ordered_items, text64
 from zero_ckpt.interop.deepspeed.pickle_writer import pickle_record
 from zero_ckpt.interop.deepspeed.plain import TORCH_NAMES, Array, Device, NumpyDtype, Size
 from zero_ckpt.interop.deepspeed.records import Global, Record
@@ -53,7 +53,9 @@ class ObjectEncoder:
         if kind is float:
             return value if math.isfinite(value) else {"$float": repr(value)}
         if kind in _SEQUENCES:
-            items = [self.encode(item, (*path, str(i))) for i, item in enumerate(_items(value))]
+            items = [
+                self.encode(item, (*path, str(i))) for i, item in enumerate(ordered_items(value))
+            ]
             return items if kind is list else {_SEQUENCES[kind]: items}
         if isinstance(value, dict):
             return self._mapping(value, path)
@@ -102,12 +104,12 @@ class ObjectEncoder:
             dtype = np.dtype(code)
             if value.shape is None:
                 np.frombuffer(value.data, dtype=dtype, count=1)
-                return {"$scalar": [dtype.str, _text64(value.data)]}
+                return {"$scalar": [dtype.str, text64(value.data)]}
             order = "F" if value.fortran else "C"
             array = np.frombuffer(value.data, dtype=dtype).reshape(value.shape, order=order)  # type: ignore[call-overload]
         except (TypeError, ValueError) as error:
             raise LayoutError(f"'{'/'.join(path)}': a numpy array that is none: {error}") from error
-        return {"$ndarray": [dtype.str, list(value.shape), _text64(array.tobytes("C"))]}
+        return {"$ndarray": [dtype.str, list(value.shape), text64(array.tobytes("C"))]}
 
     def _pickle(self, value: Any, path: Path) -> Any:
         kind = _kind(value)
@@ -129,14 +131,6 @@ def _kind(value: Any) -> str:
     return value.path if isinstance(value, Global) else f"numpy.{type(value).__name__.lower()}"
 
 
-def _items(value: Any) -> list[Any]:
-    if isinstance(value, (slice, range)):
-        return [value.start, value.stop, value.step]
-    if isinstance(value, (set, frozenset)):
-        return sorted(value, key=lambda v: (type(v).__name__, repr(v)))
-    return list(value)
-
-
 _SEQUENCES: dict[type, str] = {
     list: "",
     tuple: "$tuple",
@@ -147,17 +141,9 @@ _SEQUENCES: dict[type, str] = {
 }
 
 
-def _text64(data: bytes | bytearray) -> str:
-    return base64.b64encode(data).decode()
-
-
 _LEAVES: dict[type, Callable[[Any], Any]] = {
-    bytes: lambda v: {"$bytes": _text64(v)},
-    bytearray: lambda v: {"$bytearray": _text64(v)},
-    complex: lambda v: {"$complex": [repr(v.real), repr(v.imag)]},
+    **LEAVES,
     datetime.datetime: lambda v: {"$datetime": v.isoformat()},
-    datetime.date: lambda v: {"$date": v.isoformat()},
-    datetime.timedelta: lambda v: {"$timedelta": [v.days, v.seconds, v.microseconds]},
     pathlib.PurePosixPath: lambda v: {"$path": str(v)},
     pathlib.PureWindowsPath: lambda v: {"$path": str(v)},
     Size: lambda v: {"$size": list(v)},

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from zero_ckpt.core.dtypes import TORCH_NAMES as _TORCH_NAMES
 from zero_ckpt.core.dtypes import itemsize
 from zero_ckpt.interop.deepspeed.records import Global, PickleError, Record
 from zero_ckpt.interop.deepspeed.tensors import Storage, StoredTensor
@@ -19,33 +20,13 @@ from zero_ckpt.interop.deepspeed.tensors import Storage, StoredTensor
 __all__ = ["CONSTRUCTORS", "STORAGE_DTYPES", "TORCH_NAMES", "Array", "Device", "NumpyDtype", "Size"]
 
 TORCH_NAMES = {
-    "float64": "F64",
+    **_TORCH_NAMES,
     "double": "F64",
-    "float32": "F32",
     "float": "F32",
-    "float16": "F16",
     "half": "F16",
-    "bfloat16": "BF16",
-    "int64": "I64",
     "long": "I64",
-    "int32": "I32",
     "int": "I32",
-    "int16": "I16",
     "short": "I16",
-    "int8": "I8",
-    "uint64": "U64",
-    "uint32": "U32",
-    "uint16": "U16",
-    "uint8": "U8",
-    "bool": "BOOL",
-    "complex64": "C64",
-    "complex128": "C128",
-    "complex32": "C32",
-    "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2",
-    "float8_e4m3fnuz": "F8_E4M3FNUZ",
-    "float8_e5m2fnuz": "F8_E5M2FNUZ",
-    "float8_e8m0fnu": "F8_E8M0",
 }
 """Names of dtypes in `torch` -> those that checkpoints use."""
 
