@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,17 @@ def save(directory: Path) -> None:
 def _blocks_read(directory: Path) -> tuple[list[tuple[str, int]], bool]:
     """The blocks that this rank reads in a load, and whether it loaded what was saved."""
     seen: list[tuple[str, int]] = []
-    read_block = ShardReader.read_block
 
-    def watched(self: ShardReader, index: int, *rest: Any) -> memoryview:
-        seen.append((Path(self.name).name, index))
-        return read_block(self, index, *rest)
+    def watched(read: Callable[..., Any]) -> Callable[..., Any]:
+        def noting(self: ShardReader, index: int, *rest: Any) -> Any:
+            seen.append((Path(self.name).name, index))
+            return read(self, index, *rest)
+
+        return noting
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ShardReader, "read_block", watched)
+        for name in ("read_block", "read_windows"):
+            patch.setattr(ShardReader, name, watched(getattr(ShardReader, name)))
         live = model(0.0)
         Checkpointer(live, rng=False).load_checkpoint(directory, tag="a")
     expected = model(1.0).state_dict()

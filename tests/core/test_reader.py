@@ -114,8 +114,9 @@ def test_any_box_reads_back_bitwise_into_any_tensor(
                     target = target_of(data, TORCH_DTYPES[layout.dtype], box)
                     requests.append(checkpoint.request("model", key, target, box))
             plan = checkpoint.plan_reads(requests)
-            plan.verify(lambda: None)
-            plan.fill(lambda: None)
+            if verified := data.draw(st.booleans()):
+                plan.verify(lambda: None)
+            plan.fill(lambda: None, verified=verified)
             for key, layout in tensors.items():
                 assert same(checkpoint.tensor("model", key), values(layout.dtype, layout.shape))
         for request in requests:
@@ -186,13 +187,28 @@ def test_damage_is_found_where_it_is_read_and_reaches_no_tensor() -> None:
                 plan = checkpoint.plan_reads([checkpoint.request("model", "w", target, box)])
                 if not damaged:
                     plan.verify(lambda: None)
-                    plan.fill(lambda: None)
+                    plan.fill(lambda: None, verified=True)
                     assert same(target, values("U8", (3 * SMALL_BLOCK,))[box.slices()])
                     continue
                 for step in (plan.verify, plan.fill):
                     with pytest.raises(CorruptShardError, match=r"block 1 .*tensor 'w'.*checksum"):
                         step(lambda: None)
                 assert set(target.tolist()) == {7}
+
+
+def test_what_was_damaged_since_it_was_verified_is_found_as_it_is_copied() -> None:
+    with small_blocks():
+        storage, manifest = save({"w": Layout("U8", (3 * SMALL_BLOCK,), None)})
+        rank = next(iter(manifest.tensors["model"]["w"].runs)).rank
+        name = f"/t/{manifest.file_of('model', rank)}"
+        target = torch.zeros(3 * SMALL_BLOCK, dtype=torch.uint8)
+        checkpoint = Checkpoint(storage, "/t", manifest)
+        checkpoint.plan_reads([checkpoint.request("model", "w", target)]).verify(lambda: None)
+        flip(storage, name, len(storage.files[name]) - 3 * 8 - 1)
+        with Checkpoint(storage, "/t", manifest) as checkpoint:
+            plan = checkpoint.plan_reads([checkpoint.request("model", "w", target)])
+            with pytest.raises(CorruptShardError, match=r"block 2 .*checksum"):
+                plan.fill(lambda: None, verified=True)
 
 
 def test_a_manifest_that_lies_about_a_file_is_found_before_any_byte_is_read() -> None:

@@ -62,6 +62,11 @@ class InMemory:
     def __init__(self, data: bytes) -> None:
         self.data, self.nbytes = data, len(data)
 
+    def expect(self, offset: int, nbytes: int, keep: bool = False) -> int:
+        assert offset % 4096 == 0
+        assert offset + nbytes <= self.nbytes
+        return 4096
+
     def read_into(self, offset: int, nbytes: int, buffer: memoryview, keep: bool = False) -> None:
         assert offset % 4096 == 0
         assert nbytes <= self.nbytes + 4096, "more bytes are asked for than the file has"

@@ -130,7 +130,7 @@ class _Session:
                 failure = None
                 return None
             try:
-                live.fill(beat, shared_live)
+                live.fill(beat, shared_live, verified=verify_first)
                 plan.install()
             except Exception as error:
                 failure = error

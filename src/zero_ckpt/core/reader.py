@@ -36,6 +36,9 @@ __all__ = ["ReadPlan", "Request", "Sharing", "plan_reads"]
 READ_THREADS = 4
 """Blocks in flight of one rank."""
 
+_FEW = 8
+"""Parts of a block. With more of them, going through all for each window costs more than windows save."""
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -80,12 +83,30 @@ class Sharing:
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """One block to read. `keep`: somebody else will read it, too."""
+    """One block to read. `keep`: it will be read again, by this rank or another."""
 
     reader: StoredFile
     index: int
     parts: Sequence[_Part]
     keep: bool
+
+    def copy(self, buffer: memoryview) -> None:
+        """Fill the targets with a block that is verified before its first byte is copied."""
+        data = self.reader.read_block(self.index, buffer, self.keep)
+        _copy_block(data, self.index * BLOCK, self.parts)
+
+    def copy_again(self, buffer: memoryview) -> None:
+        """Fill the targets with a block that `look` has verified; it is verified once more on the way."""
+        if len(self.parts) > _FEW:
+            self.copy(buffer)
+            return
+        for start, data in self.reader.read_windows(self.index, buffer, self.keep):
+            _copy_block(data, start, self.parts)
+
+    def look(self, buffer: memoryview) -> None:
+        """Verify the block, and copy nothing."""
+        for _ in self.reader.read_windows(self.index, buffer, self.keep):
+            pass
 
 
 @dataclass(slots=True)
@@ -103,15 +124,30 @@ class ReadPlan:
         return {role: hasher.hexdigest() for role, hasher in hashers.items()}
 
     def verify(self, progress: Callable[[], None], sharing: Sharing | None = None) -> None:
-        """Read and verify every block, and change nothing; of what all ranks read, this rank's share."""
-        _run(self._work(sharing, divided=True), None, progress)
+        """Read and verify every block, and change nothing; of what all ranks read, this rank's share.
 
-    def fill(self, progress: Callable[[], None], sharing: Sharing | None = None) -> None:
-        """Fill every target. Raises `CorruptShardError` or OSError; targets may then be partly filled."""
-        _run(self._work(sharing), _copy_block, progress)
+        It leaves the blocks in the page cache, where `fill` finds them, as far as they have room there.
+        """
+        _run(self._work(sharing, again=True, divided=True), _Work.look, progress)
 
-    def _work(self, sharing: Sharing | None, *, divided: bool = False) -> list[_Work]:
-        """What all ranks read is read through the page cache: the disk gives it once to each host."""
+    def fill(
+        self,
+        progress: Callable[[], None],
+        sharing: Sharing | None = None,
+        *,
+        verified: bool = False,
+    ) -> None:
+        """Fill every target. Raises `CorruptShardError` or OSError; targets may then be partly filled.
+
+        `verified`: by `verify`, on this rank or another. Else no byte reaches a target before its block is verified.
+        """
+        work = self._work(sharing, again=verified)
+        _run(work, _Work.copy_again if verified else _Work.copy, progress)
+
+    def _work(
+        self, sharing: Sharing | None, *, again: bool = False, divided: bool = False
+    ) -> list[_Work]:
+        """What is read more than once is read through the page cache: the disk gives it once to each host."""
         work: list[_Work] = []
         for plan in self.files:
             shared = sharing is not None and plan.role in sharing.roles
@@ -119,7 +155,7 @@ class ReadPlan:
             if shared and divided:
                 assert sharing is not None
                 blocks = blocks[sharing.rank :: sharing.world_size]
-            work += [_Work(plan.reader, index, parts, shared) for index, parts in blocks]
+            work += [_Work(plan.reader, index, parts, again or shared) for index, parts in blocks]
         return work
 
     def fill_from(self, read_block: Callable[[StoredFile, int], memoryview]) -> None:
@@ -181,11 +217,12 @@ def _byte_span(chunk: Chunk, overlap: Box) -> tuple[int, int]:
     return chunk.begin + first * size, chunk.begin + (last + 1) * size
 
 
-_CopyBlock = Callable[[memoryview, int, Sequence[_Part]], None]
-
-
-def _run(blocks: Sequence[_Work], copy: _CopyBlock | None, progress: Callable[[], None]) -> None:
-    """Read all blocks with a few threads; the first error stops the rest and is raised."""
+def _run(
+    blocks: Sequence[_Work],
+    action: Callable[[_Work, memoryview], None],
+    progress: Callable[[], None],
+) -> None:
+    """Do it with all blocks on a few threads; the first error stops the rest and is raised."""
     work = iter(blocks)
     lock, stop = threading.Lock(), threading.Event()
 
@@ -197,9 +234,7 @@ def _run(blocks: Sequence[_Work], copy: _CopyBlock | None, progress: Callable[[]
                 if item is None:
                     return
                 try:
-                    data = item.reader.read_block(item.index, buffer, item.keep)
-                    if copy is not None:
-                        copy(data, item.index * BLOCK, item.parts)
+                    action(item, buffer)
                 except BaseException:
                     stop.set()
                     raise
@@ -235,19 +270,15 @@ def _copy_block(data: memoryview, start: int, parts: Sequence[_Part]) -> None:
     address = ctypes.addressof(ctypes.c_char.from_buffer(data))
     stop = start + len(data)
     for part in parts:
-        begin, end = max(part.chunk.begin, start), min(part.chunk.end, stop)
+        first, last = _byte_span(part.chunk, part.overlap)
+        begin, end = max(first, start), min(last, stop)
+        if begin >= end:
+            continue
         target = _direct_address(part)
         if target:
-            begin, end = _clip(part, begin, end)
-            offset = begin - _byte_span(part.chunk, part.overlap)[0]
-            copy_bytes(target + offset, address + begin - start, end - begin)
+            copy_bytes(target + begin - first, address + begin - start, end - begin)
         else:
             _copy_strided(data[begin - start : end - start], begin, part)
-
-
-def _clip(part: _Part, begin: int, end: int) -> tuple[int, int]:
-    first, last = _byte_span(part.chunk, part.overlap)
-    return max(begin, first), min(end, last)
 
 
 def _direct_address(part: _Part) -> int:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -208,18 +208,40 @@ class ShardReader:
 
     def read_block(self, index: int, buffer: memoryview, keep: bool = False) -> memoryview:
         """Block `index` of the data, verified, in `buffer` (aligned, at least `BLOCK` long)."""
-        nbytes = self.block_bytes(index)
-        try:
-            self._file.read_into(self.data_start + index * BLOCK, nbytes, buffer, keep)
-        except (EOFError, OSError) as error:
-            raise CorruptShardError(
-                f"{self.name}: block {index}: {_reason(error)}. {REMEDY}"
-            ) from error
-        data = buffer[:nbytes]
-        found = xxhash.xxh3_64_intdigest(data)
-        if found != self._table[index]:
-            raise CorruptShardError(self._damage(index, found))
-        return data
+        start, nbytes = index * BLOCK, self.block_bytes(index)
+        for _ in self._hashed(index, lambda at: buffer[at - start :], keep):
+            pass
+        return buffer[:nbytes]
+
+    def read_windows(
+        self, index: int, buffer: memoryview, keep: bool = False
+    ) -> Iterator[tuple[int, memoryview]]:
+        """Block `index` piece by piece, each in the start of `buffer`: (its first byte in the data section, bytes).
+
+        Cheaper than `read_block` where the bytes lie in memory. But only after the last piece is the block known to be
+        as it was saved: for bytes that were verified before, or that are only looked at.
+        """
+        return self._hashed(index, lambda _: buffer, keep)
+
+    def _hashed(
+        self, index: int, memory: Callable[[int], memoryview], keep: bool
+    ) -> Iterator[tuple[int, memoryview]]:
+        """A block as the file likes to be read: bytes `at` and following in `memory(at)`. Raises at the end."""
+        start, stop = index * BLOCK, index * BLOCK + self.block_bytes(index)
+        window = self._file.expect(self.data_start + start, stop - start, keep)
+        hasher = xxhash.xxh3_64()
+        for at in range(start, stop, window):
+            nbytes, buffer = min(window, stop - at), memory(at)
+            try:
+                self._file.read_into(self.data_start + at, nbytes, buffer, keep)
+            except (EOFError, OSError) as error:
+                raise CorruptShardError(
+                    f"{self.name}: block {index}: {_reason(error)}. {REMEDY}"
+                ) from error
+            hasher.update(buffer[:nbytes])
+            yield at, buffer[:nbytes]
+        if hasher.intdigest() != self._table[index]:
+            raise CorruptShardError(self._damage(index, hasher.intdigest()))
 
     def read_entry(self, key: str) -> bytes:
         """All bytes of the chunk `key`, verified. For small entries: it copies, and keeps them in memory."""

@@ -7,7 +7,7 @@ block by block; so is a file of another system's (see `foreign`), as far as that
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from zero_ckpt.core.chunks import Box
@@ -33,6 +33,11 @@ class StoredFile(Protocol):
 
     def read_block(self, index: int, buffer: memoryview, keep: bool = False) -> memoryview:
         """Block `index`, of `BLOCK` bytes but for the last, in `buffer`. Raises `CorruptShardError`."""
+
+    def read_windows(
+        self, index: int, buffer: memoryview, keep: bool = False
+    ) -> Iterator[tuple[int, memoryview]]:
+        """Block `index` in pieces (first byte in the data section, bytes), verified when the last one is taken."""
 
     def read_entry(self, key: str) -> bytes:
         """All bytes of a small chunk."""

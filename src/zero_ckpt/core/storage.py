@@ -82,6 +82,13 @@ class FileReader(Protocol):
 
     nbytes: int
 
+    def expect(self, offset: int, nbytes: int, keep: bool = False) -> int:
+        """Told before these bytes are read: returns how many of them to ask for at once, a multiple of `ALIGNMENT`.
+
+        Few where they come through this machine's memory, so that they can be worked on while a core's cache holds
+        them; all where every read is a journey.
+        """
+
     def read_into(self, offset: int, nbytes: int, buffer: memoryview, keep: bool = False) -> None:
         """Read exactly `nbytes` into the start of the aligned `buffer`, which has room for `round_up(nbytes)`.
 
@@ -305,6 +312,10 @@ def _reserve(fd: int, nbytes: int) -> None:
             raise
 
 
+_WINDOW = 512 << 10
+"""Bytes. Fits a core's second-level cache."""
+
+
 class _LocalReader:
     def __init__(self, path: str, direct: bool) -> None:
         self._cached_fd = self._direct_fd = -1
@@ -320,6 +331,14 @@ class _LocalReader:
         except BaseException:
             self.close()
             raise
+
+    def expect(self, offset: int, nbytes: int, keep: bool = False) -> int:
+        if self._direct_fd < 0:
+            return _WINDOW
+        if not keep:
+            return round_up(nbytes)
+        os.posix_fadvise(self._cached_fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
+        return _WINDOW
 
     def read_into(self, offset: int, nbytes: int, buffer: memoryview, keep: bool = False) -> None:
         fd = self._cached_fd if keep or self._direct_fd < 0 else self._direct_fd

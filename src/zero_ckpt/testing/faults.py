@@ -161,6 +161,9 @@ class _Reader:
         self._storage, self._path, self._inner = storage, path, inner
         self.nbytes = inner.nbytes
 
+    def expect(self, offset: int, nbytes: int, keep: bool = False) -> int:
+        return self._inner.expect(offset, nbytes, keep)
+
     def read_into(self, offset: int, nbytes: int, buffer: memoryview, keep: bool = False) -> None:
         self._storage.note("read", self._path)
         self._inner.read_into(offset, nbytes, buffer, keep)

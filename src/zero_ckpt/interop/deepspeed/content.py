@@ -214,6 +214,11 @@ class _File:
     def read_block(self, index: int, buffer: memoryview, keep: bool = False) -> memoryview:
         return self._source.read_block(index, buffer, keep)
 
+    def read_windows(
+        self, index: int, buffer: memoryview, keep: bool = False
+    ) -> Iterator[tuple[int, memoryview]]:
+        yield index * BLOCK, self.read_block(index, buffer, keep)
+
     def read_entry(self, key: str) -> bytes:
         raise CorruptShardError(f"{self.name}: no entry '{key}'")
 

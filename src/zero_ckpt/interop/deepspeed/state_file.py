@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from zero_ckpt.core.chunks import Box, full_box
 from zero_ckpt.core.dtypes import itemsize
 from zero_ckpt.core.objects import OBJECTS, RANK_OBJECTS
-from zero_ckpt.core.shard_file import Chunk
+from zero_ckpt.core.shard_file import BLOCK, Chunk
 from zero_ckpt.errors import CorruptShardError
 from zero_ckpt.interop.deepspeed.column import Column, extra_states
 from zero_ckpt.interop.deepspeed.folder import Opened
@@ -85,6 +85,11 @@ class StateFile:
 
     def read_block(self, index: int, buffer: memoryview, keep: bool = False) -> memoryview:
         return self._source.read_block(index, buffer, keep)
+
+    def read_windows(
+        self, index: int, buffer: memoryview, keep: bool = False
+    ) -> Iterator[tuple[int, memoryview]]:
+        yield index * BLOCK, self.read_block(index, buffer, keep)
 
     def read_entry(self, key: str) -> bytes:
         if key == f"{OBJECTS}.json":
