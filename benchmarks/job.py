@@ -54,6 +54,19 @@ class Job:
 
         return Contestant(name, lambda _turn: load(directory), prepare=prepare)
 
+    def resuming(
+        self, name: str, directory: Path, load: Act, bring: Callable[[Path], None]
+    ) -> Contestant:
+        """Loads as a job does that has just started: the optimizer has no state yet, so the load makes it."""
+        into_live = self.loading(name, directory, load, bring)
+
+        def prepare(turn: int) -> None:
+            into_live.prepare(turn)
+            self.optimizer.state.clear()
+            self._look()  # lets go of the old state's memory
+
+        return Contestant(name, into_live.run, prepare=prepare, clean=lambda _turn: self._look())
+
     def checked_load(self, name: str, directory: Path, load: Act) -> float:
         """Loads once and compares every element; returns the load's extra memory in bytes.
 

@@ -10,7 +10,9 @@ import pytest
 import zero_ckpt
 
 PUBLIC = {
+    "AsyncSave",
     "Checkpointer",
+    "SaveHandle",
     "__version__",
     "export_fp32",
     "get_fp32_state_dict_from_zero_checkpoint",

@@ -10,20 +10,26 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zero_ckpt.checkpointer import Checkpointer, load_checkpoint, save_checkpoint
+    from zero_ckpt.core.decoupled import AsyncSave
+    from zero_ckpt.core.handle import SaveHandle
     from zero_ckpt.fp32 import export_fp32, get_fp32_state_dict_from_zero_checkpoint
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "AsyncSave": "zero_ckpt.core.decoupled",
     "Checkpointer": "zero_ckpt.checkpointer",
     "export_fp32": "zero_ckpt.fp32",
     "get_fp32_state_dict_from_zero_checkpoint": "zero_ckpt.fp32",
     "load_checkpoint": "zero_ckpt.checkpointer",
+    "SaveHandle": "zero_ckpt.core.handle",
     "save_checkpoint": "zero_ckpt.checkpointer",
 }
 
 __all__ = [
+    "AsyncSave",
     "Checkpointer",
+    "SaveHandle",
     "__version__",
     "export_fp32",
     "get_fp32_state_dict_from_zero_checkpoint",

@@ -30,7 +30,8 @@ from zero_ckpt.core.binding import (
     set_extra_state,
 )
 from zero_ckpt.core.checkpoint import Checkpoint
-from zero_ckpt.core.engine import SaveHandle, SyncEngine
+from zero_ckpt.core.decoupled import AsyncSave, make_engine
+from zero_ckpt.core.handle import SaveHandle
 from zero_ckpt.core.loading import load_together
 from zero_ckpt.core.restoring import Restoration, plan_model, plan_optimizer
 from zero_ckpt.core.state import Snapshot, capture_models, capture_optimizer
@@ -49,7 +50,8 @@ class Checkpointer:
     `zero_stage`: recorded in the manifest; found out from the objects when None. `keep_last`: committed checkpoints to
     keep, older ones are removed after each commit; None keeps all. `tag_validation`: what to do when ranks are given
     different tags or directories: `ignore` or `warn` (rank 0's counts), or `fail`. `timeout`: seconds of silence after
-    which another rank counts as lost. `rng`: also save and restore random number generators, per rank.
+    which another rank counts as lost. `rng`: also save and restore random number generators, per rank. `engine`:
+    "sync"; or "async", which saves beside the training, or an `AsyncSave` that says how.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Checkpointer:
         tag_validation: str = "warn",
         timeout: float | None = None,
         rng: bool = True,
+        engine: str | AsyncSave = "sync",
         storage: Storage | None = None,
     ) -> None:
         self.models: dict[str, nn.Module] = named(model, "models")
@@ -73,7 +76,7 @@ class Checkpointer:
         self._zero_stage, self._keep_last = zero_stage, keep_last
         self._tag_validation = check_tag_validation(tag_validation)
         self._timeout, self._rng = timeout, rng
-        self._engine = SyncEngine(storage=storage)
+        self._engine = make_engine(_async_save(engine), storage)
         self.global_step = 0
         self._hook = self._count_steps()
 
@@ -98,13 +101,16 @@ class Checkpointer:
         *,
         step: int | None = None,
     ) -> SaveHandle:
-        """Save everything as `<save_dir>/<tag>/`, committed and durable on return.
+        """Save everything as `<save_dir>/<tag>/`, committed and durable on return (with `engine="sync"`).
 
         `tag` None: `global_step{N}`, N being the optimizer steps made (or `step`). `client_state`: any nested Python
         state; rank 0's is stored and given back by `load_checkpoint`. `save_latest`: move `latest` to this tag.
         `exclude_frozen_parameters`: leave out what has `requires_grad=False`; a load keeps the model's own values.
 
-        Raises the same error on every rank (see `zero_ckpt.errors`); then nothing was committed.
+        Raises the same error on every rank (see `zero_ckpt.errors`); then nothing was committed. With `engine="async"`
+        it returns before the commit, and what goes wrong is raised by the next save, by `wait` or by `close`. Weights
+        and optimizer state may then change in `optimizer.step()`, which waits until they are copied; before any other
+        change call the handle's `staged()`.
         """
         step = self.global_step if step is None else step
         name = f"global_step{step}" if tag is None else str(tag)
@@ -172,6 +178,7 @@ class Checkpointer:
         with_optimizers = load_optimizer_states and not load_module_only
         with_schedulers = load_lr_scheduler_states and not load_module_only
         control = self._engine.control
+        self._engine.wait()
 
         def prepare(checkpoint: Checkpoint) -> tuple[Restoration, dict[str, Any]]:
             objects = checkpoint.objects(weights_only)
@@ -247,13 +254,15 @@ class Checkpointer:
         return 1 if sharded else 0
 
     def wait(self) -> None:
-        """Wait until every save is committed. The sync engine has nothing pending."""
+        """Return when every save is committed, or raise what kept one from that: the same error on every rank."""
+        self._engine.wait()
 
     def close(self) -> None:
-        """Stop counting steps. Further saves and loads still work."""
+        """`wait`, and stop counting steps. Further saves and loads still work."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+        self._engine.close()
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -263,6 +272,12 @@ class Checkpointer:
 
     def _device(self) -> torch.device | None:
         return next((p.device for m in self.models.values() for p in m.parameters()), None)
+
+
+def _async_save(engine: str | AsyncSave) -> bool | AsyncSave:
+    if isinstance(engine, AsyncSave) or engine in ("sync", "async"):
+        return engine if isinstance(engine, AsyncSave) else engine == "async"
+    raise ConfigurationError(f"engine={engine!r}: expected 'sync', 'async' or an AsyncSave.")
 
 
 def save_checkpoint(

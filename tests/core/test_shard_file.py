@@ -21,7 +21,7 @@ from zero_ckpt.core.dtensors import TORCH_DTYPES
 from zero_ckpt.core.dtypes import ITEMSIZE, itemsize
 from zero_ckpt.core.manifest import FileRecord
 from zero_ckpt.core.shard_file import BLOCK, ShardReader, layout_shard, open_shard
-from zero_ckpt.core.staging import Source, StagingPool, write_shard
+from zero_ckpt.core.staging import ShardWrite, Source, StagingPool
 from zero_ckpt.core.storage import LocalStorage, aligned_buffer
 from zero_ckpt.errors import CorruptShardError
 
@@ -37,7 +37,7 @@ def write(
     layout = layout_shard(items, META)
     sources = [Source(tensors[chunk.key][0]) for chunk in layout.chunks]
     writer = LocalStorage().create(str(path), layout.nbytes)
-    table = write_shard(writer, layout, sources, StagingPool(), lambda: None)
+    table = ShardWrite(writer, layout, sources, StagingPool(), lambda: None).join()
     writer.finish(layout.nbytes)
     return layout.record(table)
 

@@ -14,7 +14,7 @@ from typing import Any
 from zero_ckpt.accelerate.huggingface import save_configuration
 from zero_ckpt.accelerate.saving import SaveMixin
 from zero_ckpt.core.control import ControlPlane, LocalControl
-from zero_ckpt.core.engine import SaveHandle
+from zero_ckpt.core.handle import SaveHandle
 from zero_ckpt.core.state import Snapshot, capture_models
 from zero_ckpt.core.storage import LocalStorage
 from zero_ckpt.core.tags import read_manifest, remove_tag

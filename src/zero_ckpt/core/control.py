@@ -100,8 +100,11 @@ def process_group_store() -> Any:
     return dist.distributed_c10d._get_default_store()
 
 
-def control_for_process_group() -> ControlPlane:
-    """The control plane of the default process group, or of this process when there is none."""
+def control_for_process_group(name: str = "main") -> ControlPlane:
+    """The control plane of the default process group, or of this process when there is none.
+
+    Those of different names know nothing of each other: each may meet on a thread of its own.
+    """
     import torch.distributed as dist
 
     store = process_group_store()
@@ -110,7 +113,7 @@ def control_for_process_group() -> ControlPlane:
     with suppress(AttributeError, RuntimeError):
         store = store.clone()  # a connection of our own: others may block in theirs
         store.set_timeout(_STORE_TIMEOUT)
-    return StoreControl(store, dist.get_rank(), dist.get_world_size())
+    return StoreControl(store, dist.get_rank(), dist.get_world_size(), name)
 
 
 @dataclass(frozen=True, slots=True)

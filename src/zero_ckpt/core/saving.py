@@ -21,9 +21,9 @@ from zero_ckpt.core.manifest import FileRecord, shard_name
 from zero_ckpt.core.objects import OBJECTS, RANK_OBJECTS, encode_objects
 from zero_ckpt.core.planner import SavePlan
 from zero_ckpt.core.shard_file import ShardLayout, layout_shard
-from zero_ckpt.core.staging import Slab, Source, StagingPool, source_of, view_of, write_shard
+from zero_ckpt.core.staging import ShardWrite, Slab, Source, StagingPool, source_of, view_of
 from zero_ckpt.core.state import Snapshot
-from zero_ckpt.core.storage import Storage
+from zero_ckpt.core.storage import FileWriter, Storage
 from zero_ckpt.errors import StateMismatchError
 
 __all__ = [
@@ -142,34 +142,81 @@ def write_shards(
     shards: list[ShardPlan],
     pool: StagingPool,
     progress: Callable[[], None],
+    staged: Callable[[list[str]], None] = lambda changed: None,
+    *,
+    recheck: bool = False,
 ) -> tuple[dict[str, FileRecord], dict[str, float]]:
     """Write every file durably. Returns name -> record, and phase -> seconds.
 
-    On an error all files of this call are removed and the error is raised.
+    `staged` is called when all live tensors have been copied; writing may go on long after it. It is told which tensors
+    were changed meanwhile, when `recheck` has them compared with their copies once more. On an error, also one that it
+    raises, all files of this call are removed.
     """
-    records: dict[str, FileRecord] = {}
-    timings = {"write": 0.0, "fsync": 0.0}
-    started = []
+    files: list[_File] = []
     try:
+        begin = time.perf_counter()
         for shard in shards:
-            begin = time.perf_counter()
-            path = f"{folder}/{shard.name}"
-            started.append(path)
-            writer = storage.create(path, shard.layout.nbytes)
-            try:
-                table = write_shard(writer, shard.layout, shard.sources, pool, progress)
-                written = time.perf_counter()
-                writer.finish(shard.layout.nbytes)
-            except BaseException:
-                writer.abort()
-                raise
-            records[shard.name] = shard.layout.record(table)
-            timings["write"] += written - begin
-            timings["fsync"] += time.perf_counter() - written
+            files.append(_File(storage, f"{folder}/{shard.name}", shard))
+            files[-1].stage(pool, progress)
+        staged([key for file in files for key in file.changed()] if recheck else [])
+        copied = time.perf_counter()
+        for file in files:
+            file.join()
+        written = time.perf_counter()
+        records = {file.shard.name: file.finish() for file in files}
         storage.sync(folder)
+        synced = time.perf_counter()
     except BaseException:
-        for path in started:
-            with suppress(OSError):
-                storage.remove(path)
+        for file in files:
+            file.abort()
         raise
-    return records, timings
+    return records, {
+        "stage": copied - begin,
+        "write": written - copied,
+        "fsync": synced - written,
+    }
+
+
+class _File:
+    """One file of `write_shards`, from its creation to its end."""
+
+    def __init__(self, storage: Storage, path: str, shard: ShardPlan) -> None:
+        self.shard = shard
+        self._storage, self._path = storage, path
+        self._writer: FileWriter | None = None
+        self._write: ShardWrite | None = None
+        self._table = b""
+
+    def stage(self, pool: StagingPool, progress: Callable[[], None]) -> None:
+        layout = self.shard.layout
+        self._writer = self._storage.create(self._path, layout.nbytes)
+        self._write = ShardWrite(self._writer, layout, self.shard.sources, pool, progress)
+
+    def changed(self) -> list[str]:
+        """Tensors that are not any more what was staged."""
+        assert self._write is not None
+        return self._write.changed(self.shard.layout, self.shard.sources)
+
+    def join(self) -> None:
+        write, self._write = self._write, None
+        if write is not None:
+            self._table = write.join()
+
+    def finish(self) -> FileRecord:
+        assert self._writer is not None
+        writer, self._writer = self._writer, None
+        try:
+            writer.finish(self.shard.layout.nbytes)
+        except BaseException:
+            writer.abort()
+            raise
+        return self.shard.layout.record(self._table)
+
+    def abort(self) -> None:
+        """Stop writing, and remove what was written. Never raises."""
+        with suppress(BaseException):
+            self.join()
+        if self._writer is not None:
+            self._writer.abort()
+        with suppress(OSError):
+            self._storage.remove(self._path)

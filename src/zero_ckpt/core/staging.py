@@ -8,9 +8,12 @@ state's size. Small pieces are hashed while they still lie in the processor's ca
 from __future__ import annotations
 
 import ctypes
+import mmap
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 import torch
 import xxhash
@@ -21,7 +24,15 @@ from zero_ckpt.core.memory import copy_bytes
 from zero_ckpt.core.shard_file import BLOCK, Chunk, ShardLayout
 from zero_ckpt.core.storage import FileWriter, aligned_buffer, round_up
 
-__all__ = ["Slab", "Source", "StagingPool", "WriteThreads", "source_of", "write_shard"]
+__all__ = [
+    "ShardWrite",
+    "Slab",
+    "Source",
+    "StagingPool",
+    "WriteThreads",
+    "reading_after",
+    "source_of",
+]
 
 _WRITE_THREADS = 2
 """Writes in flight of one file: while the disk works on one, the system prepares the next."""
@@ -33,10 +44,11 @@ _WINDOW = 512 << 10
 class Source:
     """The bytes of one chunk in live memory: a tensor of the chunk's shape, any strides, any device."""
 
-    __slots__ = ("_address", "_tensor")
+    __slots__ = ("_address", "_tensor", "is_far")
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor
+        self.is_far = tensor.device.type != "cpu"
         contiguous = tensor.device.type == "cpu" and tensor.is_contiguous()
         lazy = tensor.is_neg() or tensor.is_conj()  # the memory holds other bits than the values
         self._address = tensor.data_ptr() if contiguous and not lazy else 0
@@ -87,6 +99,7 @@ class LazySource(Source):
 
     def __init__(self, tensor: LazyTensor, slab: Slab) -> None:
         self._lazy, self._slab = tensor, slab
+        self.is_far = False
 
     def copy_to(self, address: int, start: int, stop: int) -> None:
         slab = self._slab
@@ -108,6 +121,17 @@ class LazySource(Source):
             at += box.numel
 
 
+@contextmanager
+def reading_after(events: Sequence[Any]) -> Iterator[None]:
+    """Inside, this thread copies from CUDA devices on streams of its own, beside the training, after `events`."""
+    with ExitStack() as streams:
+        for event in events:
+            stream = torch.cuda.Stream(event.device)  # type: ignore[no-untyped-call]
+            stream.wait_event(event)
+            streams.enter_context(torch.cuda.stream(stream))
+        yield
+
+
 def source_of(tensor: torch.Tensor, slab: Slab) -> Source:
     """A tensor's bytes, wherever it has them."""
     if isinstance(tensor, LazyTensor) and not tensor.is_read:
@@ -116,16 +140,36 @@ def source_of(tensor: torch.Tensor, slab: Slab) -> Source:
 
 
 class StagingPool:
-    """`count` reusable aligned buffers of one block each, pinned when the state lies on a CUDA device."""
+    """Reusable aligned buffers of one block each, pinned when the state lies on a CUDA device. For any thread."""
 
     def __init__(self, count: int = 6, pinned: bool = False) -> None:
         self._free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
-        self.nbytes = count * BLOCK
-        self._memory = [aligned_buffer(BLOCK) for _ in range(count)]
-        for memory in self._memory:
-            if pinned:
-                _pin(memory)
-            self._free.put(memoryview(memory))
+        self._memory: list[mmap.mmap] = []
+        self._pinned, self._growing = pinned, threading.Lock()
+        self.grow(count)
+
+    @property
+    def count(self) -> int:
+        return len(self._memory)
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * BLOCK
+
+    def grow(self, count: int) -> None:
+        """Have at least `count` buffers. Each is touched here, so that the first save does not wait for memory."""
+        while self.count < count:
+            with self._growing:
+                self._add()
+
+    def _add(self) -> None:
+        memory = aligned_buffer(BLOCK)
+        ctypes.memset(_address(memory), 0, BLOCK)
+        if self._pinned:
+            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            torch.cuda.check_error(runtime.cudaHostRegister(_address(memory), BLOCK, 0))
+        self._memory.append(memory)
+        self._free.put(memoryview(memory))
 
     def take(self) -> memoryview:
         return self._free.get()
@@ -134,10 +178,8 @@ class StagingPool:
         self._free.put(buffer)
 
 
-def _pin(memory: object) -> None:
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))  # type: ignore[arg-type]
-    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    torch.cuda.check_error(runtime.cudaHostRegister(address, BLOCK, 0))
+def _address(memory: object) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))  # type: ignore[arg-type]
 
 
 class WriteThreads:
@@ -179,23 +221,47 @@ class WriteThreads:
                 self._pool.give(buffer)
 
 
-def write_shard(
-    writer: FileWriter,
-    layout: ShardLayout,
-    sources: Sequence[Source],
-    pool: StagingPool,
-    progress: Callable[[], None],
-) -> bytes:
-    """Write header, data and block table; `sources` are in the layout's order. Returns the table's bytes.
+class ShardWrite:
+    """One file on its way: made when all its bytes are staged, while its threads still write them.
 
-    The file is not finished: the caller syncs it with `writer.finish(layout.nbytes)`. Raises what the storage raised.
+    `sources` are in the layout's order. `join` must be called, whatever happens.
     """
-    threads = WriteThreads(writer, pool, progress)
-    try:
-        table = _stage(threads, layout, sources, pool)
-    finally:
-        threads.join()
-    return table
+
+    def __init__(
+        self,
+        writer: FileWriter,
+        layout: ShardLayout,
+        sources: Sequence[Source],
+        pool: StagingPool,
+        progress: Callable[[], None],
+    ) -> None:
+        self._threads = WriteThreads(writer, pool, progress)
+        try:
+            self._table = _stage(self._threads, layout, sources, pool)
+        except BaseException:
+            with suppress(BaseException):  # the error that stopped the staging is the one to tell
+                self._threads.join()
+            raise
+
+    def changed(self, layout: ShardLayout, sources: Sequence[Source]) -> list[str]:
+        """Tensors in blocks that are not any more what was staged: names of at most a few."""
+        filler, buffer = _Filler(layout, sources), memoryview(aligned_buffer(BLOCK))
+        found: dict[str, None] = {}
+        for start in range(0, layout.data_bytes, BLOCK):
+            nbytes = min(BLOCK, layout.data_bytes - start)
+            digest = filler.fill(buffer, nbytes).to_bytes(8, "little")
+            if self._table[start // BLOCK * 8 :][:8] != digest:
+                within = (c for c in layout.chunks if c.begin < start + nbytes and c.end > start)
+                found |= dict.fromkeys(chunk.key for chunk in within)
+        return list(found)[:4]
+
+    def join(self) -> bytes:
+        """Wait until header, data and block table are written; returns the table's bytes.
+
+        The file is not finished: the caller syncs it. Raises what the storage raised.
+        """
+        self._threads.join()
+        return self._table
 
 
 def _stage(
@@ -256,13 +322,15 @@ class _Filler:
         self._sources = sources
         self._index = 0
         self._at = 0
+        # From an accelerator a copy is a journey: few long ones.
+        self._window = BLOCK if any(source.is_far for source in sources) else _WINDOW
 
     def fill(self, buffer: memoryview, nbytes: int) -> int:
         """Fill the first `nbytes` of `buffer` with the next bytes of the data; return their XXH3-64."""
-        address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+        address = _address(buffer)
         hasher = xxhash.xxh3_64()
-        for start in range(0, nbytes, _WINDOW):
-            stop = min(start + _WINDOW, nbytes)
+        for start in range(0, nbytes, self._window):
+            stop = min(start + self._window, nbytes)
             self._fill_window(address + start, stop - start)
             hasher.update(buffer[start:stop])
         return hasher.intdigest()

@@ -1,0 +1,147 @@
+"""One save on its way beside the training: a thread that finishes the transaction, and the handle that tells of it."""
+
+from __future__ import annotations
+
+import atexit
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from zero_ckpt.core.handle import SaveHandle
+from zero_ckpt.core.transaction import Transaction
+from zero_ckpt.errors import SaveError, describe
+
+__all__ = ["Flight", "GivenUp"]
+
+_FAILED: list[Flight] = []
+"""Failures of this process. What nobody has been told by its end is printed then."""
+
+
+@atexit.register
+def _tell_at_exit() -> None:
+    """Python waits for flights before it calls this."""
+    for flight in _FAILED:
+        if not flight.told and not isinstance(flight.error, GivenUp):
+            print(f"zero_ckpt: {flight.path} was not saved: {flight.error}", file=sys.stderr)
+
+
+class GivenUp(SaveError):
+    """A save that was given up for a newer one."""
+
+
+class Flight(SaveHandle):
+    """Runs `transaction.finish` on a thread of its own, which the process waits for before it exits.
+
+    Saves commit in the order in which they began: it votes when `earlier` ones are done, and where one of them writes
+    to the same tag it does not even begin before.
+    """
+
+    def __init__(self, transaction: Transaction, earlier: Sequence[Flight]) -> None:
+        self.path = f"{transaction.request.directory}/{transaction.request.tag}"
+        self.tag = transaction.request.tag
+        self.error: BaseException | None = None
+        self.told = False
+        """Whether somebody has got the error."""
+        self._transaction: Transaction | None = transaction
+        self.timings = transaction.timings
+        self.notices = transaction.notices
+        self._earlier = list(earlier)
+        self._is_staged, self._is_done = threading.Event(), threading.Event()
+        self._given_up = threading.Event()
+        self._lock = threading.Lock()
+        self._then: list[Callable[[], None]] = []
+        transaction.staged = self._is_staged.set
+        transaction.going_on = self._check_given_up
+        transaction.before_vote = self._await_earlier
+        self._thread = threading.Thread(target=self._run, name="zero_ckpt-save", daemon=False)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def committed(self) -> bool:
+        return self.done and self.error is None
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended, well or not."""
+        return self._is_done.is_set()
+
+    @property
+    def is_running(self) -> bool:
+        """As `not done`, for signal handlers: takes no lock."""
+        return self._thread.is_alive()
+
+    def staged(self) -> None:
+        begin = time.perf_counter()
+        self._is_staged.wait()
+        self.timings["fence"] = self.timings.get("fence", 0.0) + time.perf_counter() - begin
+
+    def wait(self) -> None:
+        self._is_done.wait()
+        self.told = True
+        if self.error is not None:
+            raise self.error
+
+    def join(self) -> None:
+        """Return when it has ended; raises nothing."""
+        self._is_done.wait()
+
+    def give_up(self) -> None:
+        """Ask it to end without a commit. It commits all the same when every rank has written its files by now."""
+        self._given_up.set()
+
+    def then(self, action: Callable[[], None]) -> bool:
+        """Do `action` after the commit, on its thread, or never when there is none. False when it has ended already."""
+        with self._lock:
+            if not self.done:
+                self._then.append(action)
+            return not self.done
+
+    def _run(self) -> None:
+        transaction, self._transaction = self._transaction, None
+        assert transaction is not None
+        try:
+            here = transaction.request.directory, transaction.request.tag
+            for flight in self._earlier:
+                if here == (flight._directory, flight.tag):
+                    flight.join()
+            self.path, self.tag = transaction.finish()
+        except BaseException as error:
+            self.error = error.with_traceback(None)  # whose frames hold the live tensors
+            _FAILED.append(self)
+        finally:
+            self._is_staged.set()
+            self._finish()
+
+    @property
+    def _directory(self) -> str:
+        return self.path[: -len(self.tag) - 1]
+
+    def _finish(self) -> None:
+        while True:
+            with self._lock:
+                actions, self._then = self._then, []
+                if not actions:
+                    self._earlier.clear()
+                    self._is_done.set()
+                    return
+            for action in actions if self.error is None else ():
+                self._do(action)
+
+    def _do(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except Exception as error:
+            self.notices.append(
+                f"{self.path} is committed, but what follows failed: {describe(error)}"
+            )
+
+    def _await_earlier(self) -> None:
+        for flight in self._earlier:
+            flight.join()
+
+    def _check_given_up(self) -> None:
+        if self._given_up.is_set():
+            raise GivenUp(f"{self.path}: given up for a newer save, as when_busy='replace' says.")

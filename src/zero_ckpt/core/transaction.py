@@ -1,0 +1,247 @@
+"""One save, from captured state to a committed checkpoint: agree -> plan -> write -> vote. The same for both engines.
+
+`begin` looks at the live state, on the thread that trains, and never raises: what fails there is this rank's problem,
+which all ranks learn at the next meeting. `finish` meets the others, stages, writes and commits, on any thread. Every
+rank gets the same outcome: a folder and a tag, or the same error naming the rank that failed.
+"""
+
+from __future__ import annotations
+
+import operator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from zero_ckpt.core import commit
+from zero_ckpt.core.agreement import Agreement, Proposal, agree, merged_tables, parse_tables
+from zero_ckpt.core.control import ControlPlane
+from zero_ckpt.core.detach import Detached, detach
+from zero_ckpt.core.planner import SavePlan, plan_save
+from zero_ckpt.core.saving import Captured, ShardPlan, capture, plan_shards, write_shards
+from zero_ckpt.core.staging import StagingPool, reading_after
+from zero_ckpt.core.state import Snapshot
+from zero_ckpt.core.storage import Storage
+from zero_ckpt.errors import ConfigurationError, ZeroCkptError, to_record
+
+__all__ = ["Plans", "Request", "Transaction"]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a caller asks for. `timeout`: seconds of silence after which another rank counts as lost."""
+
+    directory: str
+    tag: str
+    step: object
+    zero_stage: object
+    save_latest: bool
+    keep_last: int | None
+    tag_validation: str
+    timeout: float
+
+
+class Plans:
+    """Keeps the last plan: it is the same as long as tensors and layouts stay as they are."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, str], SavePlan] = {}
+
+    def get(self, digest: str, captured: Captured, holders: list[int]) -> SavePlan:
+        key = digest, str(holders)
+        if key not in self._known:
+            self._known = {key: plan_save([(captured.table, holders)])}
+        return self._known[key]
+
+
+@dataclass(slots=True)
+class Transaction:
+    """What one save carries from phase to phase. `failure`: why this rank cannot save.
+
+    `pool_for` gives the staging buffers for what this rank is about to write. `staged` is called when all of it has
+    been copied, so that the live tensors may change; `going_on` from time to time while files are written, and may
+    raise to give the save up; `before_vote` when they are. `recheck` compares copies with live tensors.
+    """
+
+    request: Request
+    storage: Storage
+    control: ControlPlane
+    plans: Plans
+    pool_for: Callable[[list[ShardPlan]], StagingPool]
+    staged: Callable[[], None] = lambda: None
+    going_on: Callable[[], None] = lambda: None
+    before_vote: Callable[[], None] = lambda: None
+    recheck: bool = False
+    detached: Detached = field(default_factory=Detached)
+    snapshot: Snapshot = field(default_factory=Snapshot)
+    captured: Captured = field(default_factory=Captured)
+    timings: dict[str, float] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+    failure: BaseException | None = None
+    _header: dict[str, Any] = field(default_factory=dict)
+    _agreement: Agreement = field(init=False)
+
+    def begin(self, snapshot: Snapshot | Callable[[], Snapshot]) -> None:
+        """Capture references to the live tensors, and everything else by value."""
+        with self._recording_failure():
+            step = _count("step", self.request.step)
+            stage = _count("zero_stage", self.request.zero_stage)
+            self.snapshot = snapshot() if callable(snapshot) else snapshot
+            self._header = {"step": step, "zero_stage": stage, **_described(self.snapshot)}
+            self.captured = capture(self.snapshot, self.control.rank)
+
+    def detach(self) -> None:
+        """After `begin`, when `finish` runs beside the training: copy now what may change before the next step."""
+        with self._recording_failure():
+            self.detached = detach(self.captured, self.snapshot.buffers)
+
+    def finish(self) -> tuple[str, str]:
+        """Collective. Returns (folder, tag) of the committed checkpoint, or raises the same error on every rank."""
+        begin = time.perf_counter()
+        plan = self._agree()
+        planned = time.perf_counter()
+        vote = self._write(plan)
+        voted = time.perf_counter()
+        notice = self._vote(plan, vote)
+        self.timings |= {
+            "plan": planned - begin,
+            **vote.timings,
+            "commit": time.perf_counter() - voted,
+        }
+        self.notices += filter(None, [self._agreement.notice, notice])
+        return self._agreement.folder, self._agreement.tag
+
+    def _agree(self) -> SavePlan:
+        """Meet the others, and know what each rank has to write."""
+        captured, request = self.captured, self.request
+        digest = captured.table.digest()
+        tables = captured.table.roles.values()
+        proposal = Proposal(
+            request.directory,
+            request.tag,
+            self._header.get("step", 0),
+            digest,
+            shared_bytes=sum(x.nbytes for keys in tables for x in keys.values()),
+            private_bytes=captured.private_bytes,
+            problem=self._problem(),
+        )
+        answer = self._meet(
+            "save: agree",
+            proposal.to_bytes(),
+            lambda records: agree(self.storage, records, request.tag_validation).to_bytes(),
+        )
+        self._agreement = Agreement.from_bytes(answer)
+        return self._plan(digest)
+
+    def _plan(self, digest: str) -> SavePlan:
+        holders, table = self._agreement.holders, self.captured.table
+        if len(holders) == 1:
+            return self.plans.get(digest, self.captured, holders[0])
+        mine = any(ranks[0] == self.control.rank for ranks in holders)
+        merged = self._meet(
+            "save: tables",
+            table.to_bytes() if mine else b"",
+            lambda records: merged_tables(records, holders),
+        )
+        return plan_save(list(zip(parse_tables(merged), holders, strict=True)))
+
+    def _write(self, plan: SavePlan) -> commit.Vote:
+        """Write this rank's files; an error becomes a vote against the commit."""
+        agreement, control = self._agreement, self.control
+        try:
+            metadata = {"tag": agreement.tag, "step": str(self._header["step"])}
+            shards = plan_shards(
+                self.captured,
+                plan,
+                control.rank,
+                control.world_size,
+                agreement.generation,
+                metadata,
+                self._header,
+            )
+            with reading_after(self.detached.ready):
+                files, timings = write_shards(
+                    self.storage,
+                    agreement.folder,
+                    shards,
+                    self.pool_for(shards),
+                    self._progress,
+                    self._all_staged,
+                    recheck=self.recheck,
+                )
+            self.before_vote()
+        except Exception as error:
+            self.failure = error
+            return commit.Vote(error=self._problem())
+        return commit.Vote(files, timings)
+
+    def _progress(self) -> None:
+        self.control.beat()
+        self.going_on()
+
+    def _all_staged(self, changed: list[str]) -> None:
+        self.detached.check(changed)
+        self.staged()
+
+    def _vote(self, plan: SavePlan, vote: commit.Vote) -> str:
+        """Commit, or raise on every rank. Returns a notice for the user, or ""."""
+        agreement, control = self._agreement, self.control
+        request = commit.CommitRequest(
+            agreement, plan, self._header, self.request.save_latest, self.request.keep_last
+        )
+
+        def decide(records: list[bytes]) -> bytes:
+            return commit.commit(self.storage, request, records).encode()
+
+        try:
+            return self._meet("save: vote", vote.to_bytes(), decide).decode()
+        except BaseException as error:
+            # Another rank than 0 may remove its files only when it knows that rank 0 will not commit them.
+            refused = isinstance(error, ZeroCkptError) and not getattr(
+                error, "outcome_unknown", False
+            )
+            if control.rank == 0 or refused:
+                ranks = range(control.world_size) if control.rank == 0 else [control.rank]
+                commit.discard(self.storage, agreement, ranks, control.world_size)
+            raise
+
+    def _meet(self, phase: str, record: bytes, decide: Callable[[list[bytes]], bytes]) -> bytes:
+        try:
+            return self.control.meet(phase, record, decide, self.request.timeout)
+        except ZeroCkptError as error:
+            if self.failure is not None:
+                raise error from self.failure  # the traceback that this rank has of its own problem
+            raise
+
+    def _problem(self) -> list[str]:
+        return to_record(self.failure) if self.failure is not None else []
+
+    @contextmanager
+    def _recording_failure(self) -> Iterator[None]:
+        """What fails here is this rank's reason not to save, and is told at the next meeting."""
+        try:
+            yield
+        except Exception as error:
+            self.failure = self.failure or error
+
+
+def _count(name: str, value: object) -> int:
+    """A natural number of any integer type."""
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = -1
+    if number < 0:
+        raise ConfigurationError(f"{name} must be a natural number, found {value!r}")
+    return number
+
+
+def _described(snapshot: Snapshot) -> dict[str, Any]:
+    """What the manifest says of the snapshot as a whole."""
+    return {
+        "buffers": sorted(snapshot.buffers),
+        "frozen": sorted(snapshot.frozen),
+        "excluded": sorted(snapshot.excluded),
+        "aliases": snapshot.aliases,
+    }
