@@ -22,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from zero_ckpt.core.control import ControlPlane
 from zero_ckpt.core.engine import SyncEngine, is_on_cuda, warn_about
-from zero_ckpt.core.flight import Flight, GivenUp
+from zero_ckpt.core.flight import Flight
 from zero_ckpt.core.handle import SaveHandle, Skipped
 from zero_ckpt.core.memory import available_bytes
 from zero_ckpt.core.saving import Captured, ShardPlan
@@ -186,15 +186,13 @@ class AsyncEngine(SyncEngine):
         for flight in settled:
             flight.join()
         del self._flights[: len(settled)]
-        notices = [text for flight in settled for text in flight.notices]
-        failures = [f for f in settled if f.error is not None and not f.told]
-        for flight in settled:
+        untold = [flight for flight in settled if flight.error is not None and not flight.told]
+        for flight in untold:
             flight.told = True
-            if isinstance(flight.error, GivenUp):
-                notices.append(str(flight.error))
-        warn_about(notices)
-        for flight in failures:
-            if flight.error is not None and not isinstance(flight.error, GivenUp):
+        warn_about(text for flight in settled for text in flight.notices)
+        warn_about(str(flight.error) for flight in untold if flight.is_given_up)
+        for flight in untold:
+            if flight.error is not None and not flight.is_given_up:
                 raise flight.error
 
     def _staging_pool(self, captured: Captured, shards: list[ShardPlan]) -> StagingPool:

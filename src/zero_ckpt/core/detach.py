@@ -35,9 +35,7 @@ class Detached:
 
         Changes through `tensor.data` leave no trace here.
         """
-        seen = [
-            key for key, (local, version) in self._versions.items() if local._version != version
-        ]
+        seen = [key for key, (tensor, then) in self._versions.items() if _version(tensor) != then]
         found = list(dict.fromkeys([*seen, *changed]))
         if not found:
             return
@@ -55,11 +53,17 @@ def detach(captured: Captured, buffers: frozenset[str]) -> Detached:
     captured.tensors["state"] = {key: _copied(tensor) for key, tensor in state.items()}
     captured.tensors["model"] = {k: _copied(t) if k in buffers else t for k, t in model.items()}
     later = {k: t for k, t in model.items() if k not in buffers} | captured.tensors["optim"]
-    locals_ = {k: local_tensor(t) for k, t in later.items() if not isinstance(t, LazyTensor)}
-    versions = {k: (t, t._version) for k, t in locals_.items() if not t.is_inference()}
-    devices = {local.device for local in locals_.values() if local.is_cuda}
+    watched = {k: t for k, t in later.items() if not isinstance(t, LazyTensor)}
+    versions = {k: (t, _version(t)) for k, t in watched.items() if not t.is_inference()}
+    devices = {tensor.device for tensor in watched.values() if tensor.is_cuda}
     events = [torch.cuda.current_stream(device).record_event() for device in devices]
     return Detached(events, versions)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """Grows with each change in place: of a DTensor, through itself or through its local part."""
+    local = local_tensor(tensor)
+    return tensor._version + (0 if local is tensor else local._version)
 
 
 def _copied(tensor: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ from zero_ckpt.core.handle import SaveHandle
 from zero_ckpt.core.transaction import Transaction
 from zero_ckpt.errors import SaveError, describe
 
-__all__ = ["Flight", "GivenUp"]
+__all__ = ["Flight"]
 
 _FAILED: list[Flight] = []
 """Failures of this process. What nobody has been told by its end is printed then."""
@@ -22,12 +22,8 @@ _FAILED: list[Flight] = []
 def _tell_at_exit() -> None:
     """Python waits for flights before it calls this."""
     for flight in _FAILED:
-        if not flight.told and not isinstance(flight.error, GivenUp):
+        if not flight.told and not flight.is_given_up:
             print(f"zero_ckpt: {flight.path} was not saved: {flight.error}", file=sys.stderr)
-
-
-class GivenUp(SaveError):
-    """A save that was given up for a newer one."""
 
 
 class Flight(SaveHandle):
@@ -88,6 +84,11 @@ class Flight(SaveHandle):
         """Return when it has ended; raises nothing."""
         self._is_done.wait()
 
+    @property
+    def is_given_up(self) -> bool:
+        """Whether it ended without a commit because it was told to."""
+        return self._given_up.is_set() and self.error is not None
+
     def give_up(self) -> None:
         """Ask it to end without a commit. It commits all the same when every rank has written its files by now."""
         self._given_up.set()
@@ -144,4 +145,4 @@ class Flight(SaveHandle):
 
     def _check_given_up(self) -> None:
         if self._given_up.is_set():
-            raise GivenUp(f"{self.path}: given up for a newer save, as when_busy='replace' says.")
+            raise SaveError(f"{self.path}: given up for a newer save, as when_busy='replace' says.")
