@@ -77,6 +77,7 @@ class Checkpointer:
         self._tag_validation = check_tag_validation(tag_validation)
         self._timeout, self._rng = timeout, rng
         self._engine = make_engine(_async_save(engine), storage)
+        self._engine.warm(self.models.values(), bool(self.optimizers))
         self.global_step = 0
         self._hook = self._count_steps()
 

@@ -109,7 +109,7 @@ def make(
 
 ATTACH = frozenset(
     {"export", "export_format", "max_shard_size", "keep_last", "timeout", "tag_validation"}
-    | {"wrap", "sharding_size", "cpu_offload"}
+    | {"wrap", "sharding_size", "cpu_offload", "async_save"}
 )
 
 

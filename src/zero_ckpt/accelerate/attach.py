@@ -18,6 +18,7 @@ from zero_ckpt.accelerate.ending import EndMixin
 from zero_ckpt.accelerate.loading import LoadMixin
 from zero_ckpt.accelerate.options import Options
 from zero_ckpt.accelerate.prepare import PrepareMixin
+from zero_ckpt.core.decoupled import AsyncSave
 from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.zero import WrapPolicy
 
@@ -116,6 +117,7 @@ def attach(
     tag_validation: str = "warn",
     keep_last: int | None = None,
     timeout: float | None = None,
+    async_save: bool | AsyncSave = False,
 ) -> A:
     """Let `accelerator` save, load and end its training through zero_ckpt. Returns the same accelerator.
 
@@ -131,6 +133,8 @@ def attach(
     tag_validation: what to do when ranks give different directories or tags: "ignore", "warn" or "fail".
     keep_last: tags to keep in a checkpoint directory; None keeps all, 1 lets each save replace the one before.
     timeout: seconds of silence after which another rank counts as lost. Default 300.
+    async_save: save beside the training: True, or an `AsyncSave` that says how. What goes wrong is then raised by the
+        next `save_state`, by `wait_for_saves()`, `load_state()` or `end_training()`.
 
     Raises `ConfigurationError` for options that do not fit each other or the accelerator.
     """
@@ -145,6 +149,7 @@ def attach(
         tag_validation,
         keep_last,
         timeout,
+        async_save,
     )
     given: Any = accelerator
     if not isinstance(given, Accelerator):
@@ -179,6 +184,8 @@ def detach(accelerator: A) -> A:
             f"{own.__name__} is a subclass of ZeroAccelerator, so it cannot be detached. Make an Accelerator instead."
         )
     given.zero_stop_counting()
+    if given._zero_runtime.engine is not None:
+        given._zero_runtime.engine.close()
     given.__class__ = own
     for name in ("_zero_options", "_zero_runtime", "_zero_step"):
         given.__dict__.pop(name, None)

@@ -21,7 +21,9 @@ from torch.optim import Optimizer
 from zero_ckpt.accelerate.options import Options
 from zero_ckpt.core.binding import named
 from zero_ckpt.core.control import ControlPlane
+from zero_ckpt.core.decoupled import make_engine
 from zero_ckpt.core.engine import SyncEngine
+from zero_ckpt.core.handle import SaveHandle
 from zero_ckpt.zero import Sharding
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ class Runtime:
     shardings: list[tuple[nn.Module, Sharding]] = field(default_factory=list)
     partitions: list[tuple[Optimizer, Optimizer]] = field(default_factory=list)  # (whole, parts)
     step_hook: Any = None
-    saved: tuple[str, str] | None = None  # checkpoint directory and tag of this run's last save
+    saved: SaveHandle | None = None  # this run's last one
     ended: bool = False
     warned: bool = False
 
@@ -61,8 +63,13 @@ class ZeroBase(Host):  # type: ignore[misc]
     @property
     def zero_engine(self) -> SyncEngine:
         if self._zero_runtime.engine is None:
-            self._zero_runtime.engine = SyncEngine()
+            self._zero_runtime.engine = make_engine(self._zero_options.async_save)
         return self._zero_runtime.engine
+
+    def wait_for_saves(self) -> None:
+        """Return when every save is committed, or raise what kept one from that: the same error on every rank."""
+        if self._zero_runtime.engine is not None:
+            self._zero_runtime.engine.wait()
 
     @property
     def zero_control(self) -> ControlPlane:

@@ -18,7 +18,7 @@ from zero_ckpt.core.handle import SaveHandle
 from zero_ckpt.core.state import Snapshot, capture_models
 from zero_ckpt.core.storage import LocalStorage
 from zero_ckpt.core.tags import read_manifest, remove_tag
-from zero_ckpt.errors import RankTimeoutError
+from zero_ckpt.errors import RankTimeoutError, ZeroCkptError
 from zero_ckpt.fp32 import export_fp32
 
 __all__ = ["EndMixin"]
@@ -34,14 +34,20 @@ class EndMixin(SaveMixin):
     """The override of the accelerator's end."""
 
     def end_training(self) -> None:
-        """Collective: export the fp32 weights, then do what Accelerate does. Calling it again does nothing.
+        """Collective: wait for saves, export the fp32 weights, then do what Accelerate does. Again: does nothing.
 
         What is exported, and whereto, is an option of `attach`. For a Hugging Face model the folder gets its
         configuration, so that `from_pretrained` opens it. `save_state` or `load_state` make the next call count again.
+        Raises what kept a save beside the training from its commit; nothing is exported then.
         """
         if self._zero_runtime.ended:
             return
         self._zero_runtime.ended = True
+        try:
+            self.wait_for_saves()
+        except ZeroCkptError:
+            super().end_training()
+            raise
         if self.zero_is_ours and self._zero_options.export is not False:
             try:
                 self._zero_export()
@@ -62,7 +68,8 @@ class EndMixin(SaveMixin):
             return  # the main process does it
         saved = self._zero_runtime.saved
         if saved is not None:
-            self._zero_collapse(*saved, path or os.path.join(saved[0], FOLDER), control)
+            directory = os.path.dirname(saved.path)
+            self._zero_collapse(directory, saved.tag, path or f"{directory}/{FOLDER}", control)
         elif path is not None and self._models:
             self._zero_export_live(path, control)
 
@@ -96,6 +103,7 @@ class EndMixin(SaveMixin):
             save_latest=False,
             timeout=self._zero_options.timeout,
         )
+        handle.wait()
         try:
             self._zero_collapse(folder, handle.tag, path, control)
         finally:

@@ -60,6 +60,7 @@ class LoadMixin(PlanMixin, SaveMixin):
         if not self.zero_is_ours:
             self._zero_pass_on("load_state", tag)
             return super().load_state(input_dir, load_kwargs, **load_model_func_kwargs)
+        self.wait_for_saves()
         where = self._zero_find(input_dir, tag)
         for index, (directory, is_ours) in enumerate(where["candidates"]):
             try:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from zero_ckpt.core.agreement import check_tag_validation
+from zero_ckpt.core.decoupled import AsyncSave
 from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.fp32.publishing import FORMATS
 from zero_ckpt.zero import WrapPolicy
@@ -28,6 +29,7 @@ class Options:
     tag_validation: str = "warn"
     keep_last: int | None = None
     timeout: float | None = None
+    async_save: bool | AsyncSave = False
 
     def __post_init__(self) -> None:
         if self.stage not in (None, 0, 1, 2, 3):

@@ -63,6 +63,12 @@ class PrepareMixin(ZeroBase):
 
     def prepare(self, *args: Any, device_placement: list[bool] | None = None) -> Any:
         """As Accelerate's; at our stages models come first, since optimizers follow them."""
+        prepared = self._zero_prepare(args, device_placement)
+        if self.zero_is_ours and self._models:
+            self.zero_engine.warm(self._models, bool(self._optimizers))
+        return prepared
+
+    def _zero_prepare(self, args: tuple[Any, ...], device_placement: list[bool] | None) -> Any:
         if not self.zero_stage_to_apply:
             return super().prepare(*args, device_placement=device_placement)
         order = sorted(range(len(args)), key=lambda i: not isinstance(args[i], nn.Module))

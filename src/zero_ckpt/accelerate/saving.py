@@ -32,6 +32,8 @@ class SaveMixin(ZeroBase):
     ) -> Path:
         """Collective: save everything as `<output_dir>/<tag>/`, committed and durable on return. Returns `output_dir`.
 
+        With `async_save` the commit follows beside the training; `wait_for_saves` waits for it.
+
         `output_dir`: the checkpoint directory; chosen by Accelerate's rules when `automatic_checkpoint_naming` is on.
         `tag` None: `global_step{N}`, N being the optimizer steps made. `client_state`: any nested Python state; rank
         0's is stored and given back by `load_state`. `safe_serialization` changes nothing: all files are safetensors.
@@ -67,10 +69,11 @@ class SaveMixin(ZeroBase):
             tag_validation=self._zero_options.tag_validation,
             timeout=self._zero_options.timeout,
         )
-        self._zero_runtime.saved = os.path.dirname(handle.path), handle.tag
-        self._zero_runtime.ended = False
-        self._zero_retire(directory)
-        self.project_configuration.iteration += 1
+        if not handle.skipped:
+            self._zero_runtime.saved = handle
+            self._zero_runtime.ended = False
+            self._zero_retire(directory)
+            self.project_configuration.iteration += 1
         return Path(directory)
 
     def _zero_save_directory(self, output_dir: Any) -> str:
@@ -113,13 +116,18 @@ class SaveMixin(ZeroBase):
         return Edits(*record), offered[0]
 
     def _zero_retire(self, directory: str) -> None:
-        """Remove checkpoints beyond `total_limit`: only now, when the new one is committed."""
+        """Remove checkpoints beyond `total_limit`, when the new one is committed."""
         limit = self.project_configuration.total_limit
         naming = self.project_configuration.automatic_checkpoint_naming
-        if limit is not None and naming and self.zero_control.rank == 0:
-            notice = retire(os.path.dirname(directory), limit, directory)
+        if limit is None or not naming or self.zero_control.rank != 0:
+            return
+
+        def act(committed: bool) -> None:
+            notice = retire(os.path.dirname(directory), limit, directory) if committed else ""
             if notice:
                 warnings.warn(notice, stacklevel=3)
+
+        self.zero_engine.after_saves(act)
 
     def _zero_pass_on(self, call: str, tag: Any) -> None:
         """Accelerate's own code takes over. Raises `ConfigurationError` for what it cannot do."""

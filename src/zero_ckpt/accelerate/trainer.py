@@ -99,7 +99,8 @@ class TrainerMixin(Host):  # type: ignore[misc]
             tag_validation=options.tag_validation,
             timeout=options.timeout,
         )
-        accelerator._zero_runtime.saved = os.path.dirname(handle.path), handle.tag
+        handle.wait()  # the Trainer removes older checkpoints now
+        accelerator._zero_runtime.saved = handle
         accelerator._zero_runtime.ended = False
 
     def _zero_snapshot(self, step: int) -> Snapshot:

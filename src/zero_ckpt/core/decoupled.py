@@ -14,13 +14,16 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from zero_ckpt.core.control import ControlPlane
+from zero_ckpt.core.dtensors import local_tensor
 from zero_ckpt.core.engine import SyncEngine, is_on_cuda, warn_about
 from zero_ckpt.core.flight import Flight
 from zero_ckpt.core.handle import SaveHandle, Skipped
@@ -130,15 +133,11 @@ class AsyncEngine(SyncEngine):
         """Return when every save is committed, or raise the first failure: the same on every rank."""
         self._settle(len(self._flights))
 
-    def after_saves(self, action: Callable[[], None]) -> None:
-        """Do it when the newest save is committed, on another thread; never when it is not: what it would have
-        replaced stays.
-        """
+    def after_saves(self, action: Callable[[bool], None]) -> None:
+        """Do `action(committed)` when the newest save has ended, then on another thread."""
         newest = self._flights[-1] if self._flights else None
-        if newest is not None and newest.then(action):
-            return
-        if newest is None or newest.committed:
-            action()
+        if newest is None or not newest.then(action):
+            action(newest is None or newest.committed)
 
     def close(self) -> None:
         """Wait for all saves; let go of buffers and hooks. Another save makes new ones."""
@@ -151,12 +150,14 @@ class AsyncEngine(SyncEngine):
                 self._fence_hook = None
             super().close()
 
-    def warm(self, nbytes: int, *, pinned: bool) -> None:
-        """Make staging memory for `nbytes` beside the training, before the first save needs it."""
-        thread = threading.Thread(
+    def warm(self, models: Iterable[nn.Module], has_optimizer: bool) -> None:
+        """Make staging memory beside the training, before the first save needs it."""
+        models = list(models)
+        nbytes = _expected_bytes(models, has_optimizer, self.control.world_size)
+        pinned = any(p.is_cuda for model in models for p in model.parameters())
+        threading.Thread(
             target=self._grown_pool, args=(nbytes, pinned), name="zero_ckpt-warm", daemon=True
-        )
-        thread.start()
+        ).start()
 
     def _make_room(self, request: Request) -> bool:
         """By `when_busy`; False: skip this save. Raises what earlier saves failed with. Every rank does the same."""
@@ -235,6 +236,14 @@ class AsyncEngine(SyncEngine):
 
             self._fence_hook = register_optimizer_step_pre_hook(fence)
             weakref.finalize(self, self._fence_hook.remove)
+
+
+def _expected_bytes(models: Iterable[nn.Module], has_optimizer: bool, world_size: int) -> int:
+    """What a rank will write, guessed before its optimizer has state: as Adam would have it."""
+    tensors = [p for model in models for p in (*model.parameters(), *model.buffers())]
+    sharded = sum(local_tensor(t).nbytes for t in tensors if isinstance(t, DTensor))
+    whole = sum(t.nbytes for t in tensors if not isinstance(t, DTensor))
+    return (sharded + whole // world_size) * (3 if has_optimizer else 1)
 
 
 def _default_ceiling(control: ControlPlane) -> int:

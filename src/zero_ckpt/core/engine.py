@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from torch import nn
 
 from zero_ckpt.core.collector import collector_paused
 from zero_ckpt.core.control import (
@@ -110,12 +111,18 @@ class SyncEngine:
         warn_about(transaction.notices)
         return Committed(path, tag, transaction.timings)
 
-    def after_saves(self, action: Callable[[], None]) -> None:
-        """Do it when every save that was begun is committed: now."""
-        action()
+    def after_saves(self, action: Callable[[bool], None]) -> None:
+        """Do `action(committed)` when the newest save has ended: now."""
+        action(True)
+
+    def fence(self) -> None:
+        """Return when live tensors may change: a save has copied them when it returns."""
 
     def wait(self) -> None:
         """Nothing is pending."""
+
+    def warm(self, models: Iterable[nn.Module], has_optimizer: bool) -> None:
+        """Its few buffers are made by the first save."""
 
     def close(self) -> None:
         """Let go of the buffers. Another save makes new ones."""

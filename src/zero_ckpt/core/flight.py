@@ -46,7 +46,7 @@ class Flight(SaveHandle):
         self._is_staged, self._is_done = threading.Event(), threading.Event()
         self._given_up = threading.Event()
         self._lock = threading.Lock()
-        self._then: list[Callable[[], None]] = []
+        self._then: list[Callable[[bool], None]] = []
         transaction.staged = self._is_staged.set
         transaction.going_on = self._check_given_up
         transaction.before_vote = self._await_earlier
@@ -93,8 +93,8 @@ class Flight(SaveHandle):
         """Ask it to end without a commit. It commits all the same when every rank has written its files by now."""
         self._given_up.set()
 
-    def then(self, action: Callable[[], None]) -> bool:
-        """Do `action` after the commit, on its thread, or never when there is none. False when it has ended already."""
+    def then(self, action: Callable[[bool], None]) -> bool:
+        """Do `action(committed)` on its thread when it ends. False when it has ended already."""
         with self._lock:
             if not self.done:
                 self._then.append(action)
@@ -128,15 +128,15 @@ class Flight(SaveHandle):
                     self._earlier.clear()
                     self._is_done.set()
                     return
-            for action in actions if self.error is None else ():
+            for action in actions:
                 self._do(action)
 
-    def _do(self, action: Callable[[], None]) -> None:
+    def _do(self, action: Callable[[bool], None]) -> None:
         try:
-            action()
+            action(self.error is None)
         except Exception as error:
             self.notices.append(
-                f"{self.path} is committed, but what follows failed: {describe(error)}"
+                f"{self.path} was saved, but what follows a save failed: {describe(error)}"
             )
 
     def _await_earlier(self) -> None:

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from zero_ckpt.core.control import DEFAULT_TIMEOUT, ControlPlane
+from zero_ckpt.core.decoupled import AsyncSave, make_engine
 from zero_ckpt.core.engine import SyncEngine
 from zero_ckpt.errors import ConfigurationError, by_name, to_record
 from zero_ckpt.lightning.namespaces import Namespace
@@ -44,6 +45,7 @@ class StrategyBase(Host):
         export: Any = True,
         *,
         save_timeout: float | None = None,
+        async_save: bool | AsyncSave = False,
         accelerator: Any = None,
         parallel_devices: list[torch.device] | None = None,
         cluster_environment: Any = None,
@@ -59,6 +61,11 @@ class StrategyBase(Host):
         if stage < 2 and (cpu_offload or sharding_size is not None):
             raise ConfigurationError(
                 f"cpu_offload and sharding_size are for stages 2 and 3, not for stage={stage}."
+            )
+        if isinstance(async_save, AsyncSave) and async_save.when_busy != "wait":
+            raise ConfigurationError(
+                f"async_save: when_busy={async_save.when_busy!r}, but ModelCheckpoint counts on every save that it "
+                'asks for, and removes older ones: only "wait" is right under Lightning.'
             )
         _check_ddp_options(ddp_options)
         super().__init__(
@@ -78,6 +85,7 @@ class StrategyBase(Host):
         self.cpu_offload = cpu_offload
         self.export = export
         self.save_timeout = save_timeout
+        self.async_save = async_save
         self._zero_engine: SyncEngine | None = None
         self._zero_sharding: Sharding | None = None
         self._zero_mesh: DeviceMesh | None = None
@@ -87,8 +95,12 @@ class StrategyBase(Host):
     def engine(self) -> SyncEngine:
         """Saves checkpoints over the default process group's store, never over the group itself."""
         if self._zero_engine is None:
-            self._zero_engine = SyncEngine()
+            self._zero_engine = make_engine(self.async_save)
         return self._zero_engine
+
+    def wait_for_saves(self) -> None:
+        """Return when every save is committed, or raise what kept one from that: the same error on every rank."""
+        self.engine.wait()
 
     @property
     def control(self) -> ControlPlane:

@@ -103,6 +103,8 @@ class Fp32ExportMixin(Host):
             folder = os.path.join(trainer.log_dir or trainer.default_root_dir, FOLDER)
             source = strategy.broadcast(os.path.join(os.path.abspath(folder), LIVE_TAG))
             trainer.save_checkpoint(source, weights_only=True)
+            if (wait := getattr(strategy, "wait_for_saves", None)) is not None:
+                wait()
             try:
                 self._collapse(trainer, source, os.path.dirname(source))
             finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from zero_ckpt.core.storage import LocalStorage, Storage
 from zero_ckpt.core.tags import LATEST_NAME, check_tag, list_tags, read_latest, remove_tag
 from zero_ckpt.errors import CheckpointNotFoundError, ConfigurationError
 
-__all__ = ["is_checkpoint_folder", "making_way", "remove", "split"]
+__all__ = ["is_checkpoint_folder", "make_way", "making_way", "remove", "split"]
 
 
 def split(path: Any) -> tuple[str, str]:
@@ -39,27 +39,42 @@ def is_checkpoint_folder(path: Any) -> bool:
     return os.path.isdir(os.fspath(path).removeprefix("file://"))
 
 
-@contextmanager
-def making_way(directory: str, tag: str) -> Iterator[None]:
-    """Around a save to this tag: a link there goes (its target stays), a file is set aside.
+def make_way(directory: str, tag: str) -> Callable[[bool], None]:
+    """Before a save to this tag: a link there goes (its target stays), a file is set aside.
 
-    The file goes when the save has committed, and comes back when it has not.
+    Returns what to call when the save has ended, with whether it was committed: then the file goes, else it comes back.
     """
     path = f"{directory}/{tag}"
     aside = f"{path}.replaced"  # no name that Lightning looks for
     if os.path.islink(path):
         os.unlink(path)
-    if not os.path.isfile(path):
-        yield
-        return
-    os.replace(path, aside)
+    had_file = os.path.isfile(path)
+    if had_file:
+        os.replace(path, aside)
+
+    def end(committed: bool) -> None:
+        if had_file and committed:
+            os.unlink(aside)
+        elif had_file:
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(aside, path)
+        elif not committed:
+            with suppress(OSError):
+                os.rmdir(path)  # if nothing is in it
+
+    return end
+
+
+@contextmanager
+def making_way(directory: str, tag: str) -> Iterator[None]:
+    """Around a save to this tag that commits before it returns."""
+    end = make_way(directory, tag)
     try:
         yield
     except BaseException:
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(aside, path)
+        end(False)
         raise
-    os.unlink(aside)
+    end(True)
 
 
 def remove(path: Any, storage: Storage | None = None) -> None:

@@ -77,6 +77,7 @@ class RestoreMixin(StrategyBase):
         Collective. `weights_only` None or True refuses objects that were stored as pickles.
         """
         self._zero_asked = True
+        self.wait_for_saves()
         path = self._agreed_path(os.fspath(checkpoint_path)) or ""
         self.close_checkpoint()
         if not self._is_ours(path):

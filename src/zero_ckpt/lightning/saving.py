@@ -7,8 +7,10 @@ the training's collectives.
 
 from __future__ import annotations
 
+import os
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from zero_ckpt.core.state import parameter_names
@@ -68,6 +70,8 @@ class SaveMixin(StrategyBase):
     ) -> None:
         """Collective: commit `checkpoint` at `filepath`, or raise the same error on every rank.
 
+        With `async_save` the commit follows, and what goes wrong is raised by the next save or when fit ends.
+
         In an exception handler a failure is a warning: the exception shall surface, not it.
         """
         if self.has_foreign_io:
@@ -105,8 +109,10 @@ class SaveMixin(StrategyBase):
         directory, tag = paths.split(filepath)
         own = capture_rank(self._current_trainer(), checkpoint, self.root_device)
         snapshot = to_snapshot(checkpoint, ModuleNames.of(self.lightning_module), own)
-        with paths.making_way(directory, tag) if self.is_global_zero else nullcontext():
-            self.engine.save(
+        with ExitStack() as after:
+            if self.is_global_zero:
+                after.enter_context(self._making_way(directory, tag))
+            handle = self.engine.save(
                 directory,
                 tag,
                 snapshot,
@@ -116,10 +122,36 @@ class SaveMixin(StrategyBase):
                 tag_validation="ignore",  # names may be found per rank: rank 0's counts
                 timeout=timeout,
             )
+        if self.interrupted or self._links_to_last():
+            handle.wait()
+
+    @contextmanager
+    def _making_way(self, directory: str, tag: str) -> Iterator[None]:
+        """Around the begin of a save to this tag."""
+        end = paths.make_way(directory, tag)
+        if self.engine.is_async:
+            os.makedirs(
+                f"{directory}/{tag}", exist_ok=True
+            )  # `ModelCheckpoint` looks what is there
+        try:
+            yield
+        except BaseException:
+            end(False)
+            raise
+        self.engine.after_saves(end)
+
+    def _links_to_last(self) -> bool:
+        """Whether Lightning will point a link to this checkpoint as soon as the save returns."""
+        trainer = self._current_trainer()
+        callbacks = [] if trainer is None else trainer.checkpoint_callbacks
+        return any(getattr(callback, "save_last", None) == "link" for callback in callbacks)
 
     def remove_checkpoint(self, filepath: Any) -> None:
-        """Remove a checkpoint of any kind; rank 0 does it. Never leaves a dangling `last`."""
+        """Remove a checkpoint of any kind; rank 0 does it. Never leaves a dangling `last`.
+
+        When the save that it makes room for is committed; if it never is, what was to be removed stays.
+        """
         if self.is_global_zero and self.has_foreign_io:
             self.checkpoint_io.remove_checkpoint(filepath)
         elif self.is_global_zero:
-            paths.remove(filepath)
+            self.engine.after_saves(lambda committed: paths.remove(filepath) if committed else None)

@@ -4,6 +4,7 @@ it.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from zero_ckpt import zero
-from zero_ckpt.errors import ConfigurationError
+from zero_ckpt.errors import ConfigurationError, ZeroCkptError
 from zero_ckpt.lightning.copies import shard_copies
 from zero_ckpt.lightning.export import attach_export, run_export
 from zero_ckpt.lightning.restoring import RestoreMixin
@@ -41,6 +42,9 @@ class SetupMixin(RestoreMixin, StepMixin):
         else:
             self.materialize_replicated()
             super().setup(trainer)
+        if self.is_fitting:
+            assert self.lightning_module is not None
+            self.engine.warm([self.lightning_module], has_optimizer=True)
         self.is_set_up = True
 
     def _tell_precision(self) -> None:
@@ -159,10 +163,12 @@ class SetupMixin(RestoreMixin, StepMixin):
     def on_train_end(self) -> None:
         """After every callback and the module: weights are what the fit leaves behind."""
         super().on_train_end()
+        self.wait_for_saves()
         run_export(self._current_trainer())
 
     def teardown(self) -> None:
         """Leaves a sharded model sharded, where it is: its parts live on the mesh's devices."""
+        self._end_saves()
         self.close_checkpoint()
         self.is_set_up = False
         if self.stage < 2 or self.model is None or not is_sharded(self.model):
@@ -177,6 +183,17 @@ class SetupMixin(RestoreMixin, StepMixin):
         self.precision_plugin.teardown()
         self.accelerator.teardown()
         self.checkpoint_io.teardown()
+
+    def _end_saves(self) -> None:
+        """Every save is committed, or has failed. In an exception handler a failure is a warning."""
+        if self._zero_engine is None:
+            return
+        try:
+            self._zero_engine.close()
+        except ZeroCkptError as error:
+            if not self.interrupted:
+                raise
+            warnings.warn(str(error), stacklevel=2)
 
 
 def is_sharded(model: nn.Module) -> bool:

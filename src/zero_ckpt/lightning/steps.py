@@ -87,14 +87,17 @@ class StepMixin(StrategyBase):
                 broadcast_from_first(buffers, self._zero_mesh)
 
     def on_validation_start(self) -> None:
+        self.engine.fence()  # callbacks may exchange the weights for averaged ones
         super().on_validation_start()
         self._zero_shared = False
 
     def on_test_start(self) -> None:
+        self.engine.fence()
         super().on_test_start()
         self._zero_shared = False
 
     def on_predict_start(self) -> None:
+        self.engine.fence()
         super().on_predict_start()
         self._zero_shared = False
 

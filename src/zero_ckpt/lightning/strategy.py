@@ -26,6 +26,7 @@ class ZeroStrategyMixin(SetupMixin, SaveMixin):
     sharding_size: ranks that hold one copy of the model between them; None: all of them.
     cpu_offload: keep parameters, gradients and optimizer state in host memory (stages 2 and 3).
     export: write one fp32 file when fit ends: True, False, or an `Fp32Export`.
+    async_save: save beside the training: True, or an `AsyncSave` that says how. `wait_for_saves()` waits.
     save_timeout: seconds of silence after which another rank counts as lost in a save or a load.
     timeout: of the process group, as in `DDPStrategy`, whose other arguments are accepted too
         (those of `DistributedDataParallel` take effect at stages 0 and 1).
