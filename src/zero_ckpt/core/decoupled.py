@@ -161,14 +161,13 @@ class AsyncEngine(SyncEngine):
 
     def _make_room(self, request: Request) -> bool:
         """By `when_busy`; False: skip this save. Raises what earlier saves failed with. Every rank does the same."""
-        limit = self.options.max_in_flight
-        if self.options.when_busy == "wait":
-            self._settle(len(self._flights) - limit + 1)
+        surplus = len(self._flights) - self.options.max_in_flight + 1
+        if self.options.when_busy == "wait" or not self._busy_anywhere(request.timeout):
+            self._settle(surplus)
             return True
-        busy = self._busy_anywhere(request.timeout)
-        if busy and self.options.when_busy == "skip":
+        if self.options.when_busy == "skip":
             return False
-        for flight in self._flights if busy else ():
+        for flight in self._flights:
             flight.give_up()
         self._settle(len(self._flights))
         return True
@@ -235,7 +234,7 @@ class AsyncEngine(SyncEngine):
                     alive.fence()
 
             self._fence_hook = register_optimizer_step_pre_hook(fence)
-            weakref.finalize(self, self._fence_hook.remove)
+            weakref.finalize(self, self._fence_hook.remove)  # a flight keeps its engine alive
 
 
 def _expected_bytes(models: Iterable[nn.Module], has_optimizer: bool, world_size: int) -> int:
