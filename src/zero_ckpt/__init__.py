@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zero_ckpt.checkpointer import Checkpointer, load_checkpoint, save_checkpoint
+    from zero_ckpt.calls import load_checkpoint, save_checkpoint
+    from zero_ckpt.checkpointer import Checkpointer
     from zero_ckpt.core.decoupled import AsyncSave
     from zero_ckpt.core.handle import SaveHandle
     from zero_ckpt.fp32 import export_fp32, get_fp32_state_dict_from_zero_checkpoint
@@ -21,9 +22,9 @@ _HOMES = {
     "Checkpointer": "zero_ckpt.checkpointer",
     "export_fp32": "zero_ckpt.fp32",
     "get_fp32_state_dict_from_zero_checkpoint": "zero_ckpt.fp32",
-    "load_checkpoint": "zero_ckpt.checkpointer",
+    "load_checkpoint": "zero_ckpt.calls",
     "SaveHandle": "zero_ckpt.core.handle",
-    "save_checkpoint": "zero_ckpt.checkpointer",
+    "save_checkpoint": "zero_ckpt.calls",
 }
 
 __all__ = [

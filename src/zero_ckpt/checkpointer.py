@@ -22,23 +22,26 @@ from torch.distributed.tensor import DTensor
 
 from zero_ckpt.core import rng
 from zero_ckpt.core.agreement import check_tag_validation
-from zero_ckpt.core.binding import (
-    bound_names,
-    check_same_names,
-    named,
-    prefix_of,
-    set_extra_state,
-)
+from zero_ckpt.core.binding import bound_names, named, prefix_of
+from zero_ckpt.core.bound import Wanted, plan_training, plan_weights
 from zero_ckpt.core.checkpoint import Checkpoint
+from zero_ckpt.core.custom import CustomLoad
 from zero_ckpt.core.decoupled import AsyncSave, make_engine
 from zero_ckpt.core.handle import SaveHandle
 from zero_ckpt.core.loading import load_together
-from zero_ckpt.core.restoring import Restoration, plan_model, plan_optimizer
+from zero_ckpt.core.outcome import LoadResult, log_report, report_of
+from zero_ckpt.core.per_rank import (
+    CLIENT_STATE,
+    client_state_notice,
+    own_client_state,
+    read_own,
+)
+from zero_ckpt.core.restoring import Restoration
 from zero_ckpt.core.state import Snapshot, capture_models, capture_optimizer
 from zero_ckpt.core.storage import Storage
-from zero_ckpt.errors import ConfigurationError
+from zero_ckpt.errors import ConfigurationError, NothingSavedError
 
-__all__ = ["Checkpointer", "load_checkpoint", "save_checkpoint"]
+__all__ = ["Checkpointer", "Some"]
 
 T = TypeVar("T")
 Some = Union[T, Sequence[T], Mapping[str, T]]  # noqa: UP007 - a generic alias at run time
@@ -101,12 +104,14 @@ class Checkpointer:
         exclude_frozen_parameters: bool = False,
         *,
         step: int | None = None,
+        per_rank_client_state: Any = None,
     ) -> SaveHandle:
         """Save everything as `<save_dir>/<tag>/`, committed and durable on return (with `engine="sync"`).
 
         `tag` None: `global_step{N}`, N being the optimizer steps made (or `step`). `client_state`: any nested Python
         state; rank 0's is stored and given back by `load_checkpoint`. `save_latest`: move `latest` to this tag.
         `exclude_frozen_parameters`: leave out what has `requires_grad=False`; a load keeps the model's own values.
+        `per_rank_client_state`: the same for each rank's own; a load at the same world size gives it back to its rank.
 
         Raises the same error on every rank (see `zero_ckpt.errors`); then nothing was committed. With `engine="async"`
         it returns before the commit, and what goes wrong is raised by the next save, by `wait` or by `close`. Weights
@@ -118,7 +123,9 @@ class Checkpointer:
         return self._engine.save(
             save_dir,
             name,
-            lambda: self._snapshot(client_state, step, exclude_frozen_parameters),
+            lambda: self._snapshot(
+                client_state, per_rank_client_state, step, exclude_frozen_parameters
+            ),
             step=step,
             zero_stage=self.zero_stage,
             save_latest=save_latest,
@@ -127,7 +134,9 @@ class Checkpointer:
             timeout=self._timeout,
         )
 
-    def _snapshot(self, client_state: Any, step: int, exclude_frozen: bool) -> Snapshot:
+    def _snapshot(
+        self, client_state: Any, per_rank: Any, step: int, exclude_frozen: bool
+    ) -> Snapshot:
         state = capture_models(self.models)
         names = bound_names(self.models)
         optimizers = {
@@ -135,6 +144,9 @@ class Checkpointer:
             for name, optimizer in self.optimizers.items()
         }
         excluded = frozenset(state.frozen) if exclude_frozen else frozenset()
+        own = {CLIENT_STATE: per_rank} if per_rank is not None else {}
+        if self._rng:
+            own["rng"] = rng.capture(self._device())
         return Snapshot(
             model={key: t for key, t in state.tensors.items() if key not in excluded},
             optim={key: t for o in optimizers.values() for key, t in o.tensors.items()},
@@ -145,7 +157,7 @@ class Checkpointer:
                 "lr_schedulers": {n: s.state_dict() for n, s in self.lr_schedulers.items()},
                 "extra_state": state.extra,
             },
-            rank_objects={"rng": rng.capture(self._device())} if self._rng else {},
+            rank_objects=own,
             buffers=frozenset(state.buffers),
             frozen=frozenset(state.frozen) - excluded,
             aliases={k: v for k, v in state.aliases.items() if v not in excluded},
@@ -160,89 +172,88 @@ class Checkpointer:
         load_optimizer_states: bool = True,
         load_lr_scheduler_states: bool = True,
         load_module_only: bool = False,
+        custom_load_fn: CustomLoad | None = None,
         *,
+        override_hyperparameters: bool = False,
+        missing_ok: bool = False,
         weights_only: bool = True,
         verify_first: bool = True,
-    ) -> tuple[str, Any]:
-        """Load into the live objects; returns (path of the tag's folder, client state).
+    ) -> LoadResult:
+        """Load into the live objects; returns `path, client_state`, with `.report` and `.per_rank_client_state`.
 
         `load_dir`: a checkpoint directory, or a tag's folder itself. `tag` None: what `latest` names, or, when that is
         missing or damaged, the newest checkpoint that verifies, with a warning. Any world size, stage and mesh loads
-        any other. All or nothing: on an error nothing has changed on any rank. `weights_only=False` allows
-        pickled values in the client state, whose opening can run code. `verify_first=False` reads everything once
+        any other. All or nothing: on an error nothing has changed on any rank.
+
+        `load_module_strict=False`: load the weights whose names match; the others are logged, and in the report.
+        `load_optimizer_states=False`, `load_lr_scheduler_states=False`: leave these as they are, and their files
+        unread. `load_module_only`: weights and client state, nothing else. `custom_load_fn(src, dst)`: called for each
+        model in place of loading its weights, with its stored state dict, whose tensors read when used, and the
+        module. `override_hyperparameters`: every parameter group keeps the options that it has (learning rate, weight
+        decay, ...) and every scheduler its base learning rates, instead of those in the checkpoint. `missing_ok`:
+        where nothing was ever saved (no such directory or tag), warn and return `(None, None)`. `weights_only=False`
+        allows pickled values in client states, whose opening can run code. `verify_first=False` reads everything once
         instead of twice: still no unverified byte is loaded, but damage found on the way leaves the live state partly
         overwritten, and the error says so.
 
         Raises the same error on every rank: `CheckpointNotFoundError`, `CorruptCheckpointError`, `StateMismatchError`
         (all missing, unexpected and misshapen keys at once), `FormatVersionError` or `UnsafeObjectError`.
         """
-        with_optimizers = load_optimizer_states and not load_module_only
-        with_schedulers = load_lr_scheduler_states and not load_module_only
-        control = self._engine.control
         self._engine.wait()
-
-        def prepare(checkpoint: Checkpoint) -> tuple[Restoration, dict[str, Any]]:
-            objects = checkpoint.objects(weights_only)
-            plan = plan_model(
-                checkpoint, capture_models(self.models), control.rank, strict=load_module_strict
-            )
-            plan.installs.append(
-                lambda: set_extra_state(self.models, objects.get("extra_state", {}))
-            )
-            if with_optimizers:
-                self._plan_optimizers(plan, checkpoint, objects, weights_only)
-            if with_schedulers:
-                plan.installs.append(self._scheduler_install(checkpoint, objects))
-            if with_optimizers and self._rng:
-                plan.installs.append(
-                    rng.plan_restore(checkpoint, control.rank, control.world_size, self._device())
-                )
-            return plan, objects
-
-        loaded = load_together(
-            self._engine.storage,
-            control,
-            load_dir,
-            None if tag is None else str(tag),
-            prepare,
-            verify_first=verify_first,
-            timeout=self._timeout,
+        wanted = Wanted.of(
+            load_module_strict=load_module_strict,
+            load_optimizer_states=load_optimizer_states,
+            load_lr_scheduler_states=load_lr_scheduler_states,
+            load_module_only=load_module_only,
+            custom_load_fn=custom_load_fn,
+            override_hyperparameters=override_hyperparameters,
+            weights_only=weights_only,
         )
-        with loaded.checkpoint as checkpoint:
-            if with_optimizers:
-                self.global_step = checkpoint.manifest.step
-                notice = rng.world_size_notice(checkpoint, control.world_size)
-                if self._rng and notice and control.rank == 0:
-                    warnings.warn(notice, stacklevel=2)
-            return checkpoint.path, loaded.prepared.get("client_state")
-
-    def _plan_optimizers(
-        self,
-        plan: Restoration,
-        checkpoint: Checkpoint,
-        objects: dict[str, Any],
-        weights_only: bool,
-    ) -> None:
-        names, rank = bound_names(self.models), self._engine.control.rank
-        records = objects.get("optimizers", {})
-        check_same_names(checkpoint.path, "optimizers", self.optimizers, records)
-        for name, optimizer in self.optimizers.items():
-            plan.add(
-                plan_optimizer(
-                    checkpoint,
-                    optimizer,
-                    names,
-                    records[name],
-                    rank,
-                    prefix_of(name),
-                    weights_only=weights_only,
-                )
+        try:
+            loaded = load_together(
+                self._engine.storage,
+                self._engine.control,
+                load_dir,
+                None if tag is None else str(tag),
+                lambda checkpoint: self._prepare(checkpoint, wanted),
+                verify_first=verify_first,
+                timeout=self._timeout,
             )
+        except NothingSavedError as error:
+            if not missing_ok:
+                raise
+            warnings.warn(f"NOTHING WAS LOADED, everything stays as it is: {error}", stacklevel=2)
+            return LoadResult(None, None)
+        with loaded.checkpoint as checkpoint:
+            if wanted.optimizers:
+                self.global_step = checkpoint.manifest.step
+            plan, result = loaded.prepared
+            log_report(result.report, checkpoint.path)
+            if self._engine.control.rank == 0:
+                for notice in plan.notices:
+                    warnings.warn(notice, stacklevel=2)
+            return result
 
-    def _scheduler_install(self, checkpoint: Checkpoint, objects: dict[str, Any]) -> Any:
-        saved = objects.get("lr_schedulers", {})
-        check_same_names(checkpoint.path, "schedulers", self.lr_schedulers, saved)
-        return lambda: [s.load_state_dict(saved[n]) for n, s in self.lr_schedulers.items()]
+    def _prepare(
+        self, checkpoint: Checkpoint, wanted: Wanted
+    ) -> tuple[Restoration, tuple[Restoration, LoadResult]]:
+        control, rank = self._engine.control, self._engine.control.rank
+        objects = checkpoint.objects(wanted.weights_only)
+        plan = plan_weights(checkpoint, self.models, objects, wanted, control)
+        report = report_of(plan)
+        names, optimizers = bound_names(self.models), self.optimizers
+        plan.add(
+            plan_training(checkpoint, names, optimizers, self.lr_schedulers, objects, wanted, rank)
+        )
+        own = read_own(checkpoint, control, wanted.weights_only)
+        plan.notices += filter(None, [client_state_notice(checkpoint, control.world_size, own)])
+        if wanted.optimizers and self._rng:
+            same = checkpoint.manifest.world_size == control.world_size
+            plan.installs.append(rng.plan_restore(own.get("rng"), same, rank, self._device()))
+            plan.notices += filter(None, [rng.world_size_notice(checkpoint, control.world_size)])
+        mine = own_client_state(checkpoint, control, own)
+        result = LoadResult(checkpoint.path, objects.get("client_state"), mine, report)
+        return plan, (plan, result)
 
     @property
     def zero_stage(self) -> int:
@@ -279,40 +290,3 @@ def _async_save(engine: str | AsyncSave) -> bool | AsyncSave:
     if isinstance(engine, AsyncSave) or engine in ("sync", "async"):
         return engine if isinstance(engine, AsyncSave) else engine == "async"
     raise ConfigurationError(f"engine={engine!r}: expected 'sync', 'async' or an AsyncSave.")
-
-
-def save_checkpoint(
-    save_dir: str | os.PathLike[str],
-    model: Some[nn.Module],
-    optimizer: Some[torch.optim.Optimizer] | None = None,
-    lr_scheduler: Some[Any] | None = None,
-    *,
-    tag: str | int | None = None,
-    step: int | None = None,
-    client_state: Any = None,
-    save_latest: bool = True,
-    exclude_frozen_parameters: bool = False,
-) -> SaveHandle:
-    """One save without a `Checkpointer`. Steps are not counted, so `tag` or `step` must be given."""
-    if tag is None and step is None:
-        raise ConfigurationError(
-            "save_checkpoint needs tag= or step=; a Checkpointer counts steps by itself"
-        )
-    with Checkpointer(model, optimizer, lr_scheduler) as checkpointer:
-        return checkpointer.save_checkpoint(
-            save_dir, tag, client_state, save_latest, exclude_frozen_parameters, step=step or 0
-        )
-
-
-def load_checkpoint(
-    load_dir: str | os.PathLike[str],
-    model: Some[nn.Module],
-    optimizer: Some[torch.optim.Optimizer] | None = None,
-    lr_scheduler: Some[Any] | None = None,
-    *,
-    tag: str | int | None = None,
-    **options: Any,
-) -> tuple[str, Any]:
-    """One load without a `Checkpointer`; `options` as those of `Checkpointer.load_checkpoint`."""
-    with Checkpointer(model, optimizer, lr_scheduler) as checkpointer:
-        return checkpointer.load_checkpoint(load_dir, tag, **options)

@@ -3,6 +3,7 @@
     ZeroCkptError
       + ConfigurationError         (ValueError)         an argument or a combination that cannot work
       + CheckpointNotFoundError    (FileNotFoundError)  no such directory, tag or `latest`
+      |   + NothingSavedError                           ... and nothing there that could have been one
       + CorruptCheckpointError     (ValueError)         what lies on disk is not what was saved
       |   + CorruptManifestError                        manifest.json: missing bytes, bad checksum, lies
       |   + CorruptShardError                           a shard file: length, header, block table or a block
@@ -29,6 +30,7 @@ __all__ = [
     "CorruptShardError",
     "DisagreementError",
     "FormatVersionError",
+    "NothingSavedError",
     "RankTimeoutError",
     "SaveError",
     "StateMismatchError",
@@ -47,6 +49,14 @@ class ConfigurationError(ZeroCkptError, ValueError):
 
 class CheckpointNotFoundError(ZeroCkptError, FileNotFoundError):
     """There is no checkpoint where one was asked for."""
+
+
+class NothingSavedError(CheckpointNotFoundError):
+    """Nothing was ever saved there: no such directory or tag, or a directory in which no save has ended.
+
+    What `missing_ok` lets pass. A place that cannot be read, or that shows traces of a checkpoint that is gone, is not
+    that.
+    """
 
 
 class CorruptCheckpointError(ZeroCkptError, ValueError):

@@ -2,18 +2,23 @@
 
 A `LazyTensor` is a `torch.Tensor` for whoever only asks what it is. Any operation on it (`.contiguous()`, indexing,
 arithmetic, `copy_` from it) first reads the stored values; indexing with integers and slices reads only the bytes
-that the result needs. Pickling or deep-copying one gives the values.
+that the result needs. One that meets a DTensor of its shape becomes a DTensor that is sharded alike, of which each rank
+reads its own part. Pickling or deep-copying one gives the values.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 from zero_ckpt.core.chunks import Box, full_box
+from zero_ckpt.core.dtensors import layout_of, local_part
 
 __all__ = ["LazyTensor"]
 
@@ -122,7 +127,8 @@ class LazyTensor(torch.Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        args, kwargs = tree_map(_value_of, (args, kwargs or {}))
+        like = next((leaf for leaf in tree_leaves(args) if isinstance(leaf, DTensor)), None)
+        args, kwargs = tree_map(partial(_value_of, like=like), (args, kwargs or {}))
         return func(*args, **kwargs)
 
     @classmethod
@@ -133,8 +139,20 @@ class LazyTensor(torch.Tensor):
         return func(*args, **kwargs)
 
 
-def _value_of(value: Any) -> Any:
-    return value.materialize() if isinstance(value, LazyTensor) else value
+def _value_of(value: Any, like: DTensor | None = None) -> Any:
+    if not isinstance(value, LazyTensor):
+        return value
+    return value.materialize() if like is None or like.shape != value.shape else _part(value, like)
+
+
+def _part(value: LazyTensor, like: DTensor) -> DTensor:
+    """The values as a DTensor that lies on the ranks as `like` does."""
+    part: DTensor = torch.empty_like(like, dtype=value.dtype)  # type: ignore[assignment]
+    key = value.key
+    local, box = local_part(key, part, layout_of(key, part), dist.get_rank())
+    if box is not None and box.numel:
+        value.read_into(box, local)
+    return part
 
 
 def _as_tuple(index: Any) -> tuple[Any, ...]:

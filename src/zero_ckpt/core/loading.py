@@ -27,6 +27,7 @@ from zero_ckpt.core.restoring import Restoration
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.core.tags import Candidates, fallback_notice, find_checkpoint, locate
 from zero_ckpt.errors import (
+    CheckpointNotFoundError,
     CorruptCheckpointError,
     CorruptManifestError,
     CorruptShardError,
@@ -106,7 +107,7 @@ class _Session:
         failure: Exception | None = None
         with ExitStack() as unless_loaded:
             try:
-                checkpoint = unless_loaded.enter_context(Checkpoint(self._storage, folder))
+                checkpoint = unless_loaded.enter_context(self._open(folder))
                 plan, prepared = prepare(checkpoint)
                 live, fresh = map(checkpoint.plan_reads, (plan.live, plan.fresh))
             except Exception as error:
@@ -137,6 +138,16 @@ class _Session:
             self._meet("load: done", _problem(failure), _raise_torn, failure)
             unless_loaded.pop_all()
         return Loaded(checkpoint, prepared)
+
+    def _open(self, folder: str) -> Checkpoint:
+        """Rank 0 has found it; a rank that finds nothing there looks at another file system."""
+        try:
+            return Checkpoint(self._storage, folder)
+        except CheckpointNotFoundError as error:
+            raise DisagreementError(
+                f"rank 0 has found a checkpoint in {folder}, and here there is none: {error}. Nothing was loaded. "
+                "Every rank must see the same directory."
+            ) from error
 
     def _sharing(self, roles: list[str]) -> Sharing | None:
         """`roles`: those of which all ranks read the same."""

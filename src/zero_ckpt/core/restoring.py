@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
@@ -24,6 +23,7 @@ from zero_ckpt.core.dtensors import (
     local_shape,
     local_tensor,
 )
+from zero_ckpt.core.groups import check_same_parameters, matched_options, take_options
 from zero_ckpt.core.objects import decode_objects
 from zero_ckpt.core.planner import Placed
 from zero_ckpt.core.reader import Request
@@ -43,7 +43,8 @@ __all__ = ["Restoration", "plan_model", "plan_optimizer"]
 class Restoration:
     """Reads to make, what to do afterwards, and what did not match.
 
-    `checks`: what may still fail once the fresh reads are made, and changes nothing.
+    `checks`: what may still fail once the fresh reads are made, and changes nothing. `excluded`: frozen parameters that
+    were left out of the save and keep their live values. `notices`: what the user should know once all is loaded.
     """
 
     live: list[Request] = field(default_factory=list)
@@ -52,13 +53,16 @@ class Restoration:
     installs: list[Callable[[], None]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
+    excluded: list[str] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
 
     def add(self, other: Restoration) -> None:
-        """Take in what `other` has to read, check and install."""
+        """Take in what `other` has to read, check, install and tell."""
         self.live += other.live
         self.fresh += other.fresh
         self.checks += other.checks
         self.installs += other.installs
+        self.notices += other.notices
 
     def check(self) -> None:
         for action in self.checks:
@@ -88,8 +92,8 @@ def plan_model(
     for key, tensor in state.tensors.items():
         stored = _stored_name(checkpoint, key, state.aliases)
         if stored is None:
-            if key not in checkpoint.manifest.excluded:
-                plan.missing.append(key)
+            left_out = key in checkpoint.manifest.excluded
+            (plan.excluded if left_out else plan.missing).append(key)
             continue
         used.add(stored)
         placed, layout = checkpoint.placed("model", stored), layout_of(key, tensor)
@@ -153,15 +157,20 @@ def plan_optimizer(
     prefix: str = "",
     *,
     weights_only: bool = True,
+    keep_options: bool = False,
 ) -> Restoration:
     """Create the state of every parameter that this rank holds state for, and take over the groups' options.
 
-    `record` is what `capture_optimizer` recorded, `prefix` and `names` as there. Raises `StateMismatchError` when the
-    parameters of the groups, or the kind of optimizer, are not those of the checkpoint.
+    `record` is what `capture_optimizer` recorded, `prefix` and `names` as there. `keep_options`: every group keeps its
+    own options. Raises `StateMismatchError` when the parameters of the groups, or the kind of optimizer, are not those
+    of the checkpoint.
     """
     groups = group_names(optimizer, names)
     _check_kind(checkpoint.path, optimizer, record)
-    options = _matched_options(checkpoint.path, groups, record["groups"])
+    check_same_parameters(checkpoint.path, groups, record["groups"])
+    options: Sequence[Mapping[str, Any]] = [{} for _ in groups]
+    if not keep_options:
+        options = matched_options(checkpoint.path, groups, record["groups"])
     fqn_of = {
         id(p): fqn
         for group, (fqns, _) in zip(optimizer.param_groups, groups, strict=True)
@@ -179,9 +188,14 @@ def plan_optimizer(
                 states[parameter] = None
                 continue
             live = holder.state.get(parameter) or {}
-            builder = _StateBuilder(checkpoint, parameter, live, rank, cpu_step, weights_only)
+            saved = _stored_dtype(checkpoint, fqn_of[id(parameter)])
+            builder = _StateBuilder(
+                checkpoint, parameter, saved, live, rank, cpu_step, weights_only
+            )
             for name, key in found.items():
                 builder.add(name, key)
+            if builder.rounds and not plan.notices:
+                plan.notices.append(_rounding_notice(checkpoint.path, saved, parameter.dtype))
             plan.live += builder.live
             plan.fresh += builder.fresh
             plan.checks.append(builder.state)
@@ -205,58 +219,33 @@ def _check_kind(path: str, optimizer: torch.optim.Optimizer, record: Mapping[str
         )
 
 
-def _matched_options(
-    path: str,
-    groups: Sequence[tuple[list[str], dict[str, Any]]],
-    saved: Sequence[Mapping[str, Any]],
-) -> list[Mapping[str, Any]]:
-    """For each live group the saved options of its parameters, matched by name."""
-    home = {fqn: index for index, group in enumerate(saved) for fqn in group["params"]}
-    live = {fqn for fqns, _ in groups for fqn in fqns}
-    new, gone = sorted(live - home.keys()), sorted(home.keys() - live)
-    if new or gone:
-        parts = [f"not in the checkpoint: {_names(new)}"] if new else []
-        parts += [f"only in the checkpoint: {_names(gone)}"] if gone else []
-        raise StateMismatchError(
-            f"{path}: the optimizer has other parameters than when it was saved: {'; '.join(parts)}. Nothing was "
-            "loaded. Give it the same parameters, or load with load_optimizer_states=False."
-        )
-    matched = []
-    for index, (fqns, options) in enumerate(groups):
-        homes = sorted({home[fqn] for fqn in fqns})
-        found = [saved[i]["options"] for i in homes] or (
-            [saved[index]["options"]] if index < len(saved) else [options]
-        )
-        if any(not _same(found[0], other) for other in found[1:]):
-            raise StateMismatchError(
-                f"{path}: parameter group {index} joins parameters of the saved groups {homes}, whose options "
-                "differ. Nothing was loaded. Group the parameters as they were, or load with "
-                "load_optimizer_states=False."
-            )
-        matched.append(found[0])
-    return matched
+def _stored_dtype(checkpoint: Checkpoint, fqn: str) -> torch.dtype | None:
+    """The dtype that the parameter was saved in; None when it was not saved."""
+    stored = checkpoint.resolve(fqn)
+    return None if stored is None else TORCH_DTYPES[checkpoint.placed("model", stored).dtype]
 
 
-def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    return a.keys() == b.keys() and all(_equal(a[name], b[name]) for name in a)
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
-        return torch.equal(torch.as_tensor(a), torch.as_tensor(b))
-    return bool(a == b)
+def _rounding_notice(path: str, saved: torch.dtype | None, live: torch.dtype) -> str:
+    return (
+        f"{path}: parameters and optimizer state are {saved} there, and the parameters are {live} here: the state is "
+        f"rounded to {live}, since optimizers do not mix dtypes. It stays exact in a model that keeps {saved} weights "
+        "and computes in 16 bits (autocast, or a mixed-precision policy)."
+    )
 
 
 class _StateBuilder:
     """Finds or allocates one parameter's state tensors, and turns them into its state when they are filled.
 
     State that the optimizer has already, of the stored dtype and shape, is filled in place: no second copy is held.
+    State keeps the stored dtype; but where it had its parameter's and that is another one here, it follows, as torch's
+    optimizers need it. `rounds`: some values may not be exact then.
     """
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         parameter: torch.Tensor,
+        saved_dtype: torch.dtype | None,
         state: Mapping[str, Any],
         rank: int,
         cpu_step: bool,
@@ -264,6 +253,8 @@ class _StateBuilder:
     ) -> None:
         self.live: list[Request] = []
         self.fresh: list[Request] = []
+        self.rounds = False
+        self._saved_dtype = saved_dtype
         self._checkpoint, self._parameter, self._state = checkpoint, parameter, state
         self._rank, self._cpu_step, self._weights_only = rank, cpu_step, weights_only
         self._tensors: dict[str, torch.Tensor] = {}
@@ -321,16 +312,26 @@ class _StateBuilder:
         )
 
     def _empty(self, placed: Placed, name: str, kind: str) -> torch.Tensor:
-        """A tensor of the stored dtype that lies where the optimizer wants it: like its parameter, where it can."""
+        """A tensor that lies where the optimizer wants it: like its parameter, where it can."""
         dtype = TORCH_DTYPES[placed.dtype]
         parameter = self._parameter
         if kind:
             device = parameter.device if kind == "entry" else torch.device("cpu")
             return torch.empty(placed.shape, dtype=dtype, device=device)
+        dtype = self._following(dtype, name)
         if isinstance(parameter, DTensor) and self._is_sharded(placed, name):
             return _empty_dtensor(placed, dtype, parameter)
         device = torch.device("cpu") if name == "step" and self._cpu_step else parameter.device
         return torch.empty(placed.shape, dtype=dtype, device=device)
+
+    def _following(self, stored: torch.dtype, name: str) -> torch.dtype:
+        """The stored dtype, or the live parameter's for state that was of its parameter's dtype."""
+        live = self._parameter.dtype
+        floating = stored.is_floating_point and live.is_floating_point
+        if not floating or name == "step" or stored != self._saved_dtype or stored == live:
+            return stored
+        self.rounds |= torch.promote_types(stored, live) != live
+        return live
 
 
 def _empty_dtensor(placed: Placed, dtype: torch.dtype, like: DTensor) -> DTensor:
@@ -372,19 +373,7 @@ def _install(
         if builder is not None:
             holder.state[parameter] = builder.state()
     for group, saved in zip(optimizer.param_groups, options, strict=True):
-        _take_options(group, saved)
+        take_options(group, saved)
     if holder is not optimizer and len(holder.param_groups) == len(optimizer.param_groups):
         for group, saved in zip(holder.param_groups, options, strict=True):
-            _take_options(group, saved)
-
-
-def _take_options(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
-    """Options of the checkpoint; a live tensor (a capturable learning rate) keeps its identity and device."""
-    for name, value in saved.items():
-        live = group.get(name)
-        if isinstance(live, torch.Tensor) and not isinstance(live, nn.Parameter):
-            live.fill_(float(value))
-        elif isinstance(value, torch.Tensor) and isinstance(live, (int, float)):
-            group[name] = type(live)(value.item())
-        else:
-            group[name] = value
+            take_options(group, saved)

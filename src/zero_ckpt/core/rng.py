@@ -132,14 +132,12 @@ def _set_numpy_state(state: Mapping[str, Any]) -> None:
 
 
 def plan_restore(
-    checkpoint: Checkpoint, rank: int, world_size: int, device: torch.device | None = None
+    state: Mapping[str, Any] | None, same: bool, rank: int, device: torch.device | None = None
 ) -> Callable[[], None]:
-    """Read this rank's generators from a checkpoint: its own at the same world size, else derived from rank 0's.
+    """What gives this rank its generators: `state` itself at the `same` world size, else derived from rank 0's `state`.
 
-    Changes nothing until the function that it returns is called.
+    `state` None: nothing was saved. Changes nothing until the function that it returns is called.
     """
-    same = checkpoint.manifest.world_size == world_size
-    state = checkpoint.rank_objects(rank if same else 0).get("rng")
     if state is None:
         return lambda: None
     if same:

@@ -28,6 +28,7 @@ __all__ = [
     "capture_models",
     "capture_optimizer",
     "clean_name",
+    "innermost",
     "local_states",
     "parameter_names",
     "python_value",
@@ -120,6 +121,13 @@ def _wrapped_child(module: nn.Module) -> str | None:
         if child is not None and kind.__module__.startswith("torch."):
             return child
     return None
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    """The module inside the wrappers around it."""
+    while (child := _wrapped_child(model)) is not None:
+        model = getattr(model, child)
+    return model
 
 
 def clean_name(name: str, prefixes: Iterable[str]) -> str:

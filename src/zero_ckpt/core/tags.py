@@ -20,6 +20,7 @@ from zero_ckpt.errors import (
     CorruptCheckpointError,
     CorruptManifestError,
     CorruptShardError,
+    NothingSavedError,
     ZeroCkptError,
 )
 
@@ -89,7 +90,7 @@ def read_manifest(storage: Storage, folder: str) -> Manifest:
     try:
         data = storage.get(path, MAX_MANIFEST)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointNotFoundError(_why_none(storage, folder)) from error
+        raise _none_at(storage, folder) from error
     except (OSError, ValueError) as error:
         raise CorruptManifestError(f"{path}: cannot be read: {_reason(error)}") from error
     return Manifest.from_bytes(data, path)
@@ -110,23 +111,29 @@ def read_tag(storage: Storage, folder: str) -> Manifest:
         return found.open_tag(storage, folder)
 
 
-def _why_none(storage: Storage, folder: str) -> str:
+def _none_at(storage: Storage, folder: str) -> CheckpointNotFoundError:
     """Says what `folder`, which holds no manifest, is instead of a checkpoint."""
     try:
         names = [entry.name for entry in storage.list(folder)]
     except NotADirectoryError:
-        return f"{folder}: a file, where a checkpoint's folder was expected"
+        return CheckpointNotFoundError(
+            f"{folder}: a file, where a checkpoint's folder was expected"
+        )
     except FileNotFoundError:
         directory = os.path.dirname(folder)
-        return f"{folder}: no such checkpoint; {directory} {_shown(storage, directory)}"
+        return NothingSavedError(
+            f"{folder}: no such checkpoint; {directory} {_shown(storage, directory)}"
+        )
     except OSError as error:
-        return f"{folder}: cannot be opened: {_reason(error)}"
+        return CheckpointNotFoundError(f"{folder}: cannot be opened: {_reason(error)}")
     if _holds_shards(names):
-        return (
+        return CheckpointNotFoundError(
             f"{folder}: not committed: it holds shard files, but no {MANIFEST_NAME}. Its save did not finish, or "
             "still runs, or that file was deleted; use another tag"
         )
-    return f"{folder}: not a zero_ckpt checkpoint: no {MANIFEST_NAME} there, it {_shown(storage, folder)}"
+    return CheckpointNotFoundError(
+        f"{folder}: not a zero_ckpt checkpoint: no {MANIFEST_NAME} there, it {_shown(storage, folder)}"
+    )
 
 
 def _reason(error: Exception) -> str:
@@ -202,7 +209,7 @@ def list_tags(storage: Storage, directory: str) -> list[TagInfo]:
             f"{directory}: a file, where a checkpoint directory or a tag's folder was expected"
         ) from error
     except FileNotFoundError as error:
-        raise CheckpointNotFoundError(f"{directory}: no such checkpoint directory") from error
+        raise NothingSavedError(f"{directory}: no such checkpoint directory") from error
     except OSError as error:
         raise CheckpointNotFoundError(
             f"{directory}: cannot be opened as a checkpoint directory: {_reason(error)}"
@@ -345,9 +352,11 @@ def no_checkpoint(
     """Says why `directory` gives nothing to open."""
     names = _names(storage, directory)
     if _holds_shards(names):
-        return CheckpointNotFoundError(_why_none(storage, directory))
+        return _none_at(storage, directory)
+    was_there = {LATEST_NAME, LATEST_UNIVERSAL_NAME} & set(names)
+    kind = CheckpointNotFoundError if was_there else NothingSavedError
     why = f" Tried: {_joined(problems)}" if LATEST_NAME in names else ""
-    return CheckpointNotFoundError(
+    return kind(
         f"{directory}: no committed checkpoint here, it {_shown(storage, directory)}. Give the checkpoint directory or "
         f"a tag's folder.{why}"
     )

@@ -20,6 +20,7 @@ from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.loading import load_together
 from zero_ckpt.core.reader import Request, Sharing
 from zero_ckpt.core.restoring import Restoration
+from zero_ckpt.core.shares import verify_share
 from zero_ckpt.core.state import parameter_names
 from zero_ckpt.core.tags import is_tag_folder
 from zero_ckpt.errors import DisagreementError, StateMismatchError
@@ -29,7 +30,6 @@ from zero_ckpt.lightning.content import from_checkpoint
 from zero_ckpt.lightning.optimizers import Pristine, plan_state
 from zero_ckpt.lightning.paths import is_checkpoint_folder
 from zero_ckpt.lightning.ranks import restore_rank
-from zero_ckpt.lightning.verify import verify_share
 from zero_ckpt.lightning.weights import load_weights
 
 __all__ = ["RestoreMixin"]

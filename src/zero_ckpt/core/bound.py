@@ -1,0 +1,131 @@
+"""What a load does to models, optimizers and schedulers under the names that they have in a checkpoint.
+
+Plans only; nothing is changed before the plan is installed. Doors of the package that own live objects (`Checkpointer`,
+Accelerate's) load through this, so that an argument means the same in each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from zero_ckpt.core.binding import check_same_names, prefix_of, set_extra_state
+from zero_ckpt.core.checkpoint import Checkpoint
+from zero_ckpt.core.control import ControlPlane
+from zero_ckpt.core.custom import CustomLoad, plan_custom
+from zero_ckpt.core.restoring import Restoration, plan_model, plan_optimizer
+from zero_ckpt.core.schedulers import plan_schedulers, scheduler_notices
+from zero_ckpt.core.state import capture_models
+
+__all__ = ["Wanted", "plan_training", "plan_weights"]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a load asks for.
+
+    `strict`: names of weights must match. `module_only`: weights and client state. `keep_options`: every parameter
+    group keeps the options that it has, every scheduler its base learning rates. `custom`: the user's way to load
+    weights.
+    """
+
+    strict: bool = True
+    weights_only: bool = True
+    optimizers: bool = True
+    schedulers: bool = True
+    module_only: bool = False
+    keep_options: bool = False
+    custom: CustomLoad | None = None
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: CustomLoad | None = None,
+        override_hyperparameters: bool = False,
+        weights_only: bool = True,
+    ) -> Wanted:
+        """By the names that the arguments have in every door."""
+        return cls(
+            strict=bool(load_module_strict),
+            weights_only=bool(weights_only),
+            optimizers=bool(load_optimizer_states) and not load_module_only,
+            schedulers=bool(load_lr_scheduler_states) and not load_module_only,
+            module_only=bool(load_module_only),
+            keep_options=bool(override_hyperparameters),
+            custom=custom_load_fn,
+        )
+
+
+def plan_weights(
+    checkpoint: Checkpoint,
+    models: Mapping[str, nn.Module],
+    objects: Mapping[str, Any],
+    wanted: Wanted,
+    control: ControlPlane,
+    *,
+    ignored: Callable[[str], bool] = lambda key: False,
+) -> Restoration:
+    """Fill the models' tensors, and give their modules what they keep beside tensors. See `plan_model`."""
+    extra = objects.get("extra_state", {})
+    if wanted.custom is not None:
+        return plan_custom(checkpoint, models, extra, wanted.custom, control)
+    state = capture_models(models)
+    plan = plan_model(checkpoint, state, control.rank, strict=wanted.strict, ignored=ignored)
+    plan.installs.append(lambda: set_extra_state(models, extra))
+    return plan
+
+
+def plan_training(
+    checkpoint: Checkpoint,
+    names: Mapping[int, str],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    schedulers: Mapping[str, Any],
+    objects: Mapping[str, Any],
+    wanted: Wanted,
+    rank: int,
+) -> Restoration:
+    """Optimizers, of whose parameters `names` has the FQNs by id, and schedulers, as far as `wanted`.
+
+    Raises `StateMismatchError` for other optimizers than those in the checkpoint; other schedulers are notices.
+    """
+    plan = Restoration()
+    if wanted.optimizers:
+        records = objects.get("optimizers", {})
+        check_same_names(checkpoint.path, "optimizers", optimizers, records)
+        for name, optimizer in optimizers.items():
+            plan.add(
+                plan_optimizer(
+                    checkpoint,
+                    optimizer,
+                    _names_for(optimizer, records[name], names),
+                    records[name],
+                    rank,
+                    prefix_of(name),
+                    weights_only=wanted.weights_only,
+                    keep_options=wanted.keep_options,
+                )
+            )
+    if wanted.schedulers:
+        saved = objects.get("lr_schedulers", {})
+        plan.notices += scheduler_notices(checkpoint.path, schedulers, saved)
+        plan.installs.append(plan_schedulers(schedulers, saved, keep_rates=wanted.keep_options))
+    return plan
+
+
+def _names_for(
+    optimizer: torch.optim.Optimizer, record: Mapping[str, Any], names: Mapping[int, str]
+) -> Mapping[int, str]:
+    """id(parameter) -> its name in `record`: an FQN, or its number where the writer knew no module."""
+    if not record.get("numbered"):
+        return names
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {id(parameter): str(number) for number, parameter in enumerate(parameters)}

@@ -1,0 +1,64 @@
+"""A load of weights that the user makes: a function that gets the stored weights lazily, and the module.
+
+Every stored byte of weights is verified before the function is called, by all ranks in shares, so that it meets no
+damage half-way. What it raises is raised on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from zero_ckpt.core.checkpoint import Checkpoint
+from zero_ckpt.core.control import ControlPlane
+from zero_ckpt.core.restoring import Restoration
+from zero_ckpt.core.shares import verify_share
+from zero_ckpt.core.state import capture_model, innermost
+
+__all__ = ["CustomLoad", "lazy_state_dict", "plan_custom"]
+
+CustomLoad = Callable[[dict[str, Any], nn.Module], Any]
+"""`load(src, dst)`: `src` as `lazy_state_dict` gives it, `dst` the module without the wrappers around it.
+
+A sharded parameter may be filled as if it were whole (`dst.load_state_dict(src)`, `parameter.copy_(src[name])`): of a
+lazy tensor that meets a DTensor each rank reads its own part.
+"""
+
+
+def lazy_state_dict(
+    checkpoint: Checkpoint, extra: Mapping[str, Any], prefix: str = ""
+) -> dict[str, Any]:
+    """Stored weights and `extra` state whose names begin with `prefix`, without it: tensors that read when used.
+
+    A tied name stands for the same lazy tensor as the first name.
+    """
+    weights: dict[str, Any] = {
+        key: checkpoint.lazy("model", key)
+        for key in checkpoint.keys("model")
+        if key.startswith(prefix)
+    }
+    for alias, key in checkpoint.manifest.aliases.items():
+        if key in weights and alias.startswith(prefix):
+            weights[alias] = weights[key]
+    weights |= {key: value for key, value in extra.items() if key.startswith(prefix)}
+    return {key.removeprefix(prefix): value for key, value in weights.items()}
+
+
+def plan_custom(
+    checkpoint: Checkpoint,
+    models: Mapping[str, nn.Module],
+    extra: Mapping[str, Any],
+    load: CustomLoad,
+    control: ControlPlane,
+) -> Restoration:
+    """Let `load` fill each model. Raises `CorruptShardError` for damage in this rank's share of the weights."""
+    verify_share(checkpoint, ("model",), control, None)
+    plan = Restoration()
+    for name, model in models.items():
+        capture_model(model)  # lets sharded models put away what they have gathered
+        source = lazy_state_dict(checkpoint, extra, f"{name}." if name else "")
+        plan.installs.append(partial(load, source, innermost(model)))
+    return plan
