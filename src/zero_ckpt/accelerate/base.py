@@ -24,6 +24,7 @@ from zero_ckpt.core.control import ControlPlane
 from zero_ckpt.core.decoupled import make_engine
 from zero_ckpt.core.engine import SyncEngine
 from zero_ckpt.core.handle import SaveHandle
+from zero_ckpt.core.outcome import LoadResult
 from zero_ckpt.zero import Sharding
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Runtime:
     partitions: list[tuple[Optimizer, Optimizer]] = field(default_factory=list)  # (whole, parts)
     step_hook: Any = None
     saved: SaveHandle | None = None  # this run's last one
+    loaded: LoadResult | None = None  # by the last load
     ended: bool = False
     warned: bool = False
 
@@ -94,6 +96,11 @@ class ZeroBase(Host):  # type: ignore[misc]
             return 3
         sharded = any(hasattr(raw_optimizer(o), "consolidate_state_dict") for o in self._optimizers)
         return 1 if sharded else 0
+
+    @property
+    def zero_loaded(self) -> LoadResult | None:
+        """What the last `load_state` gave: path, client states, and what did not match. None before any."""
+        return self._zero_runtime.loaded
 
     def zero_models(self) -> dict[str, nn.Module]:
         """The prepared models by name. A model that was prepared twice is one model."""

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType
-from torch.optim import Optimizer
 
 from zero_ckpt.accelerate import data
 from zero_ckpt.accelerate.base import ZeroBase
@@ -29,7 +28,7 @@ from zero_ckpt.core import rng
 from zero_ckpt.core.binding import bound_names, prefix_of
 from zero_ckpt.core.state import ModelState, Snapshot, capture_models, capture_optimizer
 
-__all__ = ["ENTRY", "make_snapshot", "names_for"]
+__all__ = ["ENTRY", "make_snapshot"]
 
 ENTRY = "accelerate"
 """Name of the object that only Accelerate has."""
@@ -100,13 +99,3 @@ def _own(accelerator: ZeroBase) -> dict[str, Any]:
         "custom": [each.state_dict() for each in accelerator._custom_objects],
         "scaler": None if scaler is None else scaler.state_dict(),
     }
-
-
-def names_for(
-    optimizer: Optimizer, record: Mapping[str, Any], names: Mapping[int, str]
-) -> Mapping[int, str]:
-    """id(parameter) -> its name in `record`: an FQN, or its number where the writer knew no module."""
-    if not record.get("numbered"):
-        return names
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return {id(parameter): str(number) for number, parameter in enumerate(parameters)}

@@ -6,6 +6,7 @@ A folder that Accelerate wrote goes to Accelerate's own code.
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -16,16 +17,20 @@ from zero_ckpt.accelerate.base import ZeroBase
 from zero_ckpt.accelerate.hooks import run_load_hooks
 from zero_ckpt.accelerate.meeting import together
 from zero_ckpt.accelerate.naming import candidates, is_accelerates, next_iteration
-from zero_ckpt.accelerate.planning import PlanMixin, Wanted
+from zero_ckpt.accelerate.planning import PlanMixin, wanted_of
 from zero_ckpt.accelerate.saving import SaveMixin
+from zero_ckpt.core.bound import Wanted
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.loading import load_together
+from zero_ckpt.core.outcome import log_report
 from zero_ckpt.core.restoring import Restoration
-from zero_ckpt.core.tags import is_tag_folder
+from zero_ckpt.core.tags import find_checkpoint, is_tag_folder
 from zero_ckpt.errors import (
     CheckpointNotFoundError,
     ConfigurationError,
     CorruptCheckpointError,
+    NothingSavedError,
+    ZeroCkptError,
 )
 
 __all__ = ["LoadMixin"]
@@ -40,9 +45,12 @@ class LoadMixin(PlanMixin, SaveMixin):
         load_kwargs: dict[str, Any] | None = None,
         *,
         tag: str | int | None = None,
+        missing_ok: bool = False,
         **load_model_func_kwargs: Any,
     ) -> Any:
         """Collective: load into everything that is prepared and registered. Returns the client state.
+
+        What else there is to know of the load (path, report, this rank's own client state) is in `zero_loaded`.
 
         `input_dir`: a checkpoint directory, or a tag's folder itself, whoever wrote it (an accelerator, the Lightning
         strategy, a `Checkpointer`); None under `automatic_checkpoint_naming`: the newest one. `tag` None: what `latest`
@@ -51,7 +59,8 @@ class LoadMixin(PlanMixin, SaveMixin):
 
         `load_kwargs={"weights_only": False}` allows pickled objects, whose opening can run code. Of
         `load_model_func_kwargs`: `strict`, `map_location` (checked as Accelerate does; state always lands where it
-        lives), and `load_module_only`, `load_optimizer_states`, `load_lr_scheduler_states` as in `Checkpointer`.
+        lives), and `load_module_only`, `load_optimizer_states`, `load_lr_scheduler_states`, `custom_load_fn`,
+        `override_hyperparameters` as in `Checkpointer`. `missing_ok`: where nothing was ever saved, warn, return None.
 
         Raises Accelerate's own errors for what it documents (ValueError for a folder that is not there, RuntimeError
         for another number of registered objects), and those of `zero_ckpt.errors` for the rest. For a folder that
@@ -61,11 +70,16 @@ class LoadMixin(PlanMixin, SaveMixin):
             self._zero_pass_on("load_state", tag)
             return super().load_state(input_dir, load_kwargs, **load_model_func_kwargs)
         self.wait_for_saves()
-        where = self._zero_find(input_dir, tag)
+        self._zero_runtime.loaded = None
+        where = self._zero_find(input_dir, tag, missing_ok)
+        if where["missing"]:
+            text = f"NOTHING WAS LOADED, everything stays as it is: {where['missing']}"
+            warnings.warn(text, stacklevel=2)
+            return None
         for index, (directory, is_ours) in enumerate(where["candidates"]):
             try:
                 if is_ours:
-                    wanted = Wanted.of(load_kwargs, load_model_func_kwargs)
+                    wanted = wanted_of(load_kwargs, load_model_func_kwargs)
                     client_state = self._zero_load(directory, tag, wanted)
                 else:
                     client_state = None
@@ -82,13 +96,16 @@ class LoadMixin(PlanMixin, SaveMixin):
         self._zero_runtime.ended = False
         return client_state
 
-    def _zero_find(self, input_dir: Any, tag: Any) -> dict[str, Any]:
-        """Rank 0's answer: (folder, whether it is ours) of what to try in turn, and the next save's number."""
+    def _zero_find(self, input_dir: Any, tag: Any, missing_ok: bool = False) -> dict[str, Any]:
+        """Rank 0's answer: (folder, whether it is ours) of what to try in turn, and the next save's number.
+
+        `missing`: with `missing_ok`, why there is nothing to try; "" when there is something.
+        """
 
         def ask() -> str | None:
             if input_dir is not None:
                 directory = os.path.expanduser(os.fspath(input_dir))
-                if not os.path.isdir(directory):
+                if not missing_ok and not os.path.isdir(directory):
                     raise ValueError(f"Tried to find {directory} but folder does not exist")
                 return str(directory)
             if not self.project_configuration.automatic_checkpoint_naming:
@@ -101,34 +118,55 @@ class LoadMixin(PlanMixin, SaveMixin):
         naming = self.project_configuration.automatic_checkpoint_naming
 
         def decide(asked: list[Any]) -> dict[str, Any]:
-            paths = list(candidates(checkpoints)) if asked[0] is None else [asked[0]]
+            try:
+                paths = list(candidates(checkpoints)) if asked[0] is None else [asked[0]]
+                if missing_ok and asked[0] is not None:
+                    self._zero_check_there(asked[0], tag)
+            except NothingSavedError as error:
+                if not missing_ok:
+                    raise
+                return {"candidates": [], "missing": str(error), "next": None}
             return {
                 "candidates": [[p, tag is not None or not is_accelerates(p)] for p in paths],
+                "missing": "",
                 "next": next_iteration(checkpoints) if naming else None,
             }
 
         found: dict[str, Any] = together(
             self.zero_control, "load: folder", ask, decide, self._zero_options.timeout
         )
-        if input_dir is not None:  # each rank its own: a difference is then found out
+        if (
+            input_dir is not None and found["candidates"]
+        ):  # each rank its own: a difference is then found out
             found["candidates"][0][0] = os.path.expanduser(os.fspath(input_dir))
         return found
+
+    def _zero_check_there(self, directory: str, tag: Any) -> None:
+        """Raises `NothingSavedError` where nothing was saved; other trouble shows when it is loaded."""
+        if tag is None and os.path.isdir(directory) and is_accelerates(directory):
+            return
+        try:
+            name = None if tag is None else str(tag)
+            find_checkpoint(self.zero_engine.storage, os.path.abspath(directory), name)
+        except NothingSavedError:
+            raise
+        except ZeroCkptError:
+            return
 
     def _zero_load(self, directory: str, tag: Any, wanted: Wanted) -> Any:
         models = self._zero_run_load_hooks(directory)
         control = self.zero_control
         failures: list[RuntimeError] = []
-        notices: list[str] = []
 
-        def prepare(checkpoint: Checkpoint) -> tuple[Restoration, dict[str, Any]]:
+        def prepare(checkpoint: Checkpoint) -> tuple[Restoration, Any]:
             objects = checkpoint.objects(wanted.weights_only)
             try:
                 self._zero_check_custom(checkpoint.path, objects, wanted)
             except RuntimeError as error:
                 failures.append(error)
                 raise
-            notices.clear()  # of a checkpoint that turned out to be damaged
-            return self._zero_plan(checkpoint, objects, models, wanted, notices), objects
+            plan, result = self._zero_plan(checkpoint, objects, models, wanted)
+            return plan, (plan, result, objects)
 
         try:
             loaded = load_together(
@@ -144,11 +182,14 @@ class LoadMixin(PlanMixin, SaveMixin):
                 raise failures[0] from None
             raise
         with loaded.checkpoint as checkpoint:
+            plan, result, objects = loaded.prepared
+            self._zero_runtime.loaded = result
+            log_report(result.report, result.path)
             if not wanted.module_only:
-                self._zero_tell_differences(checkpoint, loaded.prepared)
-                for notice in notices:
-                    self._zero_warn(notice)
-            return loaded.prepared.get("client_state")
+                self._zero_tell_differences(checkpoint, objects)
+            for notice in plan.notices:
+                self._zero_warn(notice)
+            return result.client_state
 
     def _zero_run_load_hooks(self, directory: str) -> dict[str, nn.Module]:
         """Models to load, by name. Hooks see the checkpoint directory, where save hooks wrote."""

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from zero_ckpt.core.manifest import MANIFEST_NAME
 from zero_ckpt.core.storage import LocalStorage
 from zero_ckpt.core.tags import is_tag_folder, list_tags, remove_tag
-from zero_ckpt.errors import CheckpointNotFoundError, ConfigurationError, ZeroCkptError
+from zero_ckpt.errors import ConfigurationError, NothingSavedError, ZeroCkptError
 
 __all__ = ["candidates", "directory_for_save", "is_accelerates", "next_iteration", "retire"]
 
@@ -89,11 +89,11 @@ def next_iteration(checkpoints: str) -> int:
 def candidates(checkpoints: str) -> Iterator[str]:
     """Folders to load from, newest first; what was never completed is passed over.
 
-    Raises `CheckpointNotFoundError` when there is none.
+    Raises `NothingSavedError` when there is none.
     """
     found = [path for _, path in reversed(_numbered(checkpoints)) if _is_checkpoint(path)]
     if not found:
-        raise CheckpointNotFoundError(
+        raise NothingSavedError(
             f"{checkpoints}: no committed checkpoint_<number> folder here. Give load_state the checkpoint's folder."
         )
     yield from found

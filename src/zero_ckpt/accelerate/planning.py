@@ -5,9 +5,9 @@ Nothing here changes anything before the plan that it makes is installed.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from accelerate.utils import DistributedType
@@ -15,45 +15,39 @@ from torch import nn
 
 from zero_ckpt.accelerate import data
 from zero_ckpt.accelerate.base import ZeroBase
-from zero_ckpt.accelerate.content import ENTRY, names_for
+from zero_ckpt.accelerate.content import ENTRY
 from zero_ckpt.accelerate.gradients import gradients_fit, restore_gradients
 from zero_ckpt.accelerate.registered import as_live
 from zero_ckpt.core import rng
-from zero_ckpt.core.binding import bound_names, check_same_names, prefix_of, set_extra_state
+from zero_ckpt.core.binding import bound_names
+from zero_ckpt.core.bound import Wanted, plan_training, plan_weights
 from zero_ckpt.core.checkpoint import Checkpoint
-from zero_ckpt.core.restoring import Restoration, plan_model, plan_optimizer
-from zero_ckpt.core.state import ModelState, capture_models
+from zero_ckpt.core.outcome import LoadResult, report_of
+from zero_ckpt.core.per_rank import client_state_notice, own_client_state, read_own
+from zero_ckpt.core.restoring import Restoration
+from zero_ckpt.core.state import capture_models
 
-__all__ = ["PlanMixin", "Wanted"]
+__all__ = ["PlanMixin", "wanted_of"]
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What a call of `load_state` asks for."""
+def wanted_of(load_kwargs: Mapping[str, Any] | None, kwargs: Mapping[str, Any]) -> Wanted:
+    """What a call of `load_state` asks for.
 
-    strict: bool = True
-    weights_only: bool = True
-    optimizers: bool = True
-    schedulers: bool = True
-    module_only: bool = False
-
-    @classmethod
-    def of(cls, load_kwargs: Mapping[str, Any] | None, kwargs: Mapping[str, Any]) -> Wanted:
-        """Raises TypeError for arguments that nothing here knows, and Accelerate's for a `map_location`."""
-        given = dict(kwargs)
-        if given.pop("map_location", None) not in (None, "cpu", "on_device"):
-            raise TypeError(
-                "Unsupported optimizer map location passed, please choose one of `None`, `'cpu'`, or `'on_device'`"
-            )
-        module_only = bool(given.pop("load_module_only", False))
-        strict = bool(given.pop("strict", given.pop("load_module_strict", True)))
-        given.pop("load_module_strict", None)
-        optimizers = bool(given.pop("load_optimizer_states", True)) and not module_only
-        schedulers = bool(given.pop("load_lr_scheduler_states", True)) and not module_only
-        if given:
-            raise TypeError(f"load_state() got unexpected keyword arguments: {', '.join(given)}")
-        weights_only = bool((load_kwargs or {}).get("weights_only", True))
-        return cls(strict, weights_only, optimizers, schedulers, module_only)
+    Raises TypeError for arguments that nothing here knows, and Accelerate's for a `map_location`.
+    """
+    given = dict(kwargs)
+    if given.pop("map_location", None) not in (None, "cpu", "on_device"):
+        raise TypeError(
+            "Unsupported optimizer map location passed, please choose one of `None`, `'cpu'`, or `'on_device'`"
+        )
+    if "strict" in given:  # what Accelerate calls it
+        given["load_module_strict"] = given.pop("strict")
+    known = inspect.signature(Wanted.of).parameters
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise TypeError(f"load_state() got unexpected keyword arguments: {', '.join(unknown)}")
+    given.setdefault("weights_only", (load_kwargs or {}).get("weights_only", True))
+    return Wanted.of(**given)
 
 
 class PlanMixin(ZeroBase):
@@ -65,78 +59,50 @@ class PlanMixin(ZeroBase):
         objects: dict[str, Any],
         models: dict[str, nn.Module],
         wanted: Wanted,
-        notices: list[str],
-    ) -> Restoration:
-        """What to read and to install. `notices`: what the user should know is put there by then."""
-        rank = self.zero_control.rank
+    ) -> tuple[Restoration, LoadResult]:
+        """What to read, to install and to tell, and what the load will have given."""
+        control = self.zero_control
         skipped = [f"{name}." if name else "" for name in self.zero_models() if name not in models]
 
         def is_skipped(key: str) -> bool:
             return any(key.startswith(prefix) for prefix in skipped)
 
-        state = capture_models(models)
-        plan = plan_model(checkpoint, state, rank, strict=wanted.strict, ignored=is_skipped)
-        extra = objects.get("extra_state", {})
-        plan.installs.append(lambda: set_extra_state(models, extra))
-        if wanted.optimizers:
-            self._zero_plan_optimizers(plan, checkpoint, objects, wanted.weights_only)
-        if wanted.schedulers:
-            plan.installs.append(self._zero_scheduler_install(checkpoint, objects))
-        if not wanted.module_only:
-            plan.installs.append(self._zero_install(checkpoint, objects, state, wanted, notices))
-        return plan
-
-    def _zero_plan_optimizers(
-        self,
-        plan: Restoration,
-        checkpoint: Checkpoint,
-        objects: dict[str, Any],
-        weights_only: bool,
-    ) -> None:
-        names, records = bound_names(self.zero_models()), objects.get("optimizers", {})
-        optimizers = self.zero_optimizers()
-        check_same_names(checkpoint.path, "optimizers", optimizers, records)
-        for name, optimizer in optimizers.items():
-            record = records[name]
-            plan.add(
-                plan_optimizer(
-                    checkpoint,
-                    optimizer,
-                    names_for(optimizer, record, names),
-                    record,
-                    self.zero_control.rank,
-                    prefix_of(name),
-                    weights_only=weights_only,
-                )
+        plan = plan_weights(checkpoint, models, objects, wanted, control, ignored=is_skipped)
+        report = report_of(plan)
+        plan.add(
+            plan_training(
+                checkpoint,
+                bound_names(self.zero_models()),
+                self.zero_optimizers(),
+                self.zero_schedulers(),
+                objects,
+                wanted,
+                control.rank,
             )
-
-    def _zero_scheduler_install(
-        self, checkpoint: Checkpoint, objects: dict[str, Any]
-    ) -> Callable[[], None]:
-        saved, live = objects.get("lr_schedulers", {}), self.zero_schedulers()
-        check_same_names(checkpoint.path, "schedulers", live, saved)
-
-        def install() -> None:
-            for name, scheduler in live.items():
-                scheduler.load_state_dict(saved[name])
-
-        return install
+        )
+        own = read_own(checkpoint, control, wanted.weights_only)
+        notice = client_state_notice(checkpoint, control.world_size, own)
+        plan.notices += [notice] if notice else []
+        if not wanted.module_only:
+            plan.installs.append(self._zero_install(checkpoint, objects, models, own, plan.notices))
+        mine = own_client_state(checkpoint, control, own)
+        return plan, LoadResult(checkpoint.path, objects.get("client_state"), mine, report)
 
     def _zero_install(
         self,
         checkpoint: Checkpoint,
         objects: dict[str, Any],
-        state: ModelState,
-        wanted: Wanted,
+        models: dict[str, nn.Module],
+        ranks: Mapping[str, Any],
         notices: list[str],
     ) -> Callable[[], None]:
         """Counters, registered objects, the scaler, gradients, the place in the data, and random generators.
 
-        Generators are the last: what comes before may draw numbers.
+        Generators are the last: what comes before may draw numbers. `ranks`: this rank's objects, or rank 0's at
+        another world size.
         """
         control, own = self.zero_control, objects.get(ENTRY, {})
         same = checkpoint.manifest.world_size == control.world_size
-        ranks = checkpoint.rank_objects(control.rank if same else 0, wanted.weights_only)
         gradients, step = self._zero_window(checkpoint.path, own, ranks, same, notices)
         apart = same and self.distributed_type == DistributedType.FSDP
         buffers = ranks.get("buffers", {}) if apart else {}
@@ -160,13 +126,11 @@ class PlanMixin(ZeroBase):
             if self.scaler is not None and own.get("scaler"):
                 self.scaler.load_state_dict(own["scaler"])
             restore_gradients(self, gradients)
-            for key in buffers.keys() & state.tensors.keys():
-                state.tensors[key].detach().copy_(buffers[key])
+            live = capture_models(models).tensors if buffers else {}
+            for key in buffers.keys() & live.keys():
+                live[key].detach().copy_(buffers[key])
             notices.extend(loaders())
-            if "rng" in ranks and same:
-                rng.restore(ranks["rng"], self.zero_device())
-            elif "rng" in ranks:
-                rng.derive(ranks["rng"], control.rank, self.zero_device())
+            rng.plan_restore(ranks.get("rng"), same, control.rank, self.zero_device())()
 
         return install
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,21 @@ from zero_ckpt.accelerate.content import make_snapshot
 from zero_ckpt.accelerate.hooks import Edits, Offered, run_save_hooks
 from zero_ckpt.accelerate.meeting import together
 from zero_ckpt.accelerate.naming import directory_for_save, retire
+from zero_ckpt.core.agreement import place_notice
+from zero_ckpt.core.per_rank import CLIENT_STATE
 from zero_ckpt.core.state import Snapshot
 from zero_ckpt.errors import ConfigurationError
 
 __all__ = ["SaveMixin"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where all ranks save. `notice`: that some were given another place."""
+
+    directory: str
+    tag: str
+    notice: str
 
 
 class SaveMixin(ZeroBase):
@@ -27,6 +39,7 @@ class SaveMixin(ZeroBase):
         safe_serialization: bool = True,
         *,
         client_state: Any = None,
+        per_rank_client_state: Any = None,
         tag: str | int | None = None,
         **save_model_func_kwargs: Any,
     ) -> Path:
@@ -36,37 +49,42 @@ class SaveMixin(ZeroBase):
 
         `output_dir`: the checkpoint directory; chosen by Accelerate's rules when `automatic_checkpoint_naming` is on.
         `tag` None: `global_step{N}`, N being the optimizer steps made. `client_state`: any nested Python state; rank
-        0's is stored and given back by `load_state`. `safe_serialization` changes nothing: all files are safetensors.
-        Of `save_model_func_kwargs`, `save_latest=False` does not move `latest`, and `exclude_frozen_parameters=True`
-        leaves out what has `requires_grad=False`; others are for other kinds of training, as in Accelerate.
+        0's is stored and given back by `load_state`. `per_rank_client_state`: the same for each rank's own; after a
+        load at the same number of processes it is in `zero_loaded`. `safe_serialization` changes nothing: all files are
+        safetensors. Of `save_model_func_kwargs`, `save_latest=False` does not move `latest`, and
+        `exclude_frozen_parameters=True` leaves out what has `requires_grad=False`; others are for other kinds of
+        training, as in Accelerate.
 
         Raises the same error on every rank (see `zero_ckpt.errors`); then nothing was committed. A hook's own error is
         raised on its rank. DeepSpeed, FSDP1, Megatron-LM and XLA are saved by Accelerate's own code.
         """
         if not self.zero_is_ours:
-            extra = {} if client_state is None else {"client_state": client_state}
+            ours = {"client_state": client_state, "per_rank_client_state": per_rank_client_state}
+            extra = {name: value for name, value in ours.items() if value is not None}
             self._zero_pass_on("save_state", tag)
             kwargs = {**save_model_func_kwargs, **extra}
             saved: Path = super().save_state(output_dir, safe_serialization, **kwargs)
             return saved
-        directory = self._zero_save_directory(output_dir)
-        edits, offered = self._zero_run_save_hooks(directory)
         name = f"global_step{self._zero_step}" if tag is None else str(tag)
+        place = self._zero_save_place(output_dir, name)
+        directory = place.directory
+        edits, offered = self._zero_run_save_hooks(directory)
 
         def snapshot() -> Snapshot:
             exclude = bool(save_model_func_kwargs.get("exclude_frozen_parameters", False))
-            values = offered.values
-            return make_snapshot(self, edits, values, client_state, exclude_frozen=exclude)
+            made = make_snapshot(self, edits, offered.values, client_state, exclude_frozen=exclude)
+            if per_rank_client_state is not None:
+                made.rank_objects[CLIENT_STATE] = per_rank_client_state
+            return made
 
         handle = self.zero_engine.save(
             directory,
-            name,
+            place.tag,
             snapshot,
             step=self._zero_step,
             zero_stage=self.zero_stage,
             save_latest=bool(save_model_func_kwargs.get("save_latest", True)),
             keep_last=self._zero_options.keep_last,
-            tag_validation=self._zero_options.tag_validation,
             timeout=self._zero_options.timeout,
         )
         if not handle.skipped:
@@ -74,28 +92,42 @@ class SaveMixin(ZeroBase):
             self._zero_runtime.ended = False
             self._zero_retire(directory)
             self.project_configuration.iteration += 1
+        if place.notice:
+            warnings.warn(place.notice, stacklevel=2)
         return Path(directory)
 
-    def _zero_save_directory(self, output_dir: Any) -> str:
-        """Where to; under automatic naming, what rank 0 finds."""
-        if not self.project_configuration.automatic_checkpoint_naming:
-            if output_dir is None:
-                raise TypeError(
-                    "save_state() needs an output_dir, or an Accelerator whose ProjectConfiguration has "
-                    "automatic_checkpoint_naming=True: expected str, bytes or os.PathLike object, not NoneType"
-                )
-            return str(os.path.expanduser(os.fspath(output_dir)))
-        directory: str = together(
-            self.zero_control,
-            "save: folder",
-            self._zero_checkpoints_and_iteration,
-            lambda asked: directory_for_save(*asked[0]),
-            self._zero_options.timeout,
-        )
-        return directory
+    def _zero_save_place(self, output_dir: Any, tag: str) -> _Place:
+        """Where to, the same on every rank: before a hook sees the directory, or anything is made there.
 
-    def _zero_checkpoints_and_iteration(self) -> list[Any]:
-        return [os.path.join(self.project_dir, "checkpoints"), self.save_iteration]
+        Under automatic naming it is what rank 0 finds.
+        """
+        naming = self.project_configuration.automatic_checkpoint_naming
+        if not naming and output_dir is None:
+            raise TypeError(
+                "save_state() needs an output_dir, or an Accelerator whose ProjectConfiguration has "
+                "automatic_checkpoint_naming=True: expected str, bytes or os.PathLike object, not NoneType"
+            )
+        own = "" if naming else str(os.path.expanduser(os.fspath(output_dir)))
+
+        def ask() -> list[Any]:
+            if naming:
+                checkpoints = os.path.join(self.project_dir, "checkpoints")
+                return [checkpoints, tag, self.save_iteration]
+            return [os.path.abspath(own), tag, None]
+
+        def decide(asked: list[list[Any]]) -> list[str]:
+            directory, name, iteration = asked[0]
+            places = [(directory if naming else each[0], each[1]) for each in asked]
+            notice = place_notice(places, self._zero_options.tag_validation)
+            if naming:
+                directory = directory_for_save(directory, iteration)
+            return [directory, name, notice]
+
+        timeout = self._zero_options.timeout
+        directory, name, notice = together(self.zero_control, "save: folder", ask, decide, timeout)
+        if not naming and os.path.abspath(own) == directory:
+            directory = own  # as it was given, for the hooks and for the result
+        return _Place(directory, name, notice)
 
     def _zero_run_save_hooks(self, directory: str) -> tuple[Edits, Offered]:
         """Rank 0's edits, and what this rank's hooks were offered."""

@@ -28,7 +28,7 @@ from zero_ckpt.accelerate.attach import attach
 from zero_ckpt.accelerate.base import ZeroBase, raw_optimizer
 from zero_ckpt.accelerate.content import make_snapshot
 from zero_ckpt.accelerate.hooks import Edits
-from zero_ckpt.accelerate.planning import Wanted
+from zero_ckpt.core.bound import Wanted
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.loading import load_together
 from zero_ckpt.core.restoring import Restoration
@@ -136,19 +136,17 @@ class TrainerMixin(Host):  # type: ignore[misc]
             super()._load_best_model()
 
     def _zero_load(self, directory: str, wanted: Wanted) -> None:
-        accelerator, notices = self.accelerator, list[str]()
+        accelerator = self.accelerator
         self._zero_bind_model()
 
-        def prepare(checkpoint: Checkpoint) -> tuple[Restoration, dict[str, Any]]:
+        def prepare(checkpoint: Checkpoint) -> tuple[Restoration, Restoration]:
             objects = checkpoint.objects()
-            notices.clear()
-            models = accelerator.zero_models()
-            plan = accelerator._zero_plan(checkpoint, objects, models, wanted, notices)
+            plan, _ = accelerator._zero_plan(checkpoint, objects, accelerator.zero_models(), wanted)
             schedulers = objects.get("lr_schedulers", {})
             if not wanted.module_only and SCHEDULER in schedulers:
                 state = schedulers[SCHEDULER]
                 plan.installs.append(lambda: self.lr_scheduler.load_state_dict(state))
-            return plan, objects
+            return plan, plan
 
         loaded = load_together(
             accelerator.zero_engine.storage,
@@ -159,7 +157,7 @@ class TrainerMixin(Host):  # type: ignore[misc]
             timeout=accelerator._zero_options.timeout,
         )
         loaded.checkpoint.close()
-        for notice in notices:
+        for notice in loaded.prepared.notices:
             accelerator._zero_warn(notice)
 
     def _zero_is_our_folder(self, checkpoint: str) -> bool:

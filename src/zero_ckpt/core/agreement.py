@@ -30,6 +30,7 @@ __all__ = [
     "check_tag_validation",
     "merged_tables",
     "parse_tables",
+    "place_notice",
     "raise_problems",
 ]
 
@@ -83,7 +84,7 @@ def agree(storage: Storage, records: Sequence[bytes], tag_validation: str) -> Ag
     proposals = [Proposal.from_bytes(record) for record in records]
     raise_problems(p.problem for p in proposals)
     first = proposals[0]
-    notice = _tag_notice(proposals, tag_validation)
+    notice = place_notice([(p.directory, p.tag) for p in proposals], tag_validation)
     _check_steps(proposals)
     tag = check_tag(first.tag)
     holders: dict[str, list[int]] = {}
@@ -112,18 +113,17 @@ def raise_problems(problems: Iterable[Sequence[str]]) -> None:
     )
 
 
-def _tag_notice(proposals: Sequence[Proposal], tag_validation: str) -> str:
-    """A sentence about ranks that were given another tag or directory than rank 0; raises in mode `fail`."""
-    first = proposals[0]
-    odd = {
-        rank: f"{p.directory}/{p.tag}"
-        for rank, p in enumerate(proposals)
-        if (p.directory, p.tag) != (first.directory, first.tag)
-    }
+def place_notice(places: Sequence[tuple[str, str]], tag_validation: str) -> str:
+    """A sentence about ranks whose (directory, tag) is not rank 0's, "" where there are none.
+
+    Raises `DisagreementError` in mode `fail`.
+    """
+    first = "/".join(places[0])
+    odd = {rank: "/".join(place) for rank, place in enumerate(places) if place != places[0]}
     if not odd or tag_validation == "ignore":
         return ""
     shown = ", ".join(f"rank {rank}: '{path}'" for rank, path in list(odd.items())[:4])
-    message = f"ranks were given different tags or directories: rank 0: '{first.directory}/{first.tag}', {shown}. "
+    message = f"ranks were given different tags or directories: rank 0: '{first}', {shown}. "
     if tag_validation == "fail":
         raise DisagreementError(
             message
