@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["plan_schedulers", "scheduler_notices"]
+__all__ = ["plan_schedulers", "scheduler_notices", "with_rates_of"]
 
 _NEW_RUNS = ("base_lrs", "_last_lr")
 """What a scheduler's state says of learning rates, beside its place in the schedule."""
@@ -44,21 +44,24 @@ def plan_schedulers(
 
     def install() -> None:
         for scheduler, state in both:
-            own = _with_rates_of(state, scheduler.state_dict()) if keep_rates else state
+            own = with_rates_of(state, scheduler.state_dict()) if keep_rates else state
             scheduler.load_state_dict(own)
 
     return install
 
 
-def _with_rates_of(saved: Any, live: Any) -> Any:
-    """`saved` with the learning rates of `live`; both may hold schedulers in lists (`SequentialLR`)."""
+def with_rates_of(saved: Any, live: Any) -> Any:
+    """A scheduler's `saved` state with the learning rates of another's, `live`.
+
+    Both may hold schedulers in lists (`SequentialLR`).
+    """
     if isinstance(saved, dict) and isinstance(live, dict):
         return {
             key: live[key]
             if key in _NEW_RUNS and key in live
-            else _with_rates_of(value, live.get(key))
+            else with_rates_of(value, live.get(key))
             for key, value in saved.items()
         }
     if isinstance(saved, list) and isinstance(live, list) and len(saved) == len(live):
-        return [_with_rates_of(a, b) for a, b in zip(saved, live, strict=True)]
+        return [with_rates_of(a, b) for a, b in zip(saved, live, strict=True)]
     return saved

@@ -12,9 +12,12 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
+from zero_ckpt.core.agreement import check_tag_validation
+from zero_ckpt.core.bound import Wanted
 from zero_ckpt.core.control import DEFAULT_TIMEOUT, ControlPlane
 from zero_ckpt.core.decoupled import AsyncSave, make_engine
 from zero_ckpt.core.engine import SyncEngine
+from zero_ckpt.core.outcome import LoadReport
 from zero_ckpt.errors import ConfigurationError, by_name, to_record
 from zero_ckpt.lightning.namespaces import Namespace
 from zero_ckpt.lightning.ranks import Resumption
@@ -44,6 +47,12 @@ class StrategyBase(Host):
         cpu_offload: bool = False,
         export: Any = True,
         *,
+        exclude_frozen_parameters: bool = False,
+        tag_validation: str = "ignore",
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        override_hyperparameters: bool = False,
         save_timeout: float | None = None,
         async_save: bool | AsyncSave = False,
         accelerator: Any = None,
@@ -86,6 +95,15 @@ class StrategyBase(Host):
         self.export = export
         self.save_timeout = save_timeout
         self.async_save = async_save
+        self.exclude_frozen_parameters = exclude_frozen_parameters
+        self.tag_validation = check_tag_validation(tag_validation)
+        self.wanted = Wanted.of(
+            load_optimizer_states=load_optimizer_states,
+            load_lr_scheduler_states=load_lr_scheduler_states,
+            load_module_only=load_module_only,
+            override_hyperparameters=override_hyperparameters,
+        )
+        self.load_report: LoadReport | None = None
         self._zero_engine: SyncEngine | None = None
         self._zero_sharding: Sharding | None = None
         self._zero_mesh: DeviceMesh | None = None

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from zero_ckpt.core.checkpoint import Checkpoint
+from zero_ckpt.core.custom import lazy_state_dict
 from zero_ckpt.core.dtensors import TORCH_DTYPES, local_tensor
 from zero_ckpt.core.objects import decode_objects
 from zero_ckpt.core.state import (
@@ -32,7 +33,7 @@ from zero_ckpt.core.state import (
 )
 from zero_ckpt.lightning.optimizers import STATES
 
-__all__ = ["VERSION_KEY", "ModuleNames", "from_checkpoint", "to_snapshot"]
+__all__ = ["VERSION_KEY", "ModuleNames", "from_checkpoint", "named", "to_snapshot"]
 
 VERSION_KEY = "pytorch-lightning_version"
 """Marks a dict as Lightning's; Lightning refuses one without."""
@@ -74,8 +75,12 @@ def to_snapshot(
     checkpoint: Mapping[str, Any],
     names: ModuleNames | None,
     rank_objects: dict[str, Any],
+    *,
+    exclude_frozen: bool = False,
 ) -> Snapshot:
     """What one rank hands to a save for Lightning's dict. `names` None: no module is known.
+
+    `exclude_frozen`: without the weights that are frozen, which is recorded.
 
     A dict in an unknown shape (a hook may have changed it) is stored as it is, in `client_state`.
     """
@@ -84,11 +89,13 @@ def to_snapshot(
     snapshot = Snapshot(objects=objects, rank_objects=rank_objects)
     if isinstance(client.get("state_dict"), Mapping):
         _take_weights(snapshot, client.pop("state_dict"), names)
+        if exclude_frozen:
+            _leave_frozen(snapshot)
     if _all_known(client.get("optimizer_states")):
-        states = _named(client.pop("optimizer_states"))
+        states = named(client.pop("optimizer_states"))
         objects["optimizers"] = {n: _take_optimizer(snapshot, n, s) for n, s in states.items()}
     if isinstance(client.get("lr_schedulers"), list):
-        objects["lr_schedulers"] = _named(client.pop("lr_schedulers"))
+        objects["lr_schedulers"] = named(client.pop("lr_schedulers"))
     return snapshot
 
 
@@ -97,7 +104,7 @@ def _step(checkpoint: Mapping[str, Any]) -> int:
     return int(step) if isinstance(step, int) and step >= 0 else 0
 
 
-def _named(items: list[Any]) -> dict[str, Any]:
+def named(items: list[Any]) -> dict[str, Any]:
     """One is called "", several by their place: as `Checkpointer` calls them."""
     return {"": items[0]} if len(items) == 1 else {str(i): item for i, item in enumerate(items)}
 
@@ -125,6 +132,14 @@ def _take_weights(
     if names is not None:
         snapshot.buffers = names.buffers & snapshot.model.keys()
         snapshot.frozen = names.frozen & snapshot.model.keys()
+
+
+def _leave_frozen(snapshot: Snapshot) -> None:
+    snapshot.excluded = snapshot.frozen
+    for key in snapshot.excluded:
+        del snapshot.model[key]
+    kept = {k: v for k, v in snapshot.aliases.items() if v not in snapshot.excluded}
+    snapshot.aliases, snapshot.frozen = kept, frozenset()
 
 
 def _aliases(weights: Mapping[str, torch.Tensor], ties: Mapping[str, str]) -> dict[str, str]:
@@ -193,7 +208,7 @@ def from_checkpoint(
     is_lightning = isinstance(client, dict) and VERSION_KEY in client
     loaded: dict[str, Any] = {**client} if is_lightning else _foreign(objects, version)
     if "state_dict" not in loaded:
-        loaded["state_dict"] = _weights(checkpoint, objects.get("extra_state", {}))
+        loaded["state_dict"] = lazy_state_dict(checkpoint, objects.get("extra_state", {}))
     if "optimizers" in objects and "optimizer_states" not in loaded:
         records = objects["optimizers"] if with_optimizers else {}
         loaded["optimizer_states"] = _listed(
@@ -208,15 +223,6 @@ def _foreign(objects: Mapping[str, Any], version: str) -> dict[str, Any]:
     """Of another writer: weights, optimizers and schedulers are taken, loops start anew."""
     client = {"client_state": objects.get("client_state")}
     return {VERSION_KEY: version, "epoch": 0, "global_step": _step(objects), **client}
-
-
-def _weights(checkpoint: Checkpoint, extra: Mapping[str, Any]) -> dict[str, Any]:
-    weights: dict[str, Any] = {
-        key: checkpoint.lazy("model", key) for key in checkpoint.keys("model")
-    }
-    for alias, key in checkpoint.manifest.aliases.items():
-        weights[alias] = weights[key]
-    return {**weights, **extra}
 
 
 def _optimizer(checkpoint: Checkpoint, name: str, record: Mapping[str, Any]) -> dict[str, Any]:

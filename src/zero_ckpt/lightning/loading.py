@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -42,6 +45,7 @@ def load_module(
         loaded. A file of Lightning's is loaded by Lightning.
     map_location: the device to put the module on; None: the CPU.
     strict: as in `load_state_dict`; None: the module's `strict_loading`.
+        Frozen parameters that were left out of the save keep the values that the class gives them.
     weights_only: False allows hyper-parameters that were stored as pickles, whose opening can run
         code.
 
@@ -62,7 +66,9 @@ def load_module(
         content = from_checkpoint(
             checkpoint, namespace.version, weights_only, with_optimizers=False
         )
-        module = _build(namespace, module_class, content, checkpoint.path, strict, kwargs)
+        left_out = checkpoint.manifest.excluded
+        build = partial(_build, namespace, module_class, content, checkpoint.path)
+        module = _build_without(left_out, build, content, strict, kwargs)
     return module if map_location is None else module.to(map_location)
 
 
@@ -71,6 +77,26 @@ def _namespace_of(module_class: type[Any]) -> Namespace:
         if issubclass(module_class, load(name).lightning_module):
             return load(name)
     raise ConfigurationError(f"{module_class!r} is no LightningModule class")
+
+
+def _build_without(
+    left_out: Sequence[str],
+    build: Callable[[bool | None, dict[str, Any]], Module],
+    content: Mapping[str, Any],
+    strict: bool | None,
+    kwargs: dict[str, Any],
+) -> Module:
+    """The module, whose frozen parameters that were left out of the save keep their own values."""
+    if not left_out:
+        return build(strict, kwargs)
+    with warnings.catch_warnings():  # Lightning tells which are missing: just those, or see below
+        warnings.filterwarnings("ignore", message="Found keys that are in the model state dict")
+        module = build(False, kwargs)
+    if module.strict_loading if strict is None else strict:
+        live = module.state_dict()
+        own = {key: live[key] for key in left_out if key in live}
+        module.load_state_dict({**content["state_dict"], **own}, strict=True)
+    return module
 
 
 def _build(

@@ -75,19 +75,31 @@ def plan_state(
     names: Mapping[int, str],
     rank: int,
     pristine: Pristine | None,
+    *,
+    keep_options: bool = False,
 ) -> Restoration:
     """What to read and to install so that the optimizer continues with `state`.
 
-    `state`: by names as `state_of` made it, or by numbers as torch does. Raises
-    `StateMismatchError` when its parameters are not the optimizer's.
+    `state`: by names as `state_of` made it, or by numbers as torch does. `keep_options`: every
+    group keeps its own options. Raises `StateMismatchError` when its parameters are not the
+    optimizer's.
     """
     numbered = any(isinstance(p, int) for group in state["param_groups"] for p in group["params"])
     if pristine is not None and not numbered and pristine.is_unchanged(state):
         record = {"class": state["class"], "groups": _groups(state)}
-        return plan_optimizer(pristine.checkpoint, optimizer, names, record, rank, pristine.prefix)
+        return plan_optimizer(
+            pristine.checkpoint,
+            optimizer,
+            names,
+            record,
+            rank,
+            pristine.prefix,
+            keep_options=keep_options,
+        )
     by_parameter = _matched(optimizer, state, names, numbered)
     plan = Restoration()
-    plan.installs.append(lambda: _install(optimizer, by_parameter, state["param_groups"]))
+    groups = [] if keep_options else state["param_groups"]
+    plan.installs.append(lambda: _install(optimizer, by_parameter, groups))
     return plan
 
 

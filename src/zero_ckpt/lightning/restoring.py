@@ -10,14 +10,17 @@ only its part.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.loading import load_together
+from zero_ckpt.core.outcome import log_report
+from zero_ckpt.core.per_rank import client_state_notice, own_client_state, read_own
 from zero_ckpt.core.reader import Request, Sharing
 from zero_ckpt.core.restoring import Restoration
 from zero_ckpt.core.shares import verify_share
@@ -30,6 +33,7 @@ from zero_ckpt.lightning.content import from_checkpoint
 from zero_ckpt.lightning.optimizers import Pristine, plan_state
 from zero_ckpt.lightning.paths import is_checkpoint_folder
 from zero_ckpt.lightning.ranks import restore_rank
+from zero_ckpt.lightning.wanted import PER_RANK, follow_schedules, leave_out
 from zero_ckpt.lightning.weights import load_weights
 
 __all__ = ["RestoreMixin"]
@@ -81,7 +85,7 @@ class RestoreMixin(StrategyBase):
         path = self._agreed_path(os.fspath(checkpoint_path)) or ""
         self.close_checkpoint()
         if not self._is_ours(path):
-            return self._load_file(path, weights_only)
+            return self._only_wanted(self._load_file(path, weights_only))
         loaded = load_together(
             self.engine.storage,
             self.control,
@@ -91,14 +95,16 @@ class RestoreMixin(StrategyBase):
             timeout=self.save_timeout,
         )
         self._zero_source = loaded.checkpoint
-        content = loaded.prepared
+        content, notice = loaded.prepared
+        self._tell([notice])
+        content = self._only_wanted(content)
         states = content.get("optimizer_states", [])
         prefixes = [""] if len(states) == 1 else [f"{i}/" for i in range(len(states))]
         self._zero_pristine = tuple(
             Pristine.of(loaded.checkpoint, prefix, state)
             for prefix, state in zip(prefixes, states, strict=True)
         )
-        if self.is_fitting:
+        if self.is_fitting and not self.wanted.module_only:
             self._zero_resumption = restore_rank(
                 loaded.checkpoint,
                 content,
@@ -111,19 +117,38 @@ class RestoreMixin(StrategyBase):
 
     def _prepare(
         self, weights_only: bool
-    ) -> Callable[[Checkpoint], tuple[Restoration, dict[str, Any]]]:
-        def prepare(checkpoint: Checkpoint) -> tuple[Restoration, dict[str, Any]]:
-            roles = ("model", "optim", "state") if self.is_fitting else ("model", "state")
+    ) -> Callable[[Checkpoint], tuple[Restoration, tuple[dict[str, Any], str]]]:
+        def prepare(checkpoint: Checkpoint) -> tuple[Restoration, tuple[dict[str, Any], str]]:
+            with_optimizers = self.is_fitting and self.wanted.optimizers
+            roles = ("model", "optim", "state") if with_optimizers else ("model", "state")
             verify_share(checkpoint, roles, self.control, self.replicated)
             content = from_checkpoint(
                 checkpoint,
                 self.namespace.version,
                 weights_only,
-                with_optimizers=self.is_fitting,
+                with_optimizers=with_optimizers,
             )
-            return Restoration(), content
+            own = read_own(checkpoint, self.control, weights_only)
+            mine = own_client_state(checkpoint, self.control, own)
+            if mine is not None:
+                content[PER_RANK] = mine
+            notice = client_state_notice(checkpoint, self.world_size, own)
+            return Restoration(), (content, notice)
 
         return prepare
+
+    def _only_wanted(self, content: dict[str, Any]) -> dict[str, Any]:
+        """Without what a fit was not asked to restore."""
+        if self.is_fitting:
+            datamodule = getattr(self._current_trainer(), "datamodule", None)
+            parts = [type(part).__qualname__ for part in (self.precision_plugin, datamodule)]
+            leave_out(content, self.wanted, parts)
+        return content
+
+    def _tell(self, notices: list[str]) -> None:
+        if self.global_rank == 0:
+            for notice in filter(None, notices):
+                warnings.warn(notice, stacklevel=3)
 
     def _is_ours(self, path: str) -> bool:
         """Whether to read `path` as a sharded checkpoint; another plugin may write folders too."""
@@ -203,9 +228,11 @@ class RestoreMixin(StrategyBase):
             if source is not None:
                 self._together("resume: weights", lambda: self._read(source, requests))
 
-        load_weights(
+        report = load_weights(
             self.lightning_module, state_dict, source, self.global_rank, read, strict=strict
         )
+        self.load_report = report
+        log_report(report, "the checkpoint" if source is None else source.path)
 
     def _read(self, source: Checkpoint, requests: list[Request]) -> None:
         try:
@@ -220,7 +247,12 @@ class RestoreMixin(StrategyBase):
         return Sharing(0, 1, frozenset({"model", "optim"})) if several else None
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Restore every optimizer; all of them, or none."""
+        """Restore every optimizer; all of them, or none. Lightning restores the schedulers next."""
+        source = self._zero_source
+        path = "the checkpoint" if source is None else source.path
+        schedulers = [config.scheduler for config in self.lr_scheduler_configs]
+        content = cast("dict[str, Any]", checkpoint)  # which Lightning goes on with
+        self._tell(follow_schedules(content, schedulers, self.wanted, path))
         states = checkpoint["optimizer_states"]
         if not states:
             return
@@ -233,16 +265,23 @@ class RestoreMixin(StrategyBase):
         self.follow_regrouping()
         names = parameter_names(self.lightning_module)
         plans = [
-            plan_state(optimizer, state, names, self.global_rank, self._pristine(index))
+            plan_state(
+                optimizer,
+                state,
+                names,
+                self.global_rank,
+                self._pristine(index),
+                keep_options=self.wanted.keep_options,
+            )
             for index, (optimizer, state) in enumerate(zip(self.optimizers, states, strict=True))
             if state
         ]
-        source = self._zero_source
         if source is not None:
             requests = [request for plan in plans for request in (*plan.fresh, *plan.live)]
             self._together("resume: optimizers", lambda: self._read(source, requests))
         for plan in plans:
             plan.install()
+            self._tell(plan.notices)
         self._zero_pristine = ()
 
     def follow_regrouping(self) -> None:

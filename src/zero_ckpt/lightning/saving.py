@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from zero_ckpt.core.per_rank import CLIENT_STATE
 from zero_ckpt.core.state import parameter_names
 from zero_ckpt.errors import ConfigurationError, ZeroCkptError
 from zero_ckpt.lightning import paths
@@ -22,6 +23,7 @@ from zero_ckpt.lightning.content import ModuleNames, to_snapshot
 from zero_ckpt.lightning.gathering import gather_content
 from zero_ckpt.lightning.optimizers import state_of
 from zero_ckpt.lightning.ranks import capture_rank
+from zero_ckpt.lightning.wanted import PER_RANK
 
 __all__ = ["SaveMixin"]
 
@@ -108,7 +110,10 @@ class SaveMixin(StrategyBase):
         assert self.lightning_module is not None
         directory, tag = paths.split(filepath)
         own = capture_rank(self._current_trainer(), checkpoint, self.root_device)
-        snapshot = to_snapshot(checkpoint, ModuleNames.of(self.lightning_module), own)
+        if PER_RANK in checkpoint:
+            own[CLIENT_STATE] = checkpoint.pop(PER_RANK)
+        names, exclude = ModuleNames.of(self.lightning_module), self.exclude_frozen_parameters
+        snapshot = to_snapshot(checkpoint, names, own, exclude_frozen=exclude)
         with ExitStack() as after:
             if self.is_global_zero:
                 after.enter_context(self._making_way(directory, tag))
@@ -119,7 +124,7 @@ class SaveMixin(StrategyBase):
                 step=snapshot.objects["global_step"],
                 zero_stage=self.stage,
                 save_latest=not tag.startswith("."),  # a tuner's temporary checkpoint
-                tag_validation="ignore",  # names may be found per rank: rank 0's counts
+                tag_validation=self.tag_validation,  # names may be found per rank
                 timeout=timeout,
             )
         if self.interrupted or self._links_to_last():

@@ -26,10 +26,22 @@ class ZeroStrategyMixin(SetupMixin, SaveMixin):
     sharding_size: ranks that hold one copy of the model between them; None: all of them.
     cpu_offload: keep parameters, gradients and optimizer state in host memory (stages 2 and 3).
     export: write one fp32 file when fit ends: True, False, or an `Fp32Export`.
+    exclude_frozen_parameters: leave weights with `requires_grad=False` out of checkpoints; a load
+        keeps the module's own.
+    tag_validation: what to do when ranks give different checkpoint paths: "ignore", "warn" (rank
+        0's counts), or "fail".
+    load_optimizer_states, load_lr_scheduler_states: False leaves these as a resumed fit has them.
+    load_module_only: a resumed fit takes the weights and begins anew otherwise.
+    override_hyperparameters: optimizers of a resumed fit keep its own options (learning rate,
+        weight decay, ...) group by group, instead of those in the checkpoint.
     async_save: save beside the training: True, or an `AsyncSave` that says how. `wait_for_saves()` waits.
     save_timeout: seconds of silence after which another rank counts as lost in a save or a load.
     timeout: of the process group, as in `DDPStrategy`, whose other arguments are accepted too
         (those of `DistributedDataParallel` take effect at stages 0 and 1).
+
+    `load_report` tells which weights the last load did not match. What hooks put into a checkpoint
+    under `per_rank_client_state` is stored for each rank, and there again for that rank's hooks
+    when a checkpoint of the same number of ranks is loaded.
 
     With precision "bf16-true" or "16-true" the weights themselves are 16-bit: there are no float32
     masters, and an fp32 export is a conversion of what was trained.

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.dtensors import layout_of, local_part
 from zero_ckpt.core.lazy import LazyTensor
+from zero_ckpt.core.outcome import LoadReport
 from zero_ckpt.core.reader import Request
 from zero_ckpt.core.state import clean_name, wrapper_prefixes
 
@@ -34,10 +35,11 @@ def load_weights(
     read: Reads,
     *,
     strict: bool,
-) -> None:
+) -> LoadReport:
     """Load `state_dict`, whose values may be lazy tensors of `checkpoint`, whole tensors or parts.
 
-    `read` fills requests, on every rank or on none. Raises what `module.load_state_dict` raises.
+    Returns what did not match, by the module's own names. `read` fills requests, on every rank or
+    on none. Raises what `module.load_state_dict` raises.
     """
     live = module.state_dict()
     raw_names = _raw_names(module, live)
@@ -53,6 +55,7 @@ def load_weights(
             else:
                 loaded[id(value)] = _like(value, target)
         values[raw] = loaded[id(value)]
+    given = set(values)
     for key in checkpoint.manifest.excluded if checkpoint is not None else ():
         raw = raw_names.get(key, key)
         if raw in live:
@@ -60,6 +63,11 @@ def load_weights(
     read(requests)
     with _undone_on_error(live, values, strict):
         module.load_state_dict(_with_metadata(values, live), strict=strict)
+    return LoadReport(
+        missing=tuple(key for key in live if key not in values),
+        unexpected=tuple(key for key in values if key not in live),
+        excluded=tuple(key for key in values if key not in given),
+    )
 
 
 def _raw_names(module: nn.Module, live: Mapping[str, Any]) -> dict[str, str]:

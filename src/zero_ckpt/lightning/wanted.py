@@ -1,0 +1,44 @@
+"""The parts of Lightning's checkpoint dict that a resume was not asked for, taken out before Lightning sees it.
+
+What Lightning finds empty it leaves as the new run has it; only entries that it insists on are put there empty.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from zero_ckpt.core.bound import Wanted
+from zero_ckpt.core.schedulers import scheduler_notices, with_rates_of
+from zero_ckpt.lightning.content import named
+
+__all__ = ["PER_RANK", "follow_schedules", "leave_out"]
+
+PER_RANK = "per_rank_client_state"
+"""The entry of the dict that each rank's hooks put there for that rank alone."""
+
+
+def leave_out(content: dict[str, Any], wanted: Wanted, parts: Iterable[str]) -> None:
+    """Empty what `wanted` does not ask for. `parts`: entries of the trainer's own parts, by their class names."""
+    if not wanted.optimizers:
+        content["optimizer_states"] = []
+    if not wanted.schedulers:
+        content["lr_schedulers"] = []
+    if wanted.module_only:
+        for name in ("loops", "callbacks", *parts):
+            content.pop(name, None)
+        content |= {"epoch": 0, "global_step": 0}
+
+
+def follow_schedules(
+    content: dict[str, Any], schedulers: list[Any], wanted: Wanted, path: str
+) -> list[str]:
+    """Ready `lr_schedulers` for Lightning, which gives them to the run's in their order. Returns notices."""
+    saved = content.get("lr_schedulers", [])
+    if not wanted.schedulers or not isinstance(saved, list):
+        return []
+    if wanted.keep_options:
+        live = [scheduler.state_dict() for scheduler in schedulers]
+        pairs = zip(saved, live, strict=False)
+        content["lr_schedulers"] = [with_rates_of(state, own) for state, own in pairs]
+    return scheduler_notices(path, named(schedulers), named(saved))
