@@ -12,6 +12,7 @@ import zero_ckpt
 PUBLIC = {
     "AsyncSave",
     "Checkpointer",
+    "LoadResult",
     "SaveHandle",
     "__version__",
     "export_fp32",

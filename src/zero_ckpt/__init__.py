@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from zero_ckpt.checkpointer import Checkpointer
     from zero_ckpt.core.decoupled import AsyncSave
     from zero_ckpt.core.handle import SaveHandle
+    from zero_ckpt.core.outcome import LoadResult
     from zero_ckpt.fp32 import export_fp32, get_fp32_state_dict_from_zero_checkpoint
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ _HOMES = {
     "Checkpointer": "zero_ckpt.checkpointer",
     "export_fp32": "zero_ckpt.fp32",
     "get_fp32_state_dict_from_zero_checkpoint": "zero_ckpt.fp32",
+    "LoadResult": "zero_ckpt.core.outcome",
     "load_checkpoint": "zero_ckpt.calls",
     "SaveHandle": "zero_ckpt.core.handle",
     "save_checkpoint": "zero_ckpt.calls",
@@ -30,6 +32,7 @@ _HOMES = {
 __all__ = [
     "AsyncSave",
     "Checkpointer",
+    "LoadResult",
     "SaveHandle",
     "__version__",
     "export_fp32",
