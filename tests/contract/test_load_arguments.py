@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.optim import lr_scheduler
 
@@ -172,6 +173,27 @@ def test_a_function_of_the_users_gets_lazy_weights_and_the_module(
         for key, value in after.items():
             loaded = key.startswith("head") or key == "hidden.weight"
             assert torch.equal(value, saved[key] if loaded else before[key]), key
+
+
+def _fail_on_one_rank(directory: str) -> str:
+    model, optimizer = shard(3)
+
+    def load(src: dict[str, Any], dst: nn.Module) -> None:
+        if dist.get_rank() == 1:
+            raise KeyError("not my weights")
+
+    with Checkpointer(model, optimizer) as checkpointer:
+        checkpointer.save_checkpoint(directory, "t")
+        with pytest.raises(ZeroCkptError) as caught:
+            checkpointer.load_checkpoint(directory, custom_load_fn=load)
+    return str(caught.value)
+
+
+def test_what_the_function_raises_on_one_rank_is_raised_on_all(tmp_path: Path) -> None:
+    told = run_ranks(_fail_on_one_rank, WORLD, str(tmp_path))
+    assert told[0] == told[1]
+    assert "rank 1: KeyError: 'not my weights'" in told[0]
+    assert "LIVE TENSORS MAY BE OVERWRITTEN IN PART" in told[0]
 
 
 def test_the_function_is_called_for_each_model_with_its_own_names(tmp_path: Path) -> None:
