@@ -135,9 +135,8 @@ class LoadMixin(PlanMixin, SaveMixin):
         found: dict[str, Any] = together(
             self.zero_control, "load: folder", ask, decide, self._zero_options.timeout
         )
-        if (
-            input_dir is not None and found["candidates"]
-        ):  # each rank its own: a difference is then found out
+        if input_dir is not None and found["candidates"]:
+            # Each rank its own: a difference is then found out.
             found["candidates"][0][0] = os.path.expanduser(os.fspath(input_dir))
         return found
 
