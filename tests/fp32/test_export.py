@@ -41,6 +41,7 @@ from zero_ckpt.fp32 import (
     convert_zero_checkpoint_to_fp32_state_dict,
     export,
     export_fp32,
+    lanes,
 )
 from zero_ckpt.testing import FaultyStorage, fail_at, kill_at
 
@@ -58,7 +59,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _small_files_are_divided_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "WORTHWHILE_BLOCKS", 0)
+    monkeypatch.setattr(lanes, "WORTHWHILE_BLOCKS", 0)
 
 
 @pytest.fixture
@@ -416,7 +417,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
 
 def export_together(source: Path, out: Path, options: dict[str, Any]) -> tuple[list[str], int]:
     """Paths, and bytes that this rank wrote."""
-    export.WORTHWHILE_BLOCKS = 0
+    lanes.WORTHWHILE_BLOCKS = 0
     control, written = control_for_process_group(), [0]
     options = {"timeout": 20.0, **options}
     paths = export_fp32(

@@ -25,6 +25,7 @@ from zero_ckpt.core.state import by_parameter, split_state_name
 from zero_ckpt.core.storage import LocalStorage
 from zero_ckpt.errors import ConfigurationError, StateMismatchError
 from zero_ckpt.fp32.assembly import Assembler, BlockCache
+from zero_ckpt.fp32.checksums import Checksums
 from zero_ckpt.fp32.torch_file import layout_torch_file
 from zero_ckpt.fp32.writing import write_range
 
@@ -162,7 +163,8 @@ class _Writer:
         writer = self._storage.create(f"{self._folder}/{name}", layout.nbytes)
         try:
             assembler = Assembler(self._checkpoint.shards, self._cache, layout)
-            write_range(writer, layout, assembler, 0, layout.nbytes, self._pool, lambda _: True)
+            sums = Checksums(layout)
+            write_range(writer, assembler, sums, 0, layout.nbytes, self._pool, lambda _: True)
             writer.finish(layout.nbytes)
         except BaseException:
             writer.abort()
