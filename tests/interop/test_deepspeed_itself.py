@@ -1,0 +1,126 @@
+"""With DeepSpeed installed (dependency group `deepspeed`): it resumes from what we convert, and we open what it saves."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import zero_ckpt
+from tests.interop.models import LM, batch
+from tests.workers import run_ranks
+from zero_ckpt.core.checkpoint import open_checkpoint
+from zero_ckpt.interop.universal import convert_to_universal
+
+pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+
+RANKS, BEFORE, AFTER = 2, 3, 2
+"""Steps that we train before the save, and that DeepSpeed trains after it."""
+
+Tensors = dict[str, torch.Tensor]
+
+
+def two_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
+    """As they are in practice: vectors are not decayed."""
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+    ]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensors]:
+    """A universal checkpoint made from ours, and the weights that the run reached later."""
+    folder = tmp_path_factory.mktemp("ours")
+    torch.manual_seed(0)
+    model = LM()
+    optimizer = torch.optim.AdamW(two_groups(model), lr=1e-2)
+    for step in range(BEFORE + AFTER):
+        if step == BEFORE:
+            client_state = {"epoch": 2}
+            zero_ckpt.save_checkpoint(
+                folder / "ours", model, optimizer, tag="t", step=step, client_state=client_state
+            )
+            convert_to_universal(folder / "ours", folder / "universal")
+        optimizer.zero_grad()
+        for rank in range(RANKS):
+            (model(*batch("lm", step, rank)) / RANKS).backward()
+        optimizer.step()
+    return folder, {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+def resume_in_deepspeed(folder: Path, stage: int, dtype: str) -> tuple[dict[str, Tensors], Any]:
+    """What DeepSpeed has right after its load, under `at once`, and after more steps, which it saves."""
+    engine = make_engine(stage, dtype)
+    path, client_state = engine.load_checkpoint(str(folder / "universal"))
+    assert path is not None
+    assert engine.global_steps == BEFORE
+    found = {"at once": gathered(engine)}
+    for step in range(BEFORE, BEFORE + AFTER):
+        engine.backward(engine(*batch("lm", step, int(os.environ["RANK"]))))
+        engine.step()
+    engine.save_checkpoint(str(folder / f"back_{stage}_{dtype}"))
+    found["later"] = gathered(engine)
+    return found, client_state["epoch"]
+
+
+def make_engine(stage: int, dtype: str) -> Any:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["LOCAL_SIZE"] = os.environ["LOCAL_WORLD_SIZE"]
+    import deepspeed
+
+    # Its own collectives for the CPU would be compiled first; gloo's give the same numbers.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+    torch.manual_seed(1)
+    model = LM()
+    optimizer = torch.optim.AdamW(two_groups(model), lr=1e-2)
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,
+        "checkpoint": {"load_universal": True},
+    }
+    if dtype == "bf16":
+        config["bf16"] = {"enabled": True}
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    return engine
+
+
+def gathered(engine: Any) -> Tensors:
+    """Masters, and moments under `<parameter>/<name>`, whole, on every rank."""
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    found = {}
+    for name, parameter in engine.module.named_parameters():
+        found[name] = safe_get_full_fp32_param(parameter).clone()
+        for state in ("exp_avg", "exp_avg_sq"):
+            found[f"{name}/{state}"] = safe_get_full_optimizer_state(parameter, state).clone()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "dtype"), [(1, "fp32"), (2, "bf16"), (3, "fp32")])
+def test_deepspeed_resumes_from_what_we_converted_and_we_open_what_it_saves(
+    stage: int, dtype: str, trained: tuple[Path, Tensors]
+) -> None:
+    folder, expected = trained
+    (found, epoch), _ = run_ranks(resume_in_deepspeed, RANKS, folder, stage, dtype, timeout=100)
+    assert epoch == 2
+    with open_checkpoint(folder / "ours") as ours:
+        for name, value in found["at once"].items():
+            role = "optim" if "/" in name else "model"
+            assert torch.equal(value, ours.tensor(role, name)), name
+    tolerance = {"fp32": 1e-5, "bf16": 2e-2}[dtype]
+    for name, value in expected.items():
+        assert torch.allclose(found["later"][name], value, rtol=tolerance, atol=tolerance), name
+    with open_checkpoint(folder / f"back_{stage}_{dtype}") as back:
+        for name, value in found["later"].items():
+            role = "optim" if "/" in name else "model"
+            assert torch.equal(back.tensor(role, name), value), name
