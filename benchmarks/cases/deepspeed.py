@@ -255,7 +255,7 @@ def _in_new_process(name: str, source: Path, output: Path) -> tuple[float, int]:
 
 def _import() -> None:
     os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed.utils.zero_to_fp32
+    import deepspeed.utils.zero_to_fp32  # noqa: F401
     import huggingface_hub  # noqa: F401 - their conversion imports it late
 
     import zero_ckpt.fp32

@@ -1,4 +1,4 @@
-"""With DeepSpeed installed (dependency group `deepspeed`): it resumes from what we convert, and we open what it saves."""
+"""With DeepSpeed installed (the extra `deepspeed`): it resumes from what we convert, and we open what it saves."""
 
 from __future__ import annotations
 
@@ -21,25 +21,29 @@ pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpee
 RANKS, BEFORE, AFTER = 2, 3, 2
 """Steps that we train before the save, and that DeepSpeed trains after it."""
 
+CASES = [(1, "fp32", 2), (2, "bf16", 2), (3, "fp32", 1)]
+"""ZeRO stage, dtype, parameter groups. DeepSpeed at stage 3 gives every group the first one's options and step."""
+
+Case = tuple[int, str, int]
 Tensors = dict[str, torch.Tensor]
 
 
-def two_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
-    """As they are in practice: vectors are not decayed."""
+def groups_of(model: torch.nn.Module, count: int) -> list[dict[str, Any]]:
+    """As they are in practice: in the second one vectors, which are not decayed."""
     parameters = list(model.parameters())
+    if count == 1:
+        return [{"params": parameters, "weight_decay": 0.1}]
     return [
         {"params": [p for p in parameters if p.dim() > 1], "weight_decay": 0.1},
         {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
     ]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensors]:
-    """A universal checkpoint made from ours, and the weights that the run reached later."""
-    folder = tmp_path_factory.mktemp("ours")
+def train(folder: Path, groups: int) -> Tensors:
+    """Makes a universal checkpoint of ours; returns the weights that the run reached later."""
     torch.manual_seed(0)
     model = LM()
-    optimizer = torch.optim.AdamW(two_groups(model), lr=1e-2)
+    optimizer = torch.optim.AdamW(groups_of(model, groups), lr=1e-2)
     for step in range(BEFORE + AFTER):
         if step == BEFORE:
             client_state = {"epoch": 2}
@@ -51,25 +55,27 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensors]:
         for rank in range(RANKS):
             (model(*batch("lm", step, rank)) / RANKS).backward()
         optimizer.step()
-    return folder, {name: value.detach().clone() for name, value in model.named_parameters()}
+    return {name: value.detach().clone() for name, value in model.named_parameters()}
 
 
-def resume_in_deepspeed(folder: Path, stage: int, dtype: str) -> tuple[dict[str, Tensors], Any]:
-    """What DeepSpeed has right after its load, under `at once`, and after more steps, which it saves."""
-    engine = make_engine(stage, dtype)
-    path, client_state = engine.load_checkpoint(str(folder / "universal"))
-    assert path is not None
+def resume_in_deepspeed(folder: Path) -> dict[Case, tuple[Any, Tensors, Tensors]]:
+    """For each case: the client state's epoch, what DeepSpeed has right after its load, and after more steps."""
+    return {case: resume(folder, *case) for case in CASES}
+
+
+def resume(folder: Path, stage: int, dtype: str, groups: int) -> tuple[Any, Tensors, Tensors]:
+    engine = make_engine(stage, dtype, groups)
+    _, client_state = engine.load_checkpoint(str(folder / str(groups) / "universal"))
     assert engine.global_steps == BEFORE
-    found = {"at once": gathered(engine)}
+    loaded = gathered(engine)
     for step in range(BEFORE, BEFORE + AFTER):
         engine.backward(engine(*batch("lm", step, int(os.environ["RANK"]))))
         engine.step()
-    engine.save_checkpoint(str(folder / f"back_{stage}_{dtype}"))
-    found["later"] = gathered(engine)
-    return found, client_state["epoch"]
+    engine.save_checkpoint(str(folder / f"back_{stage}"))
+    return client_state["epoch"], loaded, gathered(engine)
 
 
-def make_engine(stage: int, dtype: str) -> Any:
+def make_engine(stage: int, dtype: str, groups: int) -> Any:
     os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ["LOCAL_SIZE"] = os.environ["LOCAL_WORLD_SIZE"]
     import deepspeed
@@ -79,7 +85,7 @@ def make_engine(stage: int, dtype: str) -> Any:
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     torch.manual_seed(1)
     model = LM()
-    optimizer = torch.optim.AdamW(two_groups(model), lr=1e-2)
+    optimizer = torch.optim.AdamW(groups_of(model, groups), lr=1e-2)
     config = {
         "train_micro_batch_size_per_gpu": 4,
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
@@ -106,21 +112,22 @@ def gathered(engine: Any) -> Tensors:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "dtype"), [(1, "fp32"), (2, "bf16"), (3, "fp32")])
-def test_deepspeed_resumes_from_what_we_converted_and_we_open_what_it_saves(
-    stage: int, dtype: str, trained: tuple[Path, Tensors]
-) -> None:
-    folder, expected = trained
-    (found, epoch), _ = run_ranks(resume_in_deepspeed, RANKS, folder, stage, dtype, timeout=100)
-    assert epoch == 2
-    with open_checkpoint(folder / "ours") as ours:
-        for name, value in found["at once"].items():
+@pytest.mark.timeout(240)
+def test_deepspeed_resumes_from_what_we_converted_and_we_open_what_it_saves(tmp_path: Path) -> None:
+    expected = {groups: train(tmp_path / str(groups), groups) for groups in (1, 2)}
+    results, _ = run_ranks(resume_in_deepspeed, RANKS, tmp_path, timeout=200)
+    for (stage, dtype, groups), (epoch, loaded, later) in results.items():
+        assert epoch == 2
+        assert_holds(tmp_path / str(groups) / "ours", loaded)
+        tolerance = {"fp32": 1e-5, "bf16": 2e-2}[dtype]
+        for name, value in expected[groups].items():
+            assert torch.allclose(later[name], value, rtol=tolerance, atol=tolerance), name
+        assert_holds(tmp_path / f"back_{stage}", later)
+
+
+def assert_holds(directory: Path, tensors: Tensors) -> None:
+    """The checkpoint there has these, bitwise."""
+    with open_checkpoint(directory) as checkpoint:
+        for name, value in tensors.items():
             role = "optim" if "/" in name else "model"
-            assert torch.equal(value, ours.tensor(role, name)), name
-    tolerance = {"fp32": 1e-5, "bf16": 2e-2}[dtype]
-    for name, value in expected.items():
-        assert torch.allclose(found["later"][name], value, rtol=tolerance, atol=tolerance), name
-    with open_checkpoint(folder / f"back_{stage}_{dtype}") as back:
-        for name, value in found["later"].items():
-            role = "optim" if "/" in name else "model"
-            assert torch.equal(back.tensor(role, name), value), name
+            assert torch.equal(checkpoint.tensor(role, name), value), name

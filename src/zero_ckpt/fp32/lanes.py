@@ -1,7 +1,7 @@
 """Who writes which bytes of an export, and the writing of one rank's share.
 
-A lane is what one thread writes: parts of files, front to back. One process has two lanes, since while one waits for the
-disk the other assembles; of several ranks each has one. A file that several lanes write parts of exists beforehand.
+A lane is what one thread writes: parts of files, front to back. One process has two lanes, since while one waits for
+the disk the other assembles; of several ranks each has one. A file that several lanes write parts of exists before.
 """
 
 from __future__ import annotations
