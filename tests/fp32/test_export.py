@@ -25,6 +25,7 @@ from tests.fp32.models import (
     save_sharded,
     sharded_expected,
 )
+from tests.fp32.peak import peak_of
 from tests.workers import run_ranks, start_ranks
 from zero_ckpt.core.control import control_for_process_group
 from zero_ckpt.core.storage import FileWriter, LocalStorage
@@ -389,17 +390,7 @@ def test_a_kill_leaves_the_earlier_result_and_the_next_export_is_whole(
 
 
 def peak_of_export(source: Path, out: Path) -> int:
-    """Bytes of memory that an export takes above what there was before."""
-    before = _memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from now on
-    export_fp32(source, out)
-    return _memory("VmHWM") - before
-
-
-def _memory(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = (line for line in lines if line.startswith(f"{name}:"))
-    return int(line.split()[1]) << 10
+    return peak_of(lambda: export_fp32(source, out))
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:

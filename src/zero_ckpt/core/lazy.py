@@ -1,8 +1,11 @@
-"""Stand-ins for stored tensors: shape and dtype at once, bytes read and verified on first use.
+"""Stand-ins for stored tensors: shape and dtype at once, bytes read and verified when they are used.
 
 A `LazyTensor` is a `torch.Tensor` for whoever only asks what it is. Any operation on it (`.contiguous()`, indexing,
 arithmetic, `copy_` from it) first reads the stored values; indexing with integers and slices reads only the bytes
 that the result needs. Pickling or deep-copying one gives the values.
+
+Values stay in memory only where somebody could tell: when an operation changed them, or its result shares their
+memory. So a model that is loaded from a dict of lazy tensors takes the memory of one tensor beside its own.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from zero_ckpt.core.chunks import Box, full_box
 
@@ -85,7 +88,7 @@ class LazyTensor(torch.Tensor):
         return self._value is not None
 
     def materialize(self) -> torch.Tensor:
-        """The values, as a plain tensor; read once. Raises `CorruptShardError` for damaged bytes."""
+        """The values, as a plain tensor, which stay here. Raises `CorruptShardError` for damaged bytes."""
         if self._value is None:
             self._value = self._read(full_box(tuple(self.shape)))
         return self._value
@@ -122,8 +125,14 @@ class LazyTensor(torch.Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        args, kwargs = tree_map(_value_of, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        use = _Use()
+        args, kwargs = tree_map(use.value_of, (args, kwargs or {}))
+        result = func(*args, **kwargs)
+        if (
+            func is not torch.Tensor.contiguous
+        ):  # which gives a tensor of its own, as DeepSpeed's stand-ins do
+            use.keep(result)
+        return result
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -131,6 +140,49 @@ class LazyTensor(torch.Tensor):
     ) -> Any:
         args, kwargs = tree_map(_value_of, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+class _Use:
+    """The values that one operation reads."""
+
+    def __init__(self) -> None:
+        self._read: dict[int, tuple[LazyTensor, torch.Tensor, int | None]] = {}
+
+    def value_of(self, given: Any) -> Any:
+        if not isinstance(given, LazyTensor) or given._value is not None:
+            return _value_of(given)
+        if id(given) not in self._read:
+            value = given._read(full_box(tuple(given.shape)))
+            self._read[id(given)] = given, value, _version(value)
+        return self._read[id(given)][1]
+
+    def keep(self, result: Any) -> None:
+        """Those that the operation changed, or whose memory `result` has, as far as that can be told."""
+        leaves = tree_leaves(result)
+        unknown = not all(isinstance(leaf, _PLAIN) or _has_own_memory(leaf) for leaf in leaves)
+        shared = {
+            _memory(leaf) for leaf in leaves if not unknown and isinstance(leaf, torch.Tensor)
+        }
+        for lazy, value, version in self._read.values():
+            changed = version is None or _version(value) != version
+            if unknown or changed or _memory(value) in shared:
+                lazy._value = value
+
+
+_PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
+
+
+def _has_own_memory(leaf: Any) -> bool:
+    return type(leaf) in (torch.Tensor, torch.nn.Parameter) and leaf.layout is torch.strided
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """A number that every change in place raises; None where torch does not count them."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _value_of(value: Any) -> Any:
