@@ -7,6 +7,7 @@ it wrote. Needs the dependency group `deepspeed`; without it the case is skipped
 
 from __future__ import annotations
 
+import io
 import logging
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr, redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -265,7 +267,8 @@ def _import() -> None:
 def _run(name: str, source: Path, output: Path) -> tuple[float, int]:
     act = (OURS | THEIRS)[name]
     output.mkdir()
-    with peak_memory() as peak:
+    sink = io.StringIO()  # for their progress bars
+    with redirect_stdout(sink), redirect_stderr(sink), peak_memory() as peak:
         start = time.perf_counter()
         act(source, output)
         seconds = time.perf_counter() - start

@@ -62,6 +62,19 @@ def test_the_command_converts_and_the_result_verifies_and_loads(
         assert torch.equal(model.state_dict()[key], value)
 
 
+def test_the_command_says_when_it_falls_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (1, 2):
+        zero_ckpt.save_checkpoint(tmp_path / "run", LM(), step=step)
+    (tmp_path / "run" / "global_step2" / "manifest.json").write_text("{}")
+    assert main(["convert", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    told = capsys.readouterr()
+    assert told.err.startswith("zero-ckpt convert: falling back to ")
+    assert told.err.count("\n") == 1
+    assert "global_step1" in told.out
+
+
 def test_pickled_client_state_is_refused_by_name_and_leaves_nothing(
     deepspeed_cases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
