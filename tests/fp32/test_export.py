@@ -326,13 +326,12 @@ def test_progress_counts_every_byte(sharded: Path, tmp_path: Path) -> None:
 WRITES = {"create", "write", "finish", "put", "sync", "remove"}
 
 
-def result_of(out: Path) -> dict[str, Any] | None:
+def result_of(out: Path, name: str = "model.safetensors") -> dict[str, Any] | None:
     """What a reader finds; None when there is no result. Fails on one that is not whole."""
-    if not (out / "model.safetensors.index.json").exists():
-        return (
-            load_file(out / "model.safetensors") if (out / "model.safetensors").exists() else None
-        )
-    return load_sharded(out / "model.safetensors.index.json", load_file)
+    load = load_file if name.endswith(".safetensors") else load_bin
+    if (out / f"{name}.index.json").exists():
+        return load_sharded(out / f"{name}.index.json", load)
+    return load(out / name) if (out / name).exists() else None
 
 
 @pytest.mark.parametrize("limit", [None, "200B"])
@@ -365,24 +364,25 @@ def test_whatever_operation_fails_a_reader_finds_one_whole_result_or_none(
     assert_same(result_of(out) or {}, expected(new))
 
 
-def export_and_die(source: Path, out: Path, number: int) -> None:
+def export_and_die(source: Path, out: Path, number: int, format: str) -> None:
     storage = FaultyStorage(LocalStorage(), kill_at(number), names=WRITES)
     export.LocalStorage = lambda: storage  # type: ignore[assignment, misc]
-    export_fp32(source, out, max_shard_size="1MB")
+    export_fp32(source, out, format=format, max_shard_size="1MB")
 
 
+@pytest.mark.parametrize("format", ["safetensors", "bin"])
 def test_a_kill_leaves_the_earlier_result_and_the_next_export_is_whole(
-    sharded: Path, tmp_path: Path
+    sharded: Path, tmp_path: Path, format: str
 ) -> None:
-    (path,) = export_fp32(sharded, tmp_path, exclude_frozen_parameters=True)
+    (path,) = export_fp32(sharded, tmp_path, format=format, exclude_frozen_parameters=True)
     before = Path(path).read_bytes()
     for number in (1, 4, 7):
-        with start_ranks(export_and_die, 1, sharded, tmp_path, number) as ranks:
+        with start_ranks(export_and_die, 1, sharded, tmp_path, number, format) as ranks:
             assert ranks.wait(60)[0].status == "died"
         assert Path(path).read_bytes() == before
-        assert not (tmp_path / "model.safetensors.index.json").exists()
-    paths = export_fp32(sharded, tmp_path, max_shard_size="1MB")
-    assert_same(result_of(tmp_path) or {}, sharded_expected(ROWS))
+        assert not list(tmp_path.glob("*.index.json"))
+    paths = export_fp32(sharded, tmp_path, format=format, max_shard_size="1MB")
+    assert_same(result_of(tmp_path, Path(path).name) or {}, sharded_expected(ROWS))
     assert set(os.listdir(tmp_path)) == {Path(each).name for each in paths}
 
 
