@@ -103,11 +103,11 @@ def peaks_of(source: Path, out: Path) -> list[int]:
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_memory_does_not_grow_with_the_model(stage: int, tmp_path: Path) -> None:
-    """Not even with what one rank has of it, which is 100 MB here."""
-    group = {f"{i}.weight": torch.full((2048, 2048), float(i)) for i in range(12)}
+    """Not even with what one rank has of it, which is 117 MB here."""
+    group = {f"{i}.weight": torch.full((2048, 2048), float(i)) for i in range(14)}
     write(Run([group], {}, 2, stage, step=None), tmp_path / "theirs" / "t")
     (peaks,) = run_ranks(peaks_of, 1, tmp_path / "theirs" / "t", tmp_path / "out")
-    assert max(peaks) < 64 << 20 < sum(value.nbytes for value in group.values()) / 2
+    assert max(peaks) < 90 << 20 < sum(value.nbytes for value in group.values()) / 2
 
 
 def test_a_checkpoint_is_never_converted_onto_itself(deepspeed_cases: Path) -> None:
