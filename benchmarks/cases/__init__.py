@@ -11,6 +11,7 @@ from collections.abc import Callable
 from benchmarks.bench import Bench
 from benchmarks.cases.accelerate import accelerate
 from benchmarks.cases.collapse import collapse
+from benchmarks.cases.deepspeed import deepspeed
 from benchmarks.cases.first import first
 from benchmarks.cases.load import load
 from benchmarks.cases.reshard import reshard
@@ -26,4 +27,5 @@ CASES: dict[str, Callable[[Bench], list[Row]]] = {
     "reshard": reshard,
     "collapse": collapse,
     "accelerate": accelerate,
+    "deepspeed": deepspeed,
 }

@@ -143,19 +143,23 @@ def no_weights(out: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 3])
-def test_a_hugging_face_model_opens_with_from_pretrained(stage: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stage", "dtype"), [(1, "fp32"), (3, "bf16")])
+def test_a_hugging_face_model_opens_with_from_pretrained(
+    stage: int, dtype: str, tmp_path: Path
+) -> None:
     transformers = pytest.importorskip("transformers")
-    saved = on_ranks(hugging_face, 2, str(tmp_path), stage, timeout=100)[0]
+    saved = on_ranks(hugging_face, 2, str(tmp_path), stage, dtype, timeout=100)[0]
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "fp32")
-    assert model.dtype == torch.float32
-    assert_same(saved, {k: v for k, v in model.state_dict().items() if k in saved})
+    assert model.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    expected = {name: value.to(model.dtype) for name, value in saved.items()}
+    assert_same(expected, {k: v for k, v in model.state_dict().items() if k in saved})
 
 
-def hugging_face(out: str, stage: int) -> dict[str, torch.Tensor]:
+def hugging_face(out: str, stage: int, dtype: str) -> dict[str, torch.Tensor]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    accelerator: Any = attach(Accelerator(cpu=True), stage, max_shard_size="100KB")
+    options = {"max_shard_size": "100KB", "export_dtype": dtype}
+    accelerator: Any = attach(Accelerator(cpu=True), stage, **options)
     config = GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=500, n_positions=16)
     torch.manual_seed(0)
     model = GPT2LMHeadModel(config)

@@ -26,7 +26,7 @@ def test_exported_weights_load_into_a_plain_model(
 
 
 def test_options_reach_the_export(sharded: Path, tmp_path: Path, command: Command) -> None:
-    options = ["--format", "bin", "--dtype", "bf16", "--exclude-frozen-parameters"]
+    options = ["--format", "bin", "--dtype", "bf16", "--exclude-frozen"]
     options += ["--strip-prefix", "blocks."]
     document = command(
         "export", sharded / "global_step100", tmp_path / "out", *options, "--json"

@@ -1,4 +1,4 @@
-"""Lazy tensors say what they are without reading, read what is needed once, and else behave as tensors."""
+"""Lazy tensors say what they are without reading, read what is needed, and else behave as tensors."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_used_as_a_tensor_it_has_the_values(use: str, lazy: LazyTensor) -> None:
     assert found.dtype == expected.dtype
 
 
-def test_values_are_read_once_and_can_be_changed(lazy: LazyTensor) -> None:
+def test_values_that_were_changed_are_not_read_again(lazy: LazyTensor) -> None:
     lazy.mul_(2)
     assert torch.equal(lazy + 0, VALUES * 2)
     assert lazy.is_read
@@ -125,10 +125,44 @@ def test_values_are_read_once_and_can_be_changed(lazy: LazyTensor) -> None:
     assert _reads == [full_box((4, 6))]
 
 
+KEPT: dict[str, Callable[[torch.Tensor], Any]] = {
+    "changed in place": lambda t: t.mul_(2),
+    "changed as an argument": lambda t: torch._foreach_mul_([t], 2.0),
+    "view": lambda t: t.view(-1),
+    "detach": lambda t: t.detach(),
+    "numpy": lambda t: t.numpy(),
+    "rows": lambda t: list(t),
+    "in inference mode": torch.inference_mode()(lambda t: t + 1),
+}
+DROPPED: dict[str, Callable[[torch.Tensor], Any]] = {
+    "contiguous": lambda t: t.contiguous(),
+    "clone": lambda t: t.clone(),
+    "copy_ from": lambda t: torch.zeros(4, 6).copy_(t),
+    "to another dtype": lambda t: t.double(),
+    "arithmetic": lambda t: t + t,
+    "tolist": lambda t: t.tolist(),
+    "equal": lambda t: torch.equal(t, VALUES),
+}
+
+
+@pytest.mark.parametrize("use", KEPT)
+def test_values_stay_where_somebody_could_tell(use: str, lazy: LazyTensor) -> None:
+    KEPT[use](lazy)
+    assert lazy.is_read
+
+
+@pytest.mark.parametrize("use", DROPPED)
+def test_values_take_no_memory_once_they_were_used(use: str, lazy: LazyTensor) -> None:
+    DROPPED[use](lazy)
+    assert not lazy.is_read
+    assert _reads == [full_box((4, 6))]
+
+
 def test_a_module_loads_from_lazy_tensors_without_reading_more(lazy: LazyTensor) -> None:
     module = nn.Linear(6, 4, bias=False)
     module.load_state_dict({"weight": lazy})
     assert torch.equal(module.weight, VALUES)
+    assert not lazy.is_read
     assert _reads == [full_box((4, 6))]
 
 

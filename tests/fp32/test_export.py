@@ -25,6 +25,7 @@ from tests.fp32.models import (
     save_sharded,
     sharded_expected,
 )
+from tests.fp32.peak import peak_of
 from tests.workers import run_ranks, start_ranks
 from zero_ckpt.core.control import control_for_process_group
 from zero_ckpt.core.storage import FileWriter, LocalStorage
@@ -41,6 +42,7 @@ from zero_ckpt.fp32 import (
     convert_zero_checkpoint_to_fp32_state_dict,
     export,
     export_fp32,
+    lanes,
 )
 from zero_ckpt.testing import FaultyStorage, fail_at, kill_at
 
@@ -58,7 +60,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _small_files_are_divided_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "WORTHWHILE_BLOCKS", 0)
+    monkeypatch.setattr(lanes, "WORTHWHILE_BLOCKS", 0)
 
 
 @pytest.fixture
@@ -324,13 +326,12 @@ def test_progress_counts_every_byte(sharded: Path, tmp_path: Path) -> None:
 WRITES = {"create", "write", "finish", "put", "sync", "remove"}
 
 
-def result_of(out: Path) -> dict[str, Any] | None:
+def result_of(out: Path, name: str = "model.safetensors") -> dict[str, Any] | None:
     """What a reader finds; None when there is no result. Fails on one that is not whole."""
-    if not (out / "model.safetensors.index.json").exists():
-        return (
-            load_file(out / "model.safetensors") if (out / "model.safetensors").exists() else None
-        )
-    return load_sharded(out / "model.safetensors.index.json", load_file)
+    load = load_file if name.endswith(".safetensors") else load_bin
+    if (out / f"{name}.index.json").exists():
+        return load_sharded(out / f"{name}.index.json", load)
+    return load(out / name) if (out / name).exists() else None
 
 
 @pytest.mark.parametrize("limit", [None, "200B"])
@@ -363,24 +364,25 @@ def test_whatever_operation_fails_a_reader_finds_one_whole_result_or_none(
     assert_same(result_of(out) or {}, expected(new))
 
 
-def export_and_die(source: Path, out: Path, number: int) -> None:
+def export_and_die(source: Path, out: Path, number: int, format: str) -> None:
     storage = FaultyStorage(LocalStorage(), kill_at(number), names=WRITES)
     export.LocalStorage = lambda: storage  # type: ignore[assignment, misc]
-    export_fp32(source, out, max_shard_size="1MB")
+    export_fp32(source, out, format=format, max_shard_size="1MB")
 
 
+@pytest.mark.parametrize("format", ["safetensors", "bin"])
 def test_a_kill_leaves_the_earlier_result_and_the_next_export_is_whole(
-    sharded: Path, tmp_path: Path
+    sharded: Path, tmp_path: Path, format: str
 ) -> None:
-    (path,) = export_fp32(sharded, tmp_path, exclude_frozen_parameters=True)
+    (path,) = export_fp32(sharded, tmp_path, format=format, exclude_frozen_parameters=True)
     before = Path(path).read_bytes()
     for number in (1, 4, 7):
-        with start_ranks(export_and_die, 1, sharded, tmp_path, number) as ranks:
+        with start_ranks(export_and_die, 1, sharded, tmp_path, number, format) as ranks:
             assert ranks.wait(60)[0].status == "died"
         assert Path(path).read_bytes() == before
-        assert not (tmp_path / "model.safetensors.index.json").exists()
-    paths = export_fp32(sharded, tmp_path, max_shard_size="1MB")
-    assert_same(result_of(tmp_path) or {}, sharded_expected(ROWS))
+        assert not list(tmp_path.glob("*.index.json"))
+    paths = export_fp32(sharded, tmp_path, format=format, max_shard_size="1MB")
+    assert_same(result_of(tmp_path, Path(path).name) or {}, sharded_expected(ROWS))
     assert set(os.listdir(tmp_path)) == {Path(each).name for each in paths}
 
 
@@ -388,17 +390,7 @@ def test_a_kill_leaves_the_earlier_result_and_the_next_export_is_whole(
 
 
 def peak_of_export(source: Path, out: Path) -> int:
-    """Bytes of memory that an export takes above what there was before."""
-    before = _memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from now on
-    export_fp32(source, out)
-    return _memory("VmHWM") - before
-
-
-def _memory(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (line,) = (line for line in lines if line.startswith(f"{name}:"))
-    return int(line.split()[1]) << 10
+    return peak_of(lambda: export_fp32(source, out))
 
 
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
@@ -416,7 +408,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
 
 def export_together(source: Path, out: Path, options: dict[str, Any]) -> tuple[list[str], int]:
     """Paths, and bytes that this rank wrote."""
-    export.WORTHWHILE_BLOCKS = 0
+    lanes.WORTHWHILE_BLOCKS = 0
     control, written = control_for_process_group(), [0]
     options = {"timeout": 20.0, **options}
     paths = export_fp32(

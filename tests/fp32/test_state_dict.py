@@ -20,7 +20,12 @@ from tests.fp32.models import (
     sharded_expected,
     sharded_values,
 )
+from tests.fp32.peak import peak_of
+from tests.interop.writer import Run, write
 from tests.workers import run_ranks
+from zero_ckpt.core import checkpoint
+from zero_ckpt.core.shard_file import BLOCK
+from zero_ckpt.core.storage import FileReader, LocalStorage
 from zero_ckpt.errors import CheckpointNotFoundError, CorruptShardError
 from zero_ckpt.fp32 import (
     get_fp32_state_dict_from_zero_checkpoint,
@@ -77,6 +82,69 @@ def test_lazy_tensors_read_only_the_bytes_of_a_slice(sharded: Path, tmp_path: Pa
     finally:
         os.rename(tmp_path / other.name, other)
     assert torch.equal(whole.contiguous(), sharded_values()["rows"])
+
+
+class Counting(LocalStorage):
+    """Counts the bytes that are read from files of tensors."""
+
+    count = 0
+
+    def open(self, path: str) -> FileReader:
+        reader = super().open(path)
+        read_into = reader.read_into
+
+        def counted(offset: int, nbytes: int, buffer: memoryview, keep: bool = False) -> None:
+            Counting.count += nbytes
+            read_into(offset, nbytes, buffer, keep)
+
+        reader.read_into = counted  # type: ignore[method-assign]
+        return reader
+
+
+@pytest.mark.parametrize("writer", ["ours", "DeepSpeed"])
+def test_a_lazy_state_dict_costs_no_tensor_and_a_slice_reads_only_its_blocks(
+    writer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = torch.randn(6 * BLOCK // 4096, 1024)
+    if writer == "ours":
+        zero_ckpt.save_checkpoint(tmp_path, Holder(large), tag="t", step=1)
+    else:
+        write(Run([{"weight": large}], {}, 2, 2, step=None), tmp_path / "t")
+    monkeypatch.setattr(checkpoint, "LocalStorage", Counting)
+    Counting.count = 0
+    weight = get_fp32_state_dict_from_zero_checkpoint(tmp_path / "t", lazy_mode=True)["weight"]
+    assert (tuple(weight.shape), weight.dtype) == (tuple(large.shape), torch.float32)
+    opened = Counting.count
+    assert opened < 100_000
+    middle = slice(BLOCK // 4096 + 7, BLOCK // 4096 + 9)
+    assert torch.equal(weight[middle], large[middle])
+    assert 0 < Counting.count - opened <= 2 * BLOCK
+    assert torch.equal(weight.contiguous(), large)
+    assert Counting.count - opened > large.nbytes
+
+
+class Holder(torch.nn.Module):
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight)
+
+
+def many_layers() -> torch.nn.Module:
+    return torch.nn.Sequential(*(torch.nn.Linear(2048, 2048, bias=False) for _ in range(12)))
+
+
+def peak_of_loading(source: Path) -> int:
+    """Bytes above the model's own that it takes to load it."""
+    model = many_layers()
+    return peak_of(lambda: load_state_dict_from_zero_checkpoint(model, source))
+
+
+def test_loading_a_model_takes_the_memory_of_one_tensor(tmp_path: Path) -> None:
+    model = many_layers()
+    zero_ckpt.save_checkpoint(tmp_path, model, step=1)
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    (extra,) = run_ranks(peak_of_loading, 1, tmp_path)
+    assert extra < 60 << 20 < total / 3
 
 
 def test_files_of_lazy_tensors_are_closed_when_no_tensor_is_left(sharded: Path) -> None:

@@ -8,12 +8,17 @@ import pytest
 import torch
 
 import zero_ckpt
+from tests.fp32.peak import peak_of
 from tests.interop.cases import Case
 from tests.interop.models import LM
+from tests.interop.writer import Run, write
+from tests.workers import run_ranks
+from zero_ckpt import export_fp32
 from zero_ckpt.cli import main
 from zero_ckpt.core.checkpoint import open_checkpoint
 from zero_ckpt.errors import ConfigurationError, UnsafeObjectError
 from zero_ckpt.interop.convert import convert_checkpoint
+from zero_ckpt.interop.universal import convert_to_universal
 
 CONVERTED = [
     "accelerate_z3_w2",
@@ -62,6 +67,19 @@ def test_the_command_converts_and_the_result_verifies_and_loads(
         assert torch.equal(model.state_dict()[key], value)
 
 
+def test_the_command_says_when_it_falls_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (1, 2):
+        zero_ckpt.save_checkpoint(tmp_path / "run", LM(), step=step)
+    (tmp_path / "run" / "global_step2" / "manifest.json").write_text("{}")
+    assert main(["convert", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    told = capsys.readouterr()
+    assert told.err.startswith("zero-ckpt convert: falling back to ")
+    assert told.err.count("\n") == 1
+    assert "global_step1" in told.out
+
+
 def test_pickled_client_state_is_refused_by_name_and_leaves_nothing(
     deepspeed_cases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -71,6 +89,25 @@ def test_pickled_client_state_is_refused_by_name_and_leaves_nothing(
     assert not (tmp_path / "out").exists()
     assert main(["convert", str(source), str(tmp_path / "out")]) == 2
     assert "--allow-pickle" in capsys.readouterr().err
+
+
+def peaks_of(source: Path, out: Path) -> list[int]:
+    """Memory that each way of opening all of it takes."""
+    return [
+        peak_of(lambda: export_fp32(source, out / "model.safetensors")),
+        peak_of(lambda: export_fp32(source, out / "model.bin")),
+        peak_of(lambda: convert_checkpoint(source, out / "ours")),
+        peak_of(lambda: convert_to_universal(source, out)),
+    ]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_memory_does_not_grow_with_the_model(stage: int, tmp_path: Path) -> None:
+    """Not even with what one rank has of it, which is 117 MB here."""
+    group = {f"{i}.weight": torch.full((2048, 2048), float(i)) for i in range(14)}
+    write(Run([group], {}, 2, stage, step=None), tmp_path / "theirs" / "t")
+    (peaks,) = run_ranks(peaks_of, 1, tmp_path / "theirs" / "t", tmp_path / "out")
+    assert max(peaks) < 90 << 20 < sum(value.nbytes for value in group.values()) / 2
 
 
 def test_a_checkpoint_is_never_converted_onto_itself(deepspeed_cases: Path) -> None:

@@ -161,12 +161,16 @@ def plain_strategy(root: Path) -> None:
         devices=1,
         plugins=[ZeroCheckpointIO()],
         max_epochs=1,
-        callbacks=[Fp32Export(strip_prefix="blocks."), ModelCheckpoint(root / "checkpoints")],
+        callbacks=[
+            Fp32Export(strip_prefix="blocks.", dtype="bf16"),
+            ModelCheckpoint(root / "checkpoints"),
+        ],
     )
     model = Model()
     run.fit(model, loader(16), loader(8))
     exported = load_file(root / "checkpoints" / "fp32" / "model.safetensors")
-    assert torch.equal(exported["0.lower.weight"], model.blocks[0].lower.weight.detach().cpu())
+    weight = model.blocks[0].lower.weight.detach().cpu()
+    assert torch.equal(exported["0.lower.weight"], weight.bfloat16())
 
 
 def test_the_callback_works_with_lightnings_own_strategies(tmp_path: Path) -> None:

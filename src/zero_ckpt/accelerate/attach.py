@@ -113,6 +113,7 @@ def attach(
     cpu_offload: bool = False,
     export: str | os.PathLike[str] | bool = "auto",
     export_format: str = "safetensors",
+    export_dtype: str = "fp32",
     max_shard_size: int | str | None = None,
     tag_validation: str = "warn",
     keep_last: int | None = None,
@@ -130,6 +131,7 @@ def attach(
     export: what `end_training()` does with the fp32 weights. "auto": those of the last save of this run go to `fp32/`
         in its checkpoint directory. A path: they go there, and without a save the live weights do. False: nothing.
     export_format: "safetensors", "bin" or "ckpt". max_shard_size: bytes, or a text like "5GB".
+    export_dtype: "fp32", "bf16", "fp16" or "keep", of floating parameters.
     tag_validation: what to do when ranks give different directories or tags: "ignore", "warn" or "fail".
     keep_last: tags to keep in a checkpoint directory; None keeps all, 1 lets each save replace the one before.
     timeout: seconds of silence after which another rank counts as lost. Default 300.
@@ -145,6 +147,7 @@ def attach(
         cpu_offload,
         export,
         export_format,
+        export_dtype,
         max_shard_size,
         tag_validation,
         keep_last,

@@ -115,6 +115,7 @@ class EndMixin(SaveMixin):
             return  # hooks keep the weights
         options: dict[str, Any] = {
             "format": self._zero_options.export_format,
+            "dtype": self._zero_options.export_dtype,
             "max_shard_size": self._zero_options.max_shard_size,
             "timeout": self._zero_options.timeout,
         }
@@ -126,4 +127,4 @@ class EndMixin(SaveMixin):
             export_fp32(directory, path, tag, **options)  # the other ranks are gone
         models = list(self.zero_models().values())
         if control.rank == 0 and len(models) == 1:
-            save_configuration(models[0], path)
+            save_configuration(models[0], path, self._zero_options.export_dtype)

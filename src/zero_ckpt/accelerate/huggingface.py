@@ -9,25 +9,29 @@ import copy
 import os
 from typing import Any
 
-import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from zero_ckpt.accelerate.base import innermost
+from zero_ckpt.core.dtensors import TORCH_DTYPES
+from zero_ckpt.fp32.selection import DTYPES
 
 __all__ = ["save_configuration"]
 
 
-def save_configuration(model: nn.Module, path: str | os.PathLike[str]) -> bool:
+def save_configuration(model: nn.Module, path: str | os.PathLike[str], dtype: str) -> bool:
     """Write the model's configuration beside its weights, in folder `path`. False when it has none, or `path` is a
-    file. The dtype that it states is float32: that of the exported weights.
+    file. `dtype`: of the exported weights, as `export_fp32` takes it; the configuration states it, too.
     """
     inner: Any = innermost(model)
     own = getattr(inner, "config", None)
     if not hasattr(own, "save_pretrained") or not os.path.isdir(path):
         return False
     config: Any = copy.deepcopy(own)
-    setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", torch.float32)
+    written = DTYPES[dtype]
+    if written is not None:
+        name = "dtype" if hasattr(config, "dtype") else "torch_dtype"
+        setattr(config, name, TORCH_DTYPES[written])
     config.architectures = [_class_name(inner)]
     config.save_pretrained(os.fspath(path))
     generation: Any = getattr(inner, "generation_config", None)

@@ -10,6 +10,7 @@ from zero_ckpt.core.agreement import check_tag_validation
 from zero_ckpt.core.decoupled import AsyncSave
 from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.fp32.publishing import FORMATS
+from zero_ckpt.fp32.selection import DTYPES
 from zero_ckpt.zero import WrapPolicy
 
 __all__ = ["Options"]
@@ -25,6 +26,7 @@ class Options:
     cpu_offload: bool = False
     export: str | os.PathLike[str] | bool = "auto"
     export_format: str = "safetensors"
+    export_dtype: str = "fp32"
     max_shard_size: int | str | None = None
     tag_validation: str = "warn"
     keep_last: int | None = None
@@ -41,6 +43,10 @@ class Options:
         if self.export_format not in FORMATS:
             raise ConfigurationError(
                 f"export_format={self.export_format!r}: expected one of {', '.join(FORMATS)}."
+            )
+        if self.export_dtype not in DTYPES:
+            raise ConfigurationError(
+                f"export_dtype={self.export_dtype!r}: expected one of {', '.join(DTYPES)}."
             )
         if self.keep_last is not None and self.keep_last < 1:
             raise ConfigurationError(

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from pathlib import Path
 
+from zero_ckpt.cli.notices import find_source, for_people
 from zero_ckpt.cli.text import json_text, printable, size_text
-from zero_ckpt.core.storage import LocalStorage
-from zero_ckpt.core.tags import find_checkpoint
-from zero_ckpt.errors import UnsafeObjectError
 
 SUMMARY = "write a DeepSpeed checkpoint as one of ours, or the reverse"
 DESCRIPTION = """\
@@ -42,25 +39,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     begin = time.monotonic()
-    found = find_checkpoint(LocalStorage(), os.path.abspath(options.path))
+    source = find_source("convert", options.path)
     # Needs torch; only now, when there is something to convert.
     from zero_ckpt.interop.convert import convert_checkpoint
     from zero_ckpt.interop.universal import convert_to_universal
 
     convert = convert_to_universal if options.to == "universal" else convert_checkpoint
-    try:
+    with for_people("convert"):
         folder = convert(
-            found.folder, options.output, name=options.tag, weights_only=not options.allow_pickle
+            source, options.output, name=options.tag, weights_only=not options.allow_pickle
         )
-    except UnsafeObjectError as error:
-        text = str(error).replace("weights_only=False", "--allow-pickle")
-        raise UnsafeObjectError(text) from error
     files = [path for path in Path(folder).rglob("*") if path.is_file()]
     nbytes = sum(path.stat().st_size for path in files)
     if options.json:
-        print(json_text({"source": found.folder, "path": folder, "nbytes": nbytes}))
+        print(json_text({"source": source, "path": folder, "nbytes": nbytes}))
         return 0
     seconds = time.monotonic() - begin
     print(f"{printable(folder)}  {size_text(nbytes)}")
-    print(f"\nfrom {printable(found.folder)}, in {seconds:.1f} s")
+    print(f"\nfrom {printable(source)}, in {seconds:.1f} s")
     return 0

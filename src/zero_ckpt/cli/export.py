@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
+from zero_ckpt.cli.notices import find_source, for_people
 from zero_ckpt.cli.progress import Progress
 from zero_ckpt.cli.text import json_text, printable, size_text, table
-from zero_ckpt.core.storage import LocalStorage
-from zero_ckpt.core.tags import fallback_notice, find_checkpoint
-from zero_ckpt.errors import UnsafeObjectError
 
 SUMMARY = "collapse a checkpoint into full fp32 weights"
 DESCRIPTION = """\
@@ -40,7 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="such as 5GB: more becomes several files and an index",
     )
     parser.add_argument(
-        "--exclude-frozen-parameters",
+        "--exclude-frozen",
         action="store_true",
         help="leave out what was not trained",
     )
@@ -62,19 +56,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     begin = time.monotonic()
-    found = find_checkpoint(LocalStorage(), os.path.abspath(options.path))
-    if found.problems:
-        _note(fallback_notice(found.problems, found.folder))
+    source = find_source("export", options.path)
     # The one command that needs torch; only now, when there is something to export.
     from zero_ckpt.fp32 import export_fp32
 
-    with _for_people(), Progress("exporting") as progress:
+    with for_people("export"), Progress("exporting") as progress:
         paths = export_fp32(
-            found.folder,
+            source,
             options.output,
             format=options.format,
             max_shard_size=options.max_shard_size,
-            exclude_frozen_parameters=options.exclude_frozen_parameters,
+            exclude_frozen_parameters=options.exclude_frozen,
             strip_prefix=options.strip_prefix,
             dtype=options.dtype,
             weights_only=not options.allow_pickle,
@@ -83,29 +75,10 @@ def run(options: argparse.Namespace) -> int:
     sizes = {path: os.path.getsize(path) for path in paths}
     if options.json:
         files = [{"path": path, "nbytes": nbytes} for path, nbytes in sizes.items()]
-        print(json_text({"checkpoint": found.folder, "files": files}))
+        print(json_text({"checkpoint": source, "files": files}))
         return 0
     rows = [[printable(path), size_text(nbytes)] for path, nbytes in sizes.items()]
     print("\n".join(table(("FILE", "SIZE"), rows, right="SIZE")))
     seconds = time.monotonic() - begin
-    print(f"\nfrom {printable(found.folder)}, in {seconds:.1f} s")
+    print(f"\nfrom {printable(source)}, in {seconds:.1f} s")
     return 0
-
-
-@contextmanager
-def _for_people() -> Iterator[None]:
-    """Warnings as single lines, without the place in the source; errors in the words of this command."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        try:
-            yield
-        except UnsafeObjectError as error:
-            text = str(error).replace("weights_only=False", "--allow-pickle")
-            raise UnsafeObjectError(text) from error
-        finally:
-            for warning in caught:
-                _note(str(warning.message))
-
-
-def _note(text: str) -> None:
-    print(f"zero-ckpt export: {printable(text)}", file=sys.stderr)

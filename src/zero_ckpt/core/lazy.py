@@ -1,15 +1,17 @@
-"""Stand-ins for stored tensors: shape and dtype at once, bytes read and verified on first use.
+"""Stand-ins for stored tensors: shape and dtype at once, bytes read and verified when they are used.
 
 A `LazyTensor` is a `torch.Tensor` for whoever only asks what it is. Any operation on it (`.contiguous()`, indexing,
 arithmetic, `copy_` from it) first reads the stored values; indexing with integers and slices reads only the bytes
 that the result needs. One that meets a DTensor of its shape becomes a DTensor that is sharded alike, of which each rank
 reads its own part. Pickling or deep-copying one gives the values.
+
+Values stay in memory only where somebody could tell: when an operation changed them, or its result shares their
+memory. So a model that is loaded from a dict of lazy tensors takes the memory of one tensor beside its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -90,7 +92,7 @@ class LazyTensor(torch.Tensor):
         return self._value is not None
 
     def materialize(self) -> torch.Tensor:
-        """The values, as a plain tensor; read once. Raises `CorruptShardError` for damaged bytes."""
+        """The values, as a plain tensor, which stay here. Raises `CorruptShardError` for damaged bytes."""
         if self._value is None:
             self._value = self._read(full_box(tuple(self.shape)))
         return self._value
@@ -128,8 +130,14 @@ class LazyTensor(torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         like = next((leaf for leaf in tree_leaves(args) if isinstance(leaf, DTensor)), None)
-        args, kwargs = tree_map(partial(_value_of, like=like), (args, kwargs or {}))
-        return func(*args, **kwargs)
+        use = _Use(like)
+        args, kwargs = tree_map(use.value_of, (args, kwargs or {}))
+        result = func(*args, **kwargs)
+        if (
+            func is not torch.Tensor.contiguous
+        ):  # a tensor of its own, as DeepSpeed's stand-ins give
+            use.keep(result)
+        return result
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -139,10 +147,56 @@ class LazyTensor(torch.Tensor):
         return func(*args, **kwargs)
 
 
-def _value_of(value: Any, like: DTensor | None = None) -> Any:
-    if not isinstance(value, LazyTensor):
-        return value
-    return value.materialize() if like is None or like.shape != value.shape else _part(value, like)
+class _Use:
+    """The values that one operation reads. `like`: a DTensor that it reads, too."""
+
+    def __init__(self, like: DTensor | None) -> None:
+        self._like = like
+        self._read: dict[int, tuple[LazyTensor, torch.Tensor, int | None]] = {}
+
+    def value_of(self, given: Any) -> Any:
+        if not isinstance(given, LazyTensor):
+            return given
+        if self._like is not None and self._like.shape == given.shape:
+            return _part(given, self._like)
+        if given._value is not None:
+            return given._value
+        if id(given) not in self._read:
+            value = given._read(full_box(tuple(given.shape)))
+            self._read[id(given)] = given, value, _version(value)
+        return self._read[id(given)][1]
+
+    def keep(self, result: Any) -> None:
+        """Those that the operation changed, or whose memory `result` has, as far as that can be told."""
+        leaves = tree_leaves(result)
+        unknown = not all(isinstance(leaf, _PLAIN) or _has_own_memory(leaf) for leaf in leaves)
+        shared = {
+            _memory(leaf) for leaf in leaves if not unknown and isinstance(leaf, torch.Tensor)
+        }
+        for lazy, value, version in self._read.values():
+            changed = version is None or _version(value) != version
+            if unknown or changed or _memory(value) in shared:
+                lazy._value = value
+
+
+_PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
+
+
+def _has_own_memory(leaf: Any) -> bool:
+    return type(leaf) in (torch.Tensor, torch.nn.Parameter) and leaf.layout is torch.strided
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    """A number that every change in place raises; None where torch does not count them."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _value_of(value: Any) -> Any:
+    return value.materialize() if isinstance(value, LazyTensor) else value
 
 
 def _part(value: LazyTensor, like: DTensor) -> DTensor:

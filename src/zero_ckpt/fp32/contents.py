@@ -66,9 +66,9 @@ class Contents:
         self.names = options.output.names(len(self._groups))
 
     @property
-    def divisible(self) -> bool:
-        """Whether several ranks may write parts of one file. Checksums make an archive one rank's work."""
-        return self._format == "safetensors"
+    def has_checksums(self) -> bool:
+        """Whether a file holds sums of all its bytes, as an archive does."""
+        return self._format != "safetensors"
 
     @property
     def num_sources(self) -> int:

@@ -11,40 +11,22 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 import uuid
 import warnings
-from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from typing import Any
 
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.control import DEFAULT_TIMEOUT, ControlPlane, LocalControl
-from zero_ckpt.core.shard_file import BLOCK
-from zero_ckpt.core.staging import StagingPool
 from zero_ckpt.core.storage import LocalStorage
 from zero_ckpt.core.tags import fallback_notice, find_checkpoint
 from zero_ckpt.errors import DisagreementError, SaveError, ZeroCkptError, by_name
-from zero_ckpt.fp32.assembly import Assembler, BlockCache
 from zero_ckpt.fp32.contents import Contents, Options
-from zero_ckpt.fp32.layout import divide
+from zero_ckpt.fp32.lanes import Progress, ShareWriter, lanes_of, shared_files
 from zero_ckpt.fp32.publishing import Output, output_of
-from zero_ckpt.fp32.writing import WINDOW, write_range
 
 __all__ = ["export_fp32"]
-
-Progress = Callable[[int, int], None]
-
-Part = tuple[int, int, int]
-"""(file, begin, end) of bytes to write."""
-
-LANES = 2
-"""Parts that one process writes at a time when it works alone: while one waits for the disk the other assembles."""
-
-WORTHWHILE_BLOCKS = 4
-"""Blocks for each shard file that a lane must have to write, to be worth that it reads from all of those."""
 
 
 def export_fp32(
@@ -165,7 +147,7 @@ class _Export:
         nonce = uuid.uuid4().hex[:8]
         try:
             self._output.clear_partials()
-            for file in self._shared_files(contents):
+            for file in shared_files(lanes_of(contents, self._control.world_size)):
                 nbytes = contents.layout(file).nbytes
                 path = self._output.partial(contents.names[file], nonce)
                 self._storage.create(path, nbytes).finish(nbytes)
@@ -176,63 +158,17 @@ class _Export:
         notices = [fallback_notice(found.problems, found.folder)] if found.problems else []
         return {"folder": found.folder, "nonce": nonce, "notices": notices + contents.notices()}
 
-    def _lanes(self, contents: Contents) -> list[list[list[Part]]]:
-        """The parts of divisible files that each lane of each rank writes."""
-        world_size = self._control.world_size
-        lanes = LANES if world_size == 1 else 1
-        sizes = [contents.layout(file).nbytes for file in range(len(contents.names))]
-        least = WORTHWHILE_BLOCKS * BLOCK * contents.num_sources
-        workers = min(world_size * lanes, max(1, sum(sizes) // max(1, least)))
-        parts = [*divide(sizes, workers, WINDOW), *([] for _ in range(workers, world_size * lanes))]
-        return [parts[rank * lanes : (rank + 1) * lanes] for rank in range(world_size)]
-
-    def _own_lanes(self, contents: Contents) -> list[list[Part]]:
-        """What this rank writes."""
-        rank, world_size = self._control.rank, self._control.world_size
-        if contents.divisible:
-            return self._lanes(contents)[rank]
-        mine = range(rank, len(contents.names), world_size)
-        return [[(file, 0, contents.layout(file).nbytes) for file in mine]]
-
-    def _shared_files(self, contents: Contents) -> list[int]:
-        """Files that more than one lane writes parts of."""
-        if not contents.divisible:
-            return []
-        parts = [part for lanes in self._lanes(contents) for lane in lanes for part in lane]
-        writers = Counter(file for file, _, _ in parts)
-        return [file for file, count in writers.items() if count > 1]
-
     def _write(self, contents: Contents, nonce: str) -> None:
-        lanes = self._own_lanes(contents)
-        meter = _Meter(sum(e - b for lane in lanes for _, b, e in lane), self._advance)
-        with ThreadPoolExecutor(len(lanes), thread_name_prefix="zero_ckpt-export") as pool:
-            running = [
-                pool.submit(self._write_lane, contents, lane, nonce, meter) for lane in lanes
-            ]
-            try:
-                for lane in as_completed(running):
-                    lane.result()
-            finally:
-                meter.stop()
+        def path_of(file: int) -> str:
+            return self._output.partial(contents.names[file], nonce)
+
+        lanes = lanes_of(contents, self._control.world_size)
+        writer = ShareWriter(self._storage, contents, path_of, self._advance)
+        writer.write(lanes, self._control.rank)
 
     def _advance(self, done: int, total: int) -> None:
         self._control.beat()
         self._progress(done, total)
-
-    def _write_lane(self, contents: Contents, lane: list[Part], nonce: str, meter: _Meter) -> None:
-        shared = self._shared_files(contents)
-        cache, pool = BlockCache(contents.num_sources), StagingPool()
-        for file, begin, end in lane:
-            layout = contents.layout(file)
-            path = self._output.partial(contents.names[file], nonce)
-            writer = self._storage.create(path, layout.nbytes, shared=file in shared)
-            try:
-                assembler = Assembler(contents.checkpoint.shards, cache, layout)
-                write_range(writer, layout, assembler, begin, end, pool, meter.add)
-                writer.finish(layout.nbytes)
-            except BaseException:
-                writer.abort()
-                raise
 
     def _finish(self, problems: list[Any], nonce: str) -> dict[str, Any]:
         """Rank 0: put the files in place, or raise the first rank's problem."""
@@ -250,24 +186,6 @@ class _Export:
                 f"export to {self._output.path}: putting the finished files in place: {error}. Check which result is "
                 "there, or export again; the checkpoint is intact."
             ) from error
-
-
-class _Meter:
-    """Counts what all lanes of this rank have written, and stops them all."""
-
-    def __init__(self, total: int, advance: Progress) -> None:
-        self._total, self._advance, self._done = total, advance, 0
-        self._lock, self._stopped = threading.Lock(), False
-
-    def add(self, nbytes: int) -> bool:
-        """Whether to go on."""
-        with self._lock:
-            self._done += nbytes
-            self._advance(self._done, self._total)
-            return not self._stopped
-
-    def stop(self) -> None:
-        self._stopped = True
 
 
 def _problem(error: Exception, output: Output) -> list[str]:

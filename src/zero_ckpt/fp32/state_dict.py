@@ -43,7 +43,8 @@ def get_fp32_state_dict_from_zero_checkpoint(
 
     `checkpoint_dir`: a checkpoint directory or a tag's folder. `tag` None: what `latest` names, or, when that is
     damaged, the newest checkpoint that is whole, with a warning. `lazy_mode`: tensors know their shape and dtype, take
-    no memory, and are read on first use (an index of integers and slices reads only its bytes); the files must stay.
+    no memory, and are read when they are used (an index of integers and slices reads only its bytes); `.contiguous()`
+    gives a tensor of its own each time. The files must stay.
     `weights_only=False` allows pickled extra state, whose opening can run code.
 
     Raises `CheckpointNotFoundError`, `CorruptCheckpointError`, `FormatVersionError` or `UnsafeObjectError`.
@@ -93,12 +94,17 @@ def _lazy(checkpoint: Checkpoint, chosen: Sequence[OutTensor]) -> list[torch.Ten
 def _lazy_tensor(checkpoint: Checkpoint, tensor: OutTensor) -> LazyTensor:
     dtype = TORCH_DTYPES[tensor.dtype]
 
+    def fill(box: Box, target: torch.Tensor) -> None:
+        checkpoint.read([Request(tensor.role, tensor.key, tensor.placed, box, target)])
+
     def read(box: Box) -> torch.Tensor:
         target = torch.empty(box.shape, dtype=dtype)
-        checkpoint.read([Request(tensor.role, tensor.key, tensor.placed, box, target)])
+        fill(box, target)
         return target
 
-    return LazyTensor(tensor.role, tensor.key, tensor.shape, dtype, read)
+    lazy = LazyTensor(tensor.role, tensor.key, tensor.shape, dtype, read)
+    lazy.fill = fill
+    return lazy
 
 
 def extra_state(checkpoint: Checkpoint, weights_only: bool) -> dict[str, Any]:

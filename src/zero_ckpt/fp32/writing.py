@@ -5,13 +5,12 @@ Extra memory is that of a few windows, used again and again, and of the block ca
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 
 from zero_ckpt.core.staging import StagingPool, WriteThreads
 from zero_ckpt.core.storage import FileWriter
 from zero_ckpt.fp32.assembly import Assembler
-from zero_ckpt.fp32.layout import FileLayout
+from zero_ckpt.fp32.checksums import Checksums
 
 __all__ = ["WINDOW", "write_range"]
 
@@ -21,20 +20,21 @@ WINDOW = 4 << 20
 
 def write_range(
     writer: FileWriter,
-    layout: FileLayout,
     assembler: Assembler,
+    checksums: Checksums,
     begin: int,
     end: int,
     pool: StagingPool,
     written: Callable[[int], bool],
-) -> None:
-    """Write bytes `begin .. end`; `begin` is a multiple of `WINDOW`, and 0 for a layout with checksums.
+) -> list[int]:
+    """Write bytes `begin .. end`; `begin` is a multiple of `WINDOW`.
 
-    `written(nbytes)` is called after each window and says whether to go on. Raises what reading or writing raised; the
-    writer stays open.
+    Returns where windows begin that are not written yet: a checksum stands in them that is only known when another
+    range, which lies before this one, has passed by. `written(nbytes)` is called after each window and says whether to
+    go on. Raises what reading or writing raised; the writer stays open.
     """
-    checksums = _Checksums(layout)
     threads = WriteThreads(writer, pool, lambda: None)
+    waiting: list[int] = []
     try:
         for start in range(begin, end, WINDOW):
             if threads.error is not None:
@@ -44,44 +44,17 @@ def write_range(
             try:
                 assembler.fill(buffer, start, stop)
                 checksums.update(buffer, start, stop)
+                complete = checksums.put(buffer, start, stop)
             except BaseException:
                 pool.give(buffer)
                 raise
+            if not complete:
+                pool.give(buffer)
+                waiting.append(start)
+                continue
             threads.put(start, buffer, stop - start)
             if not written(stop - start):
                 break
     finally:
         threads.join()
-
-
-class _Checksums:
-    """CRC-32 of slots, summed up while their bytes pass by, and put where the layout wants them."""
-
-    def __init__(self, layout: FileLayout) -> None:
-        self._slots = layout.slots
-        self._places = layout.checksums
-        self._crc = [0] * len(self._slots) if self._places else []
-        self._next_slot = self._next_place = 0
-
-    def update(self, buffer: memoryview, begin: int, end: int) -> None:
-        """Take in bytes `begin .. end` of the file, the next ones, and complete them."""
-        if not self._places:
-            return
-        while self._next_slot < len(self._slots):
-            slot = self._slots[self._next_slot]
-            start, stop = max(begin, slot.begin), min(end, slot.end)
-            if start < stop:
-                data = buffer[start - begin : stop - begin]
-                self._crc[self._next_slot] = zlib.crc32(data, self._crc[self._next_slot])
-            if slot.end > end:
-                break
-            self._next_slot += 1
-        while self._next_place < len(self._places):
-            place = self._places[self._next_place]
-            start, stop = max(begin, place.begin), min(end, place.begin + 4)
-            if start < stop:
-                crc = self._crc[place.slot].to_bytes(4, "little")
-                buffer[start - begin : stop - begin] = crc[start - place.begin : stop - place.begin]
-            if place.begin + 4 > end:
-                break
-            self._next_place += 1
+    return waiting

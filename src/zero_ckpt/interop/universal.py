@@ -3,10 +3,12 @@
     <directory>/<tag>_universal/zero/<parameter>/{fp32,exp_avg,exp_avg_sq,step}.pt     whole tensors
     <directory>/<tag>_universal/zero/optimizer_state.pt                                  groups and their options
     <directory>/<tag>_universal/mp_rank_00_model_states.pt                               buffers, frozen, client state
+    <directory>/<tag>_universal/zero_pp_rank_0_mp_rank_00_model_states.pt                the same, as stage 3 calls it
     <directory>/latest_universal                                                         the tag, written last
 
-The layout is that of DeepSpeed 0.19's `ds_to_universal` after ZeRO stage 1 and 2. Tensors are streamed, one file after
-the other; the tag's folder appears when it is whole.
+The layout is that of DeepSpeed 0.19's `ds_to_universal` after ZeRO stage 1 and 2, with what its loader at stage 3 wants
+to find as well; DeepSpeed's own converter writes for the one or the other. Tensors are streamed, one file after the
+other; the tag's folder appears when it is whole.
 """
 
 from __future__ import annotations
@@ -25,10 +27,14 @@ from zero_ckpt.core.state import by_parameter, split_state_name
 from zero_ckpt.core.storage import LocalStorage
 from zero_ckpt.errors import ConfigurationError, StateMismatchError
 from zero_ckpt.fp32.assembly import Assembler, BlockCache
+from zero_ckpt.fp32.checksums import Checksums
 from zero_ckpt.fp32.torch_file import layout_torch_file
 from zero_ckpt.fp32.writing import write_range
 
 __all__ = ["convert_to_universal"]
+
+MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt")
+"""Names of the model file: of stage 0 to 2, and of stage 3."""
 
 _VERSION = "0.19.8"
 """The DeepSpeed whose layout this is."""
@@ -80,10 +86,10 @@ class _Writer:
         found = by_parameter(self._checkpoint.keys("optim"), self._prefix(), set(names))
         for name in names:
             self._parameter(name, found.get(name, {}))
-        options = [{**g["options"], "params": [i]} for i, g in enumerate(groups)]
-        state = {"param_groups": options, "ds_version": _VERSION, "dynamic_loss_scale": False}
-        self._file("zero/optimizer_state.pt", {**state, "overflow": False})
-        self._file("mp_rank_00_model_states.pt", self._model([g["params"] for g in groups]))
+        self._file("zero/optimizer_state.pt", self._optimizer(groups, found))
+        model = self._model([g["params"] for g in groups])
+        for file in MODEL_FILES:
+            self._file(file, model)
 
     def _groups(self) -> list[dict[str, Any]]:
         records = self._objects.get("optimizers", {})
@@ -118,6 +124,21 @@ class _Writer:
             value = checkpoint.lazy("optim", stored)
             tree = {"cat_dim": 0, "param": value} if value.shape else value
             self._file(f"zero/{name}/{state}.pt", tree)
+
+    def _optimizer(
+        self, groups: list[dict[str, Any]], states: Mapping[str, Mapping[str, str]]
+    ) -> dict[str, Any]:
+        """Stage 3 takes groups and step from `optimizer_state_dict`, and one step for all parameters."""
+        options = [{**g["options"], "params": [i]} for i, g in enumerate(groups)]
+        steps = [stored["step"] for stored in states.values() if "step" in stored]
+        first = {"step": self._checkpoint.lazy("optim", steps[0])} if steps else {}
+        return {
+            "param_groups": options,
+            "optimizer_state_dict": {"state": {0: first}, "param_groups": options},
+            "ds_version": _VERSION,
+            "dynamic_loss_scale": False,
+            "overflow": False,
+        }
 
     def _model(self, groups: list[list[str]]) -> dict[str, Any]:
         checkpoint, manifest = self._checkpoint, self._checkpoint.manifest
@@ -162,7 +183,8 @@ class _Writer:
         writer = self._storage.create(f"{self._folder}/{name}", layout.nbytes)
         try:
             assembler = Assembler(self._checkpoint.shards, self._cache, layout)
-            write_range(writer, layout, assembler, 0, layout.nbytes, self._pool, lambda _: True)
+            sums = Checksums(layout)
+            write_range(writer, assembler, sums, 0, layout.nbytes, self._pool, lambda _: True)
             writer.finish(layout.nbytes)
         except BaseException:
             writer.abort()

@@ -45,6 +45,7 @@ class Fp32ExportMixin(Host):
     format: "safetensors", "bin" (`pytorch_model.bin`), or "ckpt" (for `load_from_checkpoint`).
     max_shard_size: bytes, or a text like "5GB"; more than that becomes several files and an index.
     strip_prefix: names of parameters that start with it lose it.
+    dtype: "fp32", "bf16", "fp16" or "keep", of floating parameters.
     exclude_frozen_parameters: leave out what has `requires_grad=False`.
     weights_only: False lets "ckpt" take over hyper-parameters that had to be pickled.
     """
@@ -58,6 +59,7 @@ class Fp32ExportMixin(Host):
         format: str = "safetensors",
         max_shard_size: int | str | None = None,
         strip_prefix: str | None = None,
+        dtype: str = "fp32",
         exclude_frozen_parameters: bool = False,
         weights_only: bool = True,
     ) -> None:
@@ -67,6 +69,7 @@ class Fp32ExportMixin(Host):
             "format": format,
             "max_shard_size": max_shard_size,
             "strip_prefix": strip_prefix,
+            "dtype": dtype,
             "exclude_frozen_parameters": exclude_frozen_parameters,
             "weights_only": weights_only,
         }

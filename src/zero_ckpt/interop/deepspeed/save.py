@@ -104,6 +104,8 @@ class Save:
     def _choose_stage(self) -> bool:
         """Whether this is a save of stage 3, whose model files are every rank's own."""
         names = self.names
+        if names.is_universal and names.models:
+            return False  # with names for stage 3 beside, it is one save for either
         if not names.models or not names.zero_models:
             if not names.models and not names.zero_models:
                 raise CorruptCheckpointError(

@@ -1,0 +1,46 @@
+"""What `export` and `convert` say on the error stream: single lines, in the words of the command line."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from zero_ckpt.cli.text import printable
+from zero_ckpt.core.storage import LocalStorage
+from zero_ckpt.core.tags import fallback_notice, find_checkpoint
+from zero_ckpt.errors import UnsafeObjectError
+
+__all__ = ["find_source", "for_people"]
+
+
+def find_source(command: str, path: str) -> str:
+    """The folder of the checkpoint that `path` means, with a notice when that is not the one that `latest` names.
+
+    Raises what `find_checkpoint` raises.
+    """
+    found = find_checkpoint(LocalStorage(), os.path.abspath(path))
+    if found.problems:
+        _note(command, fallback_notice(found.problems, found.folder))
+    return found.folder
+
+
+@contextmanager
+def for_people(command: str) -> Iterator[None]:
+    """Warnings without the place in the source; errors that name the command's option, not Python's argument."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        try:
+            yield
+        except UnsafeObjectError as error:
+            text = str(error).replace("weights_only=False", "--allow-pickle")
+            raise UnsafeObjectError(text) from error
+        finally:
+            for warning in caught:
+                _note(command, str(warning.message))
+
+
+def _note(command: str, text: str) -> None:
+    print(f"zero-ckpt {command}: {printable(text)}", file=sys.stderr)

@@ -1,0 +1,123 @@
+"""Who writes which bytes of an export, and the writing of one rank's share.
+
+A lane is what one thread writes: parts of files, front to back. One process has two lanes, since while one waits for
+the disk the other assembles; of several ranks each has one. A file that several lanes write parts of exists before.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+from zero_ckpt.core.shard_file import BLOCK
+from zero_ckpt.core.staging import StagingPool
+from zero_ckpt.core.storage import Storage
+from zero_ckpt.fp32.assembly import Assembler, BlockCache
+from zero_ckpt.fp32.checksums import Checksums
+from zero_ckpt.fp32.contents import Contents
+from zero_ckpt.fp32.layout import divide
+from zero_ckpt.fp32.writing import WINDOW, write_range
+
+__all__ = ["Lane", "Progress", "ShareWriter", "lanes_of", "shared_files"]
+
+Progress = Callable[[int, int], None]
+
+Part = tuple[int, int, int]
+"""(file, begin, end) of bytes to write."""
+
+Lane = list[Part]
+
+LANES = 2
+"""Of a process that works alone."""
+
+WORTHWHILE_BLOCKS = 4
+"""Blocks for each shard file that a lane must have to write, to be worth that it reads from all of those."""
+
+
+def lanes_of(contents: Contents, world_size: int) -> list[list[Lane]]:
+    """The lanes of each rank. Ranks do not know each other's checksums: they divide such files, not their bytes."""
+    sizes = [contents.layout(file).nbytes for file in range(len(contents.names))]
+    if contents.has_checksums and world_size > 1:
+        files = range(len(sizes))
+        return [[[(f, 0, sizes[f]) for f in files[r::world_size]]] for r in range(world_size)]
+    count = LANES if world_size == 1 else 1
+    least = WORTHWHILE_BLOCKS * BLOCK * contents.num_sources
+    workers = min(world_size * count, max(1, sum(sizes) // max(1, least)))
+    parts = [*divide(sizes, workers, WINDOW), *([] for _ in range(workers, world_size * count))]
+    return [parts[rank * count : (rank + 1) * count] for rank in range(world_size)]
+
+
+def shared_files(lanes: list[list[Lane]]) -> list[int]:
+    """Files that more than one lane writes parts of."""
+    writers = Counter(file for own in lanes for lane in own for file, _, _ in lane)
+    return [file for file, count in writers.items() if count > 1]
+
+
+class ShareWriter:
+    """Writes one rank's lanes. `path_of(file)`: where a file is written to.
+
+    `advance(done, total)`: bytes of this share, after each window, on any thread, one at a time.
+    """
+
+    def __init__(
+        self, storage: Storage, contents: Contents, path_of: Callable[[int], str], advance: Progress
+    ) -> None:
+        self._storage, self._contents, self._path_of = storage, contents, path_of
+        self._advance = advance
+        self._checksums: dict[int, Checksums] = {}
+
+    def write(self, lanes: list[list[Lane]], rank: int) -> None:
+        """Raises what reading or writing raised."""
+        own, shared = lanes[rank], shared_files(lanes)
+        self._checksums = {
+            f: Checksums(self._contents.layout(f)) for lane in own for f, _, _ in lane
+        }
+        meter = _Meter(sum(end - begin for lane in own for _, begin, end in lane), self._advance)
+        waiting: Lane = []
+        with ThreadPoolExecutor(len(own), thread_name_prefix="zero_ckpt-export") as pool:
+            running = [pool.submit(self._write_lane, lane, shared, meter) for lane in own]
+            try:
+                for done in as_completed(running):
+                    waiting += done.result()
+            except BaseException:
+                meter.stop()
+                raise
+        self._write_lane(sorted(waiting), shared, meter)
+
+    def _write_lane(self, lane: Lane, shared: list[int], meter: _Meter) -> Lane:
+        """Returns what has to wait for checksums of other lanes."""
+        cache, pool = BlockCache(self._contents.num_sources), StagingPool()
+        waiting: Lane = []
+        for file, begin, end in lane:
+            layout = self._contents.layout(file)
+            writer = self._storage.create(self._path_of(file), layout.nbytes, shared=file in shared)
+            try:
+                assembler = Assembler(self._contents.checkpoint.shards, cache, layout)
+                sums = self._checksums[file]
+                left = write_range(writer, assembler, sums, begin, end, pool, meter.add)
+                writer.finish(layout.nbytes)
+            except BaseException:
+                writer.abort()
+                raise
+            waiting += [(file, start, min(start + WINDOW, end)) for start in left]
+        return waiting
+
+
+class _Meter:
+    """Counts what all lanes of this rank have written, and stops them all."""
+
+    def __init__(self, total: int, advance: Progress) -> None:
+        self._total, self._advance, self._done = total, advance, 0
+        self._lock, self._stopped = threading.Lock(), False
+
+    def add(self, nbytes: int) -> bool:
+        """Whether to go on."""
+        with self._lock:
+            self._done += nbytes
+            self._advance(self._done, self._total)
+            return not self._stopped
+
+    def stop(self) -> None:
+        self._stopped = True
