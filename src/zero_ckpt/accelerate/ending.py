@@ -16,7 +16,6 @@ from zero_ckpt.accelerate.saving import SaveMixin
 from zero_ckpt.core.control import ControlPlane, LocalControl
 from zero_ckpt.core.handle import SaveHandle
 from zero_ckpt.core.state import Snapshot, capture_models
-from zero_ckpt.core.storage import LocalStorage
 from zero_ckpt.core.tags import read_manifest, remove_tag
 from zero_ckpt.errors import RankTimeoutError, ZeroCkptError
 from zero_ckpt.fp32 import export_fp32
@@ -111,7 +110,7 @@ class EndMixin(SaveMixin):
                 remove_tag(self.zero_engine.storage, folder, handle.tag)
 
     def _zero_collapse(self, directory: str, tag: str, path: str, control: ControlPlane) -> None:
-        if not read_manifest(LocalStorage(), f"{directory}/{tag}").tensors["model"]:
+        if not read_manifest(self.zero_engine.storage, f"{directory}/{tag}").tensors["model"]:
             return  # hooks keep the weights
         options: dict[str, Any] = {
             "format": self._zero_options.export_format,

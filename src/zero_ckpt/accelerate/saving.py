@@ -12,6 +12,7 @@ from zero_ckpt.accelerate.content import make_snapshot
 from zero_ckpt.accelerate.hooks import Edits, Offered, run_save_hooks
 from zero_ckpt.accelerate.meeting import together
 from zero_ckpt.accelerate.naming import directory_for_save, retire
+from zero_ckpt.core.places import expanded, is_url
 from zero_ckpt.core.state import Snapshot
 from zero_ckpt.errors import ConfigurationError
 
@@ -29,12 +30,13 @@ class SaveMixin(ZeroBase):
         client_state: Any = None,
         tag: str | int | None = None,
         **save_model_func_kwargs: Any,
-    ) -> Path:
+    ) -> Path | str:
         """Collective: save everything as `<output_dir>/<tag>/`, committed and durable on return. Returns `output_dir`.
 
         With `async_save` the commit follows beside the training; `wait_for_saves` waits for it.
 
-        `output_dir`: the checkpoint directory; chosen by Accelerate's rules when `automatic_checkpoint_naming` is on.
+        `output_dir`: the checkpoint directory, or the URL of one in an object store; chosen by Accelerate's rules when
+        `automatic_checkpoint_naming` is on.
         `tag` None: `global_step{N}`, N being the optimizer steps made. `client_state`: any nested Python state; rank
         0's is stored and given back by `load_state`. `safe_serialization` changes nothing: all files are safetensors.
         Of `save_model_func_kwargs`, `save_latest=False` does not move `latest`, and `exclude_frozen_parameters=True`
@@ -74,7 +76,7 @@ class SaveMixin(ZeroBase):
             self._zero_runtime.ended = False
             self._zero_retire(directory)
             self.project_configuration.iteration += 1
-        return Path(directory)
+        return directory if is_url(directory) else Path(directory)
 
     def _zero_save_directory(self, output_dir: Any) -> str:
         """Where to; under automatic naming, what rank 0 finds."""
@@ -84,7 +86,7 @@ class SaveMixin(ZeroBase):
                     "save_state() needs an output_dir, or an Accelerator whose ProjectConfiguration has "
                     "automatic_checkpoint_naming=True: expected str, bytes or os.PathLike object, not NoneType"
                 )
-            return str(os.path.expanduser(os.fspath(output_dir)))
+            return expanded(output_dir)
         directory: str = together(
             self.zero_control,
             "save: folder",
@@ -102,7 +104,8 @@ class SaveMixin(ZeroBase):
         offered: list[Offered] = []
 
         def run() -> Any:
-            os.makedirs(directory, exist_ok=True)
+            if not is_url(directory):
+                os.makedirs(directory, exist_ok=True)
             offered.append(run_save_hooks(self, directory))
             return offered[0].edits.as_record()
 

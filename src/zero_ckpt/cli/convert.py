@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
-from pathlib import Path
 
 from zero_ckpt.cli.text import json_text, printable, size_text
-from zero_ckpt.core.storage import LocalStorage
+from zero_ckpt.core.places import AnyStorage, absolute
+from zero_ckpt.core.storage import Storage
 from zero_ckpt.core.tags import find_checkpoint
 from zero_ckpt.errors import UnsafeObjectError
 
@@ -42,7 +41,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     begin = time.monotonic()
-    found = find_checkpoint(LocalStorage(), os.path.abspath(options.path))
+    found = find_checkpoint(AnyStorage(), absolute(options.path))
     # Needs torch; only now, when there is something to convert.
     from zero_ckpt.interop.convert import convert_checkpoint
     from zero_ckpt.interop.universal import convert_to_universal
@@ -55,8 +54,7 @@ def run(options: argparse.Namespace) -> int:
     except UnsafeObjectError as error:
         text = str(error).replace("weights_only=False", "--allow-pickle")
         raise UnsafeObjectError(text) from error
-    files = [path for path in Path(folder).rglob("*") if path.is_file()]
-    nbytes = sum(path.stat().st_size for path in files)
+    nbytes = _nbytes(AnyStorage(), folder)
     if options.json:
         print(json_text({"source": found.folder, "path": folder, "nbytes": nbytes}))
         return 0
@@ -64,3 +62,9 @@ def run(options: argparse.Namespace) -> int:
     print(f"{printable(folder)}  {size_text(nbytes)}")
     print(f"\nfrom {printable(found.folder)}, in {seconds:.1f} s")
     return 0
+
+
+def _nbytes(storage: Storage, folder: str) -> int:
+    """Of all files in a folder and below."""
+    entries = storage.list(folder)
+    return sum(_nbytes(storage, f"{folder}/{e.name}") if e.is_dir else e.nbytes for e in entries)

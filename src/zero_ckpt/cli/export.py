@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from zero_ckpt.cli.progress import Progress
 from zero_ckpt.cli.text import json_text, printable, size_text, table
-from zero_ckpt.core.storage import LocalStorage
+from zero_ckpt.core.places import AnyStorage, absolute
 from zero_ckpt.core.tags import fallback_notice, find_checkpoint
 from zero_ckpt.errors import UnsafeObjectError
 
@@ -62,7 +62,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     begin = time.monotonic()
-    found = find_checkpoint(LocalStorage(), os.path.abspath(options.path))
+    found = find_checkpoint(AnyStorage(), absolute(options.path))
     if found.problems:
         _note(fallback_notice(found.problems, found.folder))
     # The one command that needs torch; only now, when there is something to export.

@@ -22,6 +22,7 @@ from typing import Any, Generic, TypeVar
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.collector import collector_paused
 from zero_ckpt.core.control import DEFAULT_TIMEOUT, TORN, ControlPlane
+from zero_ckpt.core.places import absolute
 from zero_ckpt.core.reader import Sharing
 from zero_ckpt.core.restoring import Restoration
 from zero_ckpt.core.storage import Storage
@@ -70,7 +71,7 @@ def load_together(
     `UnsafeObjectError`, `DisagreementError` or `RankTimeoutError`.
     """
     timeout = DEFAULT_TIMEOUT if timeout is None else timeout
-    session = _Session(storage, control, os.path.abspath(os.fspath(path)), tag, timeout)
+    session = _Session(storage, control, absolute(path), tag, timeout)
     while True:
         folder, notice = session.choose()
         found = session.attempt(folder, prepare, verify_first)

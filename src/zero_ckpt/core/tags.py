@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from zero_ckpt.core.foreign import ForeignManifest, format_of
 from zero_ckpt.core.manifest import MANIFEST_NAME, Manifest
+from zero_ckpt.core.places import resolved
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.errors import (
     CheckpointNotFoundError,
@@ -231,7 +232,7 @@ def locate(storage: Storage, path: str, tag: str | None) -> tuple[str, str | Non
     """(checkpoint directory, tag) for what a user gave: a directory, or a tag folder itself. Tag None: implied."""
     path = path.rstrip("/") or "/"
     if tag is None and is_tag_folder(storage, path):
-        real = os.path.realpath(path)
+        real = resolved(path)
         return os.path.dirname(real), os.path.basename(real)
     return path, None if tag is None else _checked_tag(storage, path, tag)
 
