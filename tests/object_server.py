@@ -1,12 +1,13 @@
 """An S3 server on loopback, in a thread of the test process, that can be told to throttle, to fail and to hang up.
 
-    with S3Server() as server:
-        server.fault = lambda request: "throttle" if request.is_part else ""
-        ...                               # AWS's variables are set: s3://bucket/... leads here, in ranks, too
+with S3Server() as server:
+    server.fault = lambda request: "throttle" if request.is_part else ""
+    ...                               # AWS's variables are set: s3://bucket/... leads here, in ranks, too
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import threading
@@ -58,6 +59,8 @@ class S3Server:
         self.requests: list[Request] = []
         self.fault: Fault = lambda _: ""
         self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        self._sent: dict[int, int] = {}
         self._moto = DomainDispatcherApplication(create_backend_app)
         self._server = make_server("127.0.0.1", 0, self._serve, True, request_handler=_Quiet)
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
@@ -65,6 +68,7 @@ class S3Server:
             "AWS_ACCESS_KEY_ID": "key",
             "AWS_SECRET_ACCESS_KEY": "secret",
             "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_MAX_ATTEMPTS": "2",  # the tests of what never heals take no minutes
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self._server.port}",
             "NO_PROXY": "127.0.0.1",
         }
@@ -92,13 +96,21 @@ class S3Server:
         """The objects that somebody has begun to upload in parts."""
         return sorted(u.key_name for u in self._backend().buckets[BUCKET].multiparts.values())
 
+    def add(self, key: str) -> None:
+        """An empty object."""
+        self._backend().put_object(BUCKET, key, b"")
+
+    def sent(self) -> int:
+        """Bytes of all answers to GET requests that are in `requests`."""
+        return sum(self._sent.get(request.number, 0) for request in self.requests)
+
     def _backend(self) -> Any:
         return get_backend("s3")["123456789012"]["aws"]
 
     def _serve(self, environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
         with self._lock:
             fields = (environ[name] for name in ("REQUEST_METHOD", "PATH_INFO", "QUERY_STRING"))
-            request = Request(len(self.requests), *fields)
+            request = Request(next(self._numbers), *fields)
             self.requests.append(request)
         fault = self.fault(request)
         if fault in _ANSWERS:
@@ -109,6 +121,8 @@ class S3Server:
         if fault == "drop":
             self._hang_up(environ)
         answer = list(self._moto(environ, start))
+        if request.method == "GET":
+            self._sent[request.number] = sum(map(len, answer))
         if fault == "mute":
             self._hang_up(environ)
         return answer

@@ -71,7 +71,7 @@ def _is_s3(system: Any) -> bool:
 
 class _S3Upload:
     def __init__(self, system: Any, path: str) -> None:
-        self._system = system
+        self._system, self._path = system, path
         bucket, key, _ = system.split_path(path)
         self._names = {"Bucket": bucket, "Key": key}
         self._names["UploadId"] = self._call("create_multipart_upload")["UploadId"]
@@ -84,9 +84,12 @@ class _S3Upload:
     def complete(self) -> None:
         parts = [{"PartNumber": n + 1, "ETag": tag} for n, tag in sorted(self._tags.items())]
         self._call("complete_multipart_upload", MultipartUpload={"Parts": parts})
+        # A beginning whose answer was lost was tried again, and is an upload of its own.
+        abort_unfinished(self._system, self._path)
 
     def abort(self) -> None:
         self._call("abort_multipart_upload")
+        abort_unfinished(self._system, self._path)
 
     def _call(self, method: str, **arguments: Any) -> Any:
         return self._system.call_s3(method, **self._names, **arguments)
