@@ -12,6 +12,7 @@ from tests.object_server import BUCKET, S3Server
 from zero_ckpt.core.object_storage import ObjectStorage
 from zero_ckpt.core.places import AnyStorage
 from zero_ckpt.core.storage import LocalStorage, Storage
+from zero_ckpt.testing import RecordingStorage
 from zero_ckpt.testing.conformance import StorageConformance
 
 _numbers = itertools.count()
@@ -26,6 +27,16 @@ class TestLocalStorage(StorageConformance):
     @pytest.fixture
     def root(self, tmp_path: Path) -> str:
         return str(tmp_path)
+
+
+class TestRecording(StorageConformance):
+    @pytest.fixture
+    def storage(self) -> Storage:
+        return RecordingStorage()
+
+    @pytest.fixture
+    def root(self) -> str:
+        return "/root"
 
 
 class TestMemory(StorageConformance):
