@@ -17,10 +17,8 @@ from typing import Any
 
 from zero_ckpt.core import storage
 
-CALLS = frozenset(
-    ["close", "fsync", "ftruncate", "mkdir", "open", "posix_fallocate", "pwrite"]
-    + ["replace", "rmtree", "scandir", "statvfs", "unlink"]
-)
+_ON_FILES = {"close", "fsync", "ftruncate", "open", "posix_fallocate", "pwrite"}
+_ON_NAMES = {"mkdir", "replace", "rmtree", "scandir", "statvfs", "unlink"}
 
 Call = tuple[str, str, int]
 
@@ -44,7 +42,7 @@ class FailingCalls:
 
     def __getattr__(self, name: str) -> Any:
         real = getattr(shutil if name == "rmtree" else os, name)
-        if name not in CALLS:
+        if name not in _ON_FILES | _ON_NAMES:
             return real
 
         def call(*args: Any) -> Any:

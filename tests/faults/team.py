@@ -15,11 +15,12 @@ import torch
 from torch.distributed import HashStore
 
 from zero_ckpt.core.control import StoreControl
+from zero_ckpt.core.decoupled import AsyncEngine
 from zero_ckpt.core.engine import SyncEngine
 from zero_ckpt.core.state import Snapshot
 from zero_ckpt.core.storage import Storage
 
-ENGINES: dict[str, Callable[..., Any]] = {"sync": SyncEngine}
+ENGINES: dict[str, Callable[..., Any]] = {"async": AsyncEngine, "sync": SyncEngine}
 """Every engine that saves: the sweeps go over all of them."""
 
 TIMEOUT = 20.0
@@ -40,9 +41,7 @@ class Team:
     def __init__(self, world_size: int, storage: Storage, engine: str = "sync") -> None:
         store = HashStore()
         self.engines = [
-            ENGINES[engine](
-                storage=storage, control=StoreControl(store, rank, world_size), buffers=3
-            )
+            ENGINES[engine](storage=storage, control=StoreControl(store, rank, world_size))
             for rank in range(world_size)
         ]
 
@@ -55,7 +54,8 @@ class Team:
         def rank_main(rank: int) -> None:
             given = {"step": step, "zero_stage": 0, "timeout": TIMEOUT, **options}
             try:
-                self.engines[rank].save(directory, tag, snapshot(step, rank), **given)
+                saving = self.engines[rank].save(directory, tag, snapshot(step, rank), **given)
+                saving.wait()
             except BaseException as error:
                 outcomes[rank] = error
 

@@ -11,6 +11,7 @@ import itertools
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -85,11 +86,14 @@ class Sweep:
         return self._leaks()
 
     def _leaks(self) -> str:
+        settled = time.monotonic() + 2  # a thread may be about to end
+        while handles() != self.handles and time.monotonic() < settled:
+            time.sleep(0.001)
         if handles() != self.handles and resources() != self.resources:
             return f"leaked: {resources()}, before: {self.resources}"
-        pools = [engine._pool._free.qsize() for engine in self.team.engines]
-        if pools != [3] * WORLD:
-            return f"lost staging buffers: {pools} of 3"
+        pools = [engine._pool for engine in self.team.engines]
+        if any(pool._free.qsize() != pool.count for pool in pools):
+            return f"lost staging buffers: {[pool._free.qsize() for pool in pools]} are left"
         stray = [name for name in self._files() if name.endswith(".tmp")]
         return f"left behind: {stray}" if stray else ""
 

@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import Any
 
 from zero_ckpt.core.object_writer import ObjectWriter
-from zero_ckpt.core.storage import Entry, FileReader, FileWriter
+from zero_ckpt.core.storage import Entry, FileReader, FileWriter, round_up
 from zero_ckpt.core.uploads import abort_unfinished, as_oserror
 from zero_ckpt.errors import ConfigurationError
 
@@ -115,6 +115,9 @@ class _ObjectReader:
 
     def __init__(self, system: Any, path: str, nbytes: int) -> None:
         self._system, self._path, self.nbytes = system, path, nbytes
+
+    def expect(self, offset: int, nbytes: int, keep: bool = False) -> int:
+        return round_up(nbytes)
 
     def read_into(self, offset: int, nbytes: int, buffer: memoryview, keep: bool = False) -> None:
         if not nbytes:

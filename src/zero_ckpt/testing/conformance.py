@@ -42,6 +42,7 @@ def write_file(storage: Storage, path: str, data: bytes, part: int = 2 * ALIGNME
 
 def read_file(reader: FileReader, offset: int, nbytes: int) -> bytes:
     """The range that one read gives."""
+    assert reader.expect(offset, nbytes) % ALIGNMENT == 0
     buffer = memoryview(aligned_buffer(nbytes))
     reader.read_into(offset, nbytes, buffer)
     return bytes(buffer[:nbytes])

@@ -22,7 +22,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from zero_ckpt.core.storage import Entry, FileReader, FileWriter
+from zero_ckpt.core.storage import Entry, FileReader, FileWriter, round_up
 
 __all__ = ["Inode", "Moment", "RecordingStorage"]
 
@@ -238,6 +238,9 @@ class _Reader:
     def __init__(self, data: bytes) -> None:
         self._data = data
         self.nbytes = len(data)
+
+    def expect(self, offset: int, nbytes: int, keep: bool = False) -> int:
+        return round_up(nbytes)
 
     def read_into(self, offset: int, nbytes: int, buffer: memoryview, keep: bool = False) -> None:
         if offset + nbytes > self.nbytes:
