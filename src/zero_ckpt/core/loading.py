@@ -26,8 +26,16 @@ from zero_ckpt.core.places import absolute
 from zero_ckpt.core.reader import Sharing
 from zero_ckpt.core.restoring import Restoration
 from zero_ckpt.core.storage import Storage
-from zero_ckpt.core.tags import Candidates, fallback_notice, find_checkpoint, locate
+from zero_ckpt.core.tags import (
+    Candidates,
+    Found,
+    fallback_notice,
+    find_checkpoint,
+    locate,
+    read_tag,
+)
 from zero_ckpt.errors import (
+    CheckpointNotFoundError,
     CorruptCheckpointError,
     CorruptManifestError,
     CorruptShardError,
@@ -91,6 +99,7 @@ class _Session:
         self._storage, self._control, self._timeout = storage, control, timeout
         self._path, self._tag = path, tag
         self._candidates: Candidates | None = None
+        self._found: Found | None = None
 
     def choose(self) -> tuple[str, str]:
         """The folder of the next checkpoint to try, the same on every rank, and a notice for the user."""
@@ -179,6 +188,7 @@ class _Session:
                 found = self._candidates.next()
             else:
                 found = find_checkpoint(self._storage, directory, named)
+        self._found = found
         notice = fallback_notice(found.problems, found.folder) if found.problems else ""
         return {"folder": found.folder, "notice": notice}
 
@@ -205,14 +215,25 @@ class _Session:
         if error is None:
             return {"next": False}
         kinds = {name for name, _ in filter(None, problems)}
-        if (
-            self._candidates is None
-            or not isinstance(error, CorruptCheckpointError)
-            or kinds - _DAMAGE
-        ):
+        if not isinstance(error, CorruptCheckpointError) or kinds - _DAMAGE:
             raise error
-        self._candidates.reject(error)
+        if self._was_replaced():
+            self._candidates = None  # begin anew
+        elif self._candidates is None:
+            raise error
+        else:
+            self._candidates.reject(error)
         return {"next": True}
+
+    def _was_replaced(self) -> bool:
+        """Whether somebody has overwritten or removed the checkpoint since it was chosen: then it is not damaged."""
+        assert self._found is not None
+        try:
+            return read_tag(self._storage, self._found.folder) != self._found.manifest
+        except CheckpointNotFoundError:
+            return True
+        except (ZeroCkptError, OSError):
+            return False
 
 
 _DAMAGE = {
