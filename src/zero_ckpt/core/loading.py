@@ -215,11 +215,11 @@ class _Session:
         if error is None:
             return {"next": False}
         kinds = {name for name, _ in filter(None, problems)}
-        if not isinstance(error, CorruptCheckpointError) or kinds - _DAMAGE:
+        if kinds - _DAMAGE - {CheckpointNotFoundError.__name__}:
             raise error
         if self._was_replaced():
             self._candidates = None  # begin anew
-        elif self._candidates is None:
+        elif self._candidates is None or not isinstance(error, CorruptCheckpointError):
             raise error
         else:
             self._candidates.reject(error)
