@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CHECKED := $(wildcard src tests examples benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-fast lint types format demo demo-accelerate bench clean
+.PHONY: help install test test-fast torture lint types format demo demo-accelerate bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 25
@@ -37,7 +37,10 @@ test: lint types ## format, lint, types and all tests
 	$(BIN)/python -m pytest
 
 test-fast: $(READY) ## the tests that take less than 10 seconds each
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not torture"
+
+torture: $(READY) ## the long forms of the tests of failures: about an hour
+	$(BIN)/python -m pytest -m torture tests
 
 lint: $(READY)
 	$(BIN)/ruff format --check $(CHECKED)

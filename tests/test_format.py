@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,13 @@ def test_reader_written_from_the_specification_reads_several_blocks(tmp_path: Pa
     assert (dtype, elements.tobytes()) == ("F32", raw(model.weight))
 
 
+def without_content(data: bytes) -> bytes:
+    """A state file of rank 0 as it was before it told the digest of all tensors, which the golden ones lack."""
+    told = re.sub(rb'\\"content\\": \\"[0-9a-f]{32}\\", ', b"", data, count=1)
+    end = 8 + int.from_bytes(data[:8], "little")
+    return told[: end - (len(data) - len(told))].ljust(end) + data[end:]
+
+
 @pytest.mark.parametrize("save", [make_v1.save_trained, make_v1.save_types])
 def test_equal_state_is_still_written_as_the_same_bytes(
     save: Callable[[str], None], tmp_path: Path
@@ -186,7 +194,8 @@ def test_equal_state_is_still_written_as_the_same_bytes(
     assert names == sorted(p.name for p in (tmp_path / tag).glob("*.safetensors"))
     for name in names:
         if not (tag == make_v1.TRAINED and name.startswith("state-00000")):
-            assert (tmp_path / tag / name).read_bytes() == (GOLDEN / tag / name).read_bytes(), name
+            found, golden = (place / tag / name for place in (tmp_path, GOLDEN))
+            assert without_content(found.read_bytes()) == golden.read_bytes(), name
 
 
 @pytest.mark.parametrize("path", sorted(GOLDEN.rglob("*.safetensors")), ids=lambda p: p.name)

@@ -49,6 +49,7 @@ _PRELOAD = [
     "lightning.pytorch",
     "accelerate",
     "transformers.trainer",
+    "s3fs",
     "zero_ckpt.checkpointer",
 ]
 

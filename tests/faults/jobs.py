@@ -157,10 +157,12 @@ def warned(call: Callable[..., Any], *args: Any, **options: Any) -> tuple[Any, l
     return value, [str(warning.message) for warning in caught]
 
 
-def contents(directory: str | Path, tag: str | None = None) -> dict[str, str]:
+def contents(
+    directory: str | Path, tag: str | None = None, storage: Storage | None = None
+) -> dict[str, str]:
     """Digests of everything in a checkpoint, every byte verified: by tensor and tree."""
     found = {}
-    with open_checkpoint(directory, tag) as checkpoint:
+    with open_checkpoint(directory, tag, storage=storage) as checkpoint:
         for role in ("model", "optim", "state"):
             for key in checkpoint.keys(role):
                 found[f"{role}/{key}"] = _digest(checkpoint.tensor(role, key))

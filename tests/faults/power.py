@@ -1,8 +1,8 @@
 """A journal of what a save asks the operating system to do, and the disk as a power failure at any moment leaves it.
 
 The rules are those of POSIX, at their worst: bytes of a file last once it was synced; a name that was made, replaced or
-removed lasts once its folder was synced; until then each change may have reached the disk, or not, in any order. Only a
-rename is never seen half done.
+removed lasts once its folder was synced; until then each change may have reached the disk, or not, in any order, and a
+write in parts, as sectors or pages. Only a rename is never seen half done.
 """
 
 from __future__ import annotations
@@ -32,7 +32,12 @@ class Inode:
         return self.pending[-1] if self.pending else self.durable
 
     def after_crash(self, dice: random.Random) -> bytes:
-        return dice.choice([self.durable, *self.pending])
+        """Each unit of 512 or 4096 bytes as it was before or after some of the changes, in any mixture."""
+        states = [self.durable, *self.pending]
+        older, newer = (states[i] for i in sorted(dice.choices(range(len(states)), k=2)))
+        unit, nbytes = dice.choice((512, 4096)), len(dice.choice((older, newer)))
+        units = (dice.choice((older, newer))[at : at + unit] for at in range(0, nbytes, unit))
+        return b"".join(part.ljust(unit, b"\0") for part in units)[:nbytes]
 
 
 Names = dict[str, "Inode | None"]

@@ -322,7 +322,7 @@ def test_a_lost_answer_after_the_commit_costs_no_file(
     tag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Job.at(1).save(tmp_path, tag="old")
-    monkeypatch.setattr(engine, "control_for_process_group", AnswerLost)
+    monkeypatch.setattr(engine, "control_for_process_group", lambda _: AnswerLost())
     with pytest.raises(RankTimeoutError, match="cut off"):
         Job.at(2).save(tmp_path, tag=tag)
     assert contents(tmp_path, tag)

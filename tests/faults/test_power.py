@@ -7,21 +7,17 @@ from __future__ import annotations
 
 import random
 import shutil
-import threading
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
-from torch.distributed import HashStore
 
 from tests.faults.jobs import contents
 from tests.faults.power import Disk, Journal, journaled, restore
+from tests.faults.team import Team
 from zero_ckpt.core import storage
-from zero_ckpt.core.control import StoreControl
-from zero_ckpt.core.engine import SyncEngine
-from zero_ckpt.core.state import Snapshot
+from zero_ckpt.core.storage import LocalStorage
 from zero_ckpt.errors import ZeroCkptError
 
 WORLD = 2
@@ -30,31 +26,8 @@ DRAWS = 5
 
 
 def save(directory: Path, tag: str, step: int, keep_last: int | None = None) -> None:
-    """Two ranks with different tensors and the same seed of step."""
-    store = HashStore()
-    errors: list[BaseException] = []
-
-    def rank_main(rank: int) -> None:
-        engine = SyncEngine(control=StoreControl(store, rank, WORLD))
-        tensor = torch.full((5, 3), float(step))
-        snapshot = Snapshot(
-            model={"shared": tensor, f"own{rank}": tensor + rank},
-            objects={"step": step},
-            rank_objects={"rank": rank, "tensor": tensor},
-        )
-        try:
-            engine.save(
-                directory, tag, snapshot, step=step, zero_stage=0, keep_last=keep_last, timeout=20
-            )
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=rank_main, args=(rank,)) for rank in range(WORLD)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert errors == []
+    team = Team(WORLD, LocalStorage())
+    assert team.save(directory, tag, step, keep_last=keep_last) == [None] * WORLD
 
 
 @dataclass(frozen=True)

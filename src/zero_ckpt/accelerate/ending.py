@@ -15,8 +15,8 @@ from zero_ckpt.accelerate.huggingface import save_configuration
 from zero_ckpt.accelerate.saving import SaveMixin
 from zero_ckpt.core.control import ControlPlane, LocalControl
 from zero_ckpt.core.handle import SaveHandle
+from zero_ckpt.core.places import local
 from zero_ckpt.core.state import Snapshot, capture_models
-from zero_ckpt.core.storage import LocalStorage
 from zero_ckpt.core.tags import read_manifest, remove_tag
 from zero_ckpt.errors import RankTimeoutError, ZeroCkptError
 from zero_ckpt.fp32 import export_fp32
@@ -81,7 +81,7 @@ class EndMixin(SaveMixin):
 
     def _zero_export_live(self, path: str, control: ControlPlane) -> None:
         """Nothing was saved: commit the weights alone, in the export's folder, for as long as it takes."""
-        folder = os.path.abspath(path)
+        folder = local(path, "full weights")
         models = self.zero_models()
 
         def weights() -> Snapshot:
@@ -111,7 +111,7 @@ class EndMixin(SaveMixin):
                 remove_tag(self.zero_engine.storage, folder, handle.tag)
 
     def _zero_collapse(self, directory: str, tag: str, path: str, control: ControlPlane) -> None:
-        if not read_manifest(LocalStorage(), f"{directory}/{tag}").tensors["model"]:
+        if not read_manifest(self.zero_engine.storage, f"{directory}/{tag}").tensors["model"]:
             return  # hooks keep the weights
         options: dict[str, Any] = {
             "format": self._zero_options.export_format,

@@ -23,6 +23,7 @@ from zero_ckpt.core.bound import Wanted
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.loading import load_together
 from zero_ckpt.core.outcome import log_report
+from zero_ckpt.core.places import absolute, expanded, is_url, resolved
 from zero_ckpt.core.restoring import Restoration
 from zero_ckpt.core.tags import find_checkpoint, is_tag_folder
 from zero_ckpt.errors import (
@@ -104,10 +105,10 @@ class LoadMixin(PlanMixin, SaveMixin):
 
         def ask() -> str | None:
             if input_dir is not None:
-                directory = os.path.expanduser(os.fspath(input_dir))
-                if not missing_ok and not os.path.isdir(directory):
+                directory = expanded(input_dir)
+                if not missing_ok and not is_url(directory) and not os.path.isdir(directory):
                     raise ValueError(f"Tried to find {directory} but folder does not exist")
-                return str(directory)
+                return directory
             if not self.project_configuration.automatic_checkpoint_naming:
                 raise ValueError(
                     "No input_dir provided and automatic checkpoint naming is disabled."
@@ -137,7 +138,7 @@ class LoadMixin(PlanMixin, SaveMixin):
         )
         if input_dir is not None and found["candidates"]:
             # Each rank its own: a difference is then found out.
-            found["candidates"][0][0] = os.path.expanduser(os.fspath(input_dir))
+            found["candidates"][0][0] = expanded(input_dir)
         return found
 
     def _zero_check_there(self, directory: str, tag: Any) -> None:
@@ -146,7 +147,7 @@ class LoadMixin(PlanMixin, SaveMixin):
             return
         try:
             name = None if tag is None else str(tag)
-            find_checkpoint(self.zero_engine.storage, os.path.abspath(directory), name)
+            find_checkpoint(self.zero_engine.storage, absolute(directory), name)
         except NothingSavedError:
             raise
         except ZeroCkptError:
@@ -193,7 +194,7 @@ class LoadMixin(PlanMixin, SaveMixin):
     def _zero_run_load_hooks(self, directory: str) -> dict[str, nn.Module]:
         """Models to load, by name. Hooks see the checkpoint directory, where save hooks wrote."""
         is_tag = is_tag_folder(self.zero_engine.storage, directory)
-        shown = os.path.dirname(os.path.realpath(directory)) if is_tag else directory
+        shown = os.path.dirname(resolved(directory)) if is_tag else directory
         left: list[dict[str, nn.Module]] = []
 
         def run() -> None:

@@ -14,13 +14,13 @@ import shutil
 from collections.abc import Iterator
 
 from zero_ckpt.core.manifest import MANIFEST_NAME
-from zero_ckpt.core.storage import LocalStorage
+from zero_ckpt.core.places import AnyStorage, is_url
 from zero_ckpt.core.tags import is_tag_folder, list_tags, remove_tag
 from zero_ckpt.errors import ConfigurationError, NothingSavedError, ZeroCkptError
 
 __all__ = ["candidates", "directory_for_save", "is_accelerates", "next_iteration", "retire"]
 
-_storage = LocalStorage()
+_storage = AnyStorage()
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model_fsdp")
 """What Accelerate's weights are called, but for those that an engine writes for it."""
@@ -30,9 +30,9 @@ def is_accelerates(directory: str) -> bool:
     """Whether Accelerate's own code is to read this folder: it holds nothing that the core opens.
 
     What Accelerate has completed is its own, also where its FSDP's format is one that the core opens; but not what its
-    DeepSpeed wrote, whose weights its other code does not find.
+    DeepSpeed wrote, whose weights its other code does not find. Accelerate writes to no object store.
     """
-    if _is_committed(directory):
+    if is_url(directory) or _is_committed(directory):
         return False
     if not is_tag_folder(_storage, directory) and not list_tags(_storage, directory):
         return True

@@ -15,6 +15,7 @@ from zero_ckpt.accelerate.meeting import together
 from zero_ckpt.accelerate.naming import directory_for_save, retire
 from zero_ckpt.core.agreement import place_notice
 from zero_ckpt.core.per_rank import CLIENT_STATE
+from zero_ckpt.core.places import absolute, expanded, is_url
 from zero_ckpt.core.state import Snapshot
 from zero_ckpt.errors import ConfigurationError
 
@@ -42,12 +43,13 @@ class SaveMixin(ZeroBase):
         per_rank_client_state: Any = None,
         tag: str | int | None = None,
         **save_model_func_kwargs: Any,
-    ) -> Path:
+    ) -> Path | str:
         """Collective: save everything as `<output_dir>/<tag>/`, committed and durable on return. Returns `output_dir`.
 
         With `async_save` the commit follows beside the training; `wait_for_saves` waits for it.
 
-        `output_dir`: the checkpoint directory; chosen by Accelerate's rules when `automatic_checkpoint_naming` is on.
+        `output_dir`: the checkpoint directory, or the URL of one in an object store; chosen by Accelerate's rules when
+        `automatic_checkpoint_naming` is on.
         `tag` None: `global_step{N}`, N being the optimizer steps made. `client_state`: any nested Python state; rank
         0's is stored and given back by `load_state`. `per_rank_client_state`: the same for each rank's own; after a
         load at the same number of processes it is in `zero_loaded`. `safe_serialization` changes nothing: all files are
@@ -94,7 +96,7 @@ class SaveMixin(ZeroBase):
             self.project_configuration.iteration += 1
         if place.notice:
             warnings.warn(place.notice, stacklevel=2)
-        return Path(directory)
+        return directory if is_url(directory) else Path(directory)
 
     def _zero_save_place(self, output_dir: Any, tag: str) -> _Place:
         """Where to, the same on every rank: before a hook sees the directory, or anything is made there.
@@ -107,13 +109,13 @@ class SaveMixin(ZeroBase):
                 "save_state() needs an output_dir, or an Accelerator whose ProjectConfiguration has "
                 "automatic_checkpoint_naming=True: expected str, bytes or os.PathLike object, not NoneType"
             )
-        own = "" if naming else str(os.path.expanduser(os.fspath(output_dir)))
+        own = "" if naming else expanded(output_dir)
 
         def ask() -> list[Any]:
             if naming:
                 checkpoints = os.path.join(self.project_dir, "checkpoints")
                 return [checkpoints, tag, self.save_iteration]
-            return [os.path.abspath(own), tag, None]
+            return [absolute(own), tag, None]
 
         def decide(asked: list[list[Any]]) -> list[str]:
             directory, name, iteration = asked[0]
@@ -125,7 +127,7 @@ class SaveMixin(ZeroBase):
 
         timeout = self._zero_options.timeout
         directory, name, notice = together(self.zero_control, "save: folder", ask, decide, timeout)
-        if not naming and os.path.abspath(own) == directory:
+        if not naming and absolute(own) == directory:
             directory = own  # as it was given, for the hooks and for the result
         return _Place(directory, name, notice)
 
@@ -134,7 +136,8 @@ class SaveMixin(ZeroBase):
         offered: list[Offered] = []
 
         def run() -> Any:
-            os.makedirs(directory, exist_ok=True)
+            if not is_url(directory):
+                os.makedirs(directory, exist_ok=True)
             offered.append(run_save_hooks(self, directory))
             return offered[0].edits.as_record()
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
 from zero_ckpt.cli.notices import find_source, for_people
 from zero_ckpt.cli.text import json_text, printable, size_text
+from zero_ckpt.core.places import AnyStorage
+from zero_ckpt.core.storage import Storage
 
 SUMMARY = "write a DeepSpeed checkpoint as one of ours, or the reverse"
 DESCRIPTION = """\
@@ -49,8 +50,7 @@ def run(options: argparse.Namespace) -> int:
         folder = convert(
             source, options.output, name=options.tag, weights_only=not options.allow_pickle
         )
-    files = [path for path in Path(folder).rglob("*") if path.is_file()]
-    nbytes = sum(path.stat().st_size for path in files)
+    nbytes = _nbytes(AnyStorage(), folder)
     if options.json:
         print(json_text({"source": source, "path": folder, "nbytes": nbytes}))
         return 0
@@ -58,3 +58,9 @@ def run(options: argparse.Namespace) -> int:
     print(f"{printable(folder)}  {size_text(nbytes)}")
     print(f"\nfrom {printable(source)}, in {seconds:.1f} s")
     return 0
+
+
+def _nbytes(storage: Storage, folder: str) -> int:
+    """Of all files in a folder and below."""
+    entries = storage.list(folder)
+    return sum(_nbytes(storage, f"{folder}/{e.name}") if e.is_dir else e.nbytes for e in entries)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator
 from math import prod
@@ -27,9 +26,10 @@ from zero_ckpt.core.dtypes import itemsize
 from zero_ckpt.core.foreign import ForeignManifest
 from zero_ckpt.core.layout import ROLES
 from zero_ckpt.core.manifest import Manifest
+from zero_ckpt.core.places import AnyStorage, absolute
 from zero_ckpt.core.planner import Placed
 from zero_ckpt.core.shard_file import REMEDY
-from zero_ckpt.core.storage import LocalStorage, Storage
+from zero_ckpt.core.storage import Storage
 from zero_ckpt.core.tags import check_files, fallback_notice, find_checkpoint, locate, read_tag
 from zero_ckpt.errors import CorruptShardError
 
@@ -58,7 +58,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    storage = LocalStorage()
+    storage = AnyStorage()
     folder, manifest = _open(storage, options.path)
     problems: list[str] = []
     try:
@@ -79,12 +79,12 @@ def run(options: argparse.Namespace) -> int:
 
 def _open(storage: Storage, path: str) -> tuple[str, Manifest]:
     """A folder named by the user is shown even when files are damaged; `latest` falls back as a load does."""
-    absolute = os.path.abspath(path)
-    directory, tag = locate(storage, absolute, None)
+    place = absolute(path)
+    directory, tag = locate(storage, place, None)
     if tag is not None:
         folder = f"{directory}/{tag}"
         return folder, read_tag(storage, folder)
-    found = find_checkpoint(storage, absolute)
+    found = find_checkpoint(storage, place)
     if found.problems:
         print(printable(fallback_notice(found.problems, found.folder)), file=sys.stderr)
     return found.folder, found.manifest

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zero_ckpt.cli.text import age_text, iso_time, json_text, printable, size_text, table
-from zero_ckpt.core.storage import LocalStorage
+from zero_ckpt.core.places import AnyStorage, absolute, is_url
+from zero_ckpt.core.storage import Storage
 from zero_ckpt.core.tags import (
     NOT_COMMITTED,
     TagInfo,
@@ -45,8 +46,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    directory = os.path.abspath(options.path)
-    storage = LocalStorage()
+    directory = absolute(options.path)
+    storage = AnyStorage()
     if is_tag_folder(storage, directory):
         raise CheckpointNotFoundError(
             f"{options.path}: one checkpoint, not a directory of them: use 'zero-ckpt inspect {options.path}', "
@@ -73,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _row(
-    storage: LocalStorage,
+    storage: Storage,
     directory: str,
     info: TagInfo,
     latest: str | None,
@@ -95,6 +96,8 @@ def _row(
 def _links(directory: str) -> dict[str, list[str]]:
     """tag -> symbolic links beside it that lead to it, such as `last.ckpt`."""
     found: dict[str, list[str]] = {}
+    if is_url(directory):
+        return found
     real = os.path.realpath(directory)
     with os.scandir(directory) as entries:
         for entry in entries:

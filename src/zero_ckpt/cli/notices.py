@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from zero_ckpt.cli.text import printable
-from zero_ckpt.core.storage import LocalStorage
+from zero_ckpt.core.places import AnyStorage, absolute
 from zero_ckpt.core.tags import fallback_notice, find_checkpoint
 from zero_ckpt.errors import UnsafeObjectError
 
@@ -21,7 +20,7 @@ def find_source(command: str, path: str) -> str:
 
     Raises what `find_checkpoint` raises.
     """
-    found = find_checkpoint(LocalStorage(), os.path.abspath(path))
+    found = find_checkpoint(AnyStorage(), absolute(path))
     if found.problems:
         _note(command, fallback_notice(found.problems, found.folder))
     return found.folder

@@ -11,7 +11,8 @@ from typing import Any
 
 from zero_ckpt.cli.progress import Progress
 from zero_ckpt.cli.text import json_text, plural, printable, size_text
-from zero_ckpt.core.storage import LocalStorage, Storage
+from zero_ckpt.core.places import AnyStorage, absolute
+from zero_ckpt.core.storage import Storage
 from zero_ckpt.core.tags import (
     LATEST_NAME,
     NOT_COMMITTED,
@@ -65,7 +66,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    storage, begin = LocalStorage(), time.monotonic()
+    storage, begin = AnyStorage(), time.monotonic()
     chosen = _choose(storage, options.path)
     total = sum(info.manifest.nbytes for info in chosen.infos if info.manifest)
     reports = []
@@ -85,8 +86,8 @@ def run(options: argparse.Namespace) -> int:
     return int(bool(chosen.faults) or any(report.damage for report in reports))
 
 
-def _choose(storage: LocalStorage, path: str) -> Chosen:
-    directory, tag = locate(storage, os.path.abspath(path), None)
+def _choose(storage: Storage, path: str) -> Chosen:
+    directory, tag = locate(storage, absolute(path), None)
     if tag is not None:
         return Chosen(directory, [_read_tag(storage, directory, tag)], {tag: path})
     infos = list_tags(storage, directory)
@@ -96,7 +97,7 @@ def _choose(storage: LocalStorage, path: str) -> Chosen:
     return Chosen(directory, infos, shown, _latest_faults(storage, directory, infos))
 
 
-def _latest_faults(storage: LocalStorage, directory: str, infos: Sequence[TagInfo]) -> list[str]:
+def _latest_faults(storage: Storage, directory: str, infos: Sequence[TagInfo]) -> list[str]:
     if not any(entry.name == LATEST_NAME for entry in storage.list(directory)):
         return []
     tag = read_latest(storage, directory)

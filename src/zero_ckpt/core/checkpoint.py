@@ -19,12 +19,13 @@ from zero_ckpt.core.foreign import problem_of
 from zero_ckpt.core.lazy import LazyTensor
 from zero_ckpt.core.manifest import Manifest
 from zero_ckpt.core.objects import OBJECTS, RANK_OBJECTS, decode_objects
+from zero_ckpt.core.places import AnyStorage, absolute
 from zero_ckpt.core.planner import Placed
 from zero_ckpt.core.reader import ReadPlan, Request, plan_reads
 from zero_ckpt.core.runs import Run
 from zero_ckpt.core.shard_file import REMEDY
 from zero_ckpt.core.shards import open_shards
-from zero_ckpt.core.storage import LocalStorage, Storage
+from zero_ckpt.core.storage import Storage
 from zero_ckpt.core.tags import fallback_notice, find_checkpoint, read_tag
 from zero_ckpt.errors import CorruptShardError, StateMismatchError
 
@@ -157,8 +158,8 @@ def open_checkpoint(
     Without a tag: what `latest` names; when that is missing or damaged, the newest one whose manifest and file lengths
     verify, with a warning. Raises `CheckpointNotFoundError`, `CorruptCheckpointError` or `FormatVersionError`.
     """
-    storage = storage or LocalStorage()
-    found = find_checkpoint(storage, os.path.abspath(os.fspath(path)), tag)
+    storage = storage or AnyStorage()
+    found = find_checkpoint(storage, absolute(path), tag)
     if found.problems:
         warnings.warn(fallback_notice(found.problems, found.folder), stacklevel=2)
     return Checkpoint(storage, found.folder, found.manifest)

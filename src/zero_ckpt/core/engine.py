@@ -19,10 +19,11 @@ from zero_ckpt.core.control import (
     process_group_store,
 )
 from zero_ckpt.core.handle import Committed, SaveHandle
+from zero_ckpt.core.places import AnyStorage, absolute
 from zero_ckpt.core.saving import Captured, ShardPlan
 from zero_ckpt.core.staging import StagingPool
 from zero_ckpt.core.state import Snapshot
-from zero_ckpt.core.storage import LocalStorage, Storage
+from zero_ckpt.core.storage import Storage
 from zero_ckpt.core.transaction import Plans, Request, Transaction
 
 __all__ = ["SyncEngine", "is_on_cuda", "warn_about"]
@@ -40,7 +41,7 @@ class SyncEngine:
         control: ControlPlane | None = None,
         buffers: int = 6,
     ) -> None:
-        self.storage: Storage = storage or LocalStorage()
+        self.storage: Storage = storage or AnyStorage()
         self._given = control
         self._found: dict[str, tuple[Any, ControlPlane]] = {}
         self._buffers = buffers
@@ -90,7 +91,7 @@ class SyncEngine:
         intact, and the next save may succeed.
         """
         request = Request(
-            os.path.abspath(os.fspath(directory)),
+            absolute(directory),
             str(tag),
             step,
             zero_stage,

@@ -22,10 +22,18 @@ from typing import Any, Generic, TypeVar
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.collector import collector_paused
 from zero_ckpt.core.control import DEFAULT_TIMEOUT, TORN, ControlPlane
+from zero_ckpt.core.places import absolute
 from zero_ckpt.core.reader import Sharing
 from zero_ckpt.core.restoring import Restoration
 from zero_ckpt.core.storage import Storage
-from zero_ckpt.core.tags import Candidates, fallback_notice, find_checkpoint, locate
+from zero_ckpt.core.tags import (
+    Candidates,
+    Found,
+    fallback_notice,
+    find_checkpoint,
+    locate,
+    read_tag,
+)
 from zero_ckpt.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -71,7 +79,7 @@ def load_together(
     `UnsafeObjectError`, `DisagreementError` or `RankTimeoutError`.
     """
     timeout = DEFAULT_TIMEOUT if timeout is None else timeout
-    session = _Session(storage, control, os.path.abspath(os.fspath(path)), tag, timeout)
+    session = _Session(storage, control, absolute(path), tag, timeout)
     while True:
         folder, notice = session.choose()
         found = session.attempt(folder, prepare, verify_first)
@@ -91,6 +99,7 @@ class _Session:
         self._storage, self._control, self._timeout = storage, control, timeout
         self._path, self._tag = path, tag
         self._candidates: Candidates | None = None
+        self._found: Found | None = None
 
     def choose(self) -> tuple[str, str]:
         """The folder of the next checkpoint to try, the same on every rank, and a notice for the user."""
@@ -189,6 +198,7 @@ class _Session:
                 found = self._candidates.next()
             else:
                 found = find_checkpoint(self._storage, directory, named)
+        self._found = found
         notice = fallback_notice(found.problems, found.folder) if found.problems else ""
         return {"folder": found.folder, "notice": notice}
 
@@ -215,14 +225,25 @@ class _Session:
         if error is None:
             return {"next": False}
         kinds = {name for name, _ in filter(None, problems)}
-        if (
-            self._candidates is None
-            or not isinstance(error, CorruptCheckpointError)
-            or kinds - _DAMAGE
-        ):
+        if kinds - _DAMAGE - {CheckpointNotFoundError.__name__}:
             raise error
-        self._candidates.reject(error)
+        if self._was_replaced():
+            self._candidates = None  # begin anew
+        elif self._candidates is None or not isinstance(error, CorruptCheckpointError):
+            raise error
+        else:
+            self._candidates.reject(error)
         return {"next": True}
+
+    def _was_replaced(self) -> bool:
+        """Whether somebody has overwritten or removed the checkpoint since it was chosen: then it is not damaged."""
+        assert self._found is not None
+        try:
+            return read_tag(self._storage, self._found.folder) != self._found.manifest
+        except CheckpointNotFoundError:
+            return True
+        except (ZeroCkptError, OSError):
+            return False
 
 
 _DAMAGE = {

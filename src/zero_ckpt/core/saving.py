@@ -20,6 +20,7 @@ from zero_ckpt.core.layout import ROLES, Layout, Table
 from zero_ckpt.core.manifest import FileRecord, shard_name
 from zero_ckpt.core.objects import OBJECTS, RANK_OBJECTS, encode_objects
 from zero_ckpt.core.planner import SavePlan
+from zero_ckpt.core.recovery import content_digest
 from zero_ckpt.core.shard_file import ShardLayout, layout_shard
 from zero_ckpt.core.staging import ShardWrite, Slab, Source, StagingPool, source_of, view_of
 from zero_ckpt.core.state import Snapshot
@@ -115,7 +116,8 @@ def plan_shards(
         if items:
             meta = {"role": role, "rank": str(rank), "world_size": str(world_size), **metadata}
             if role == "state" and rank == 0:
-                meta["manifest"] = json.dumps(header, sort_keys=True)
+                told = {**header, "content": content_digest(header, plan.roles)}
+                meta["manifest"] = json.dumps(told, sort_keys=True)
             name = shard_name(role, rank, world_size, generation)
             shards.append(_shard(name, items, meta))
     return shards

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from zero_ckpt.core.foreign import ForeignManifest, format_of
 from zero_ckpt.core.manifest import MANIFEST_NAME, Manifest
+from zero_ckpt.core.places import resolved
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.errors import (
     CheckpointNotFoundError,
@@ -238,7 +239,7 @@ def locate(storage: Storage, path: str, tag: str | None) -> tuple[str, str | Non
     """(checkpoint directory, tag) for what a user gave: a directory, or a tag folder itself. Tag None: implied."""
     path = path.rstrip("/") or "/"
     if tag is None and is_tag_folder(storage, path):
-        real = os.path.realpath(path)
+        real = resolved(path)
         return os.path.dirname(real), os.path.basename(real)
     return path, None if tag is None else _checked_tag(storage, path, tag)
 
@@ -301,11 +302,22 @@ class Candidates:
                 self._damaged |= name == self._latest and _holds_shards(
                     _names(self._storage, folder)
                 )
+        if self._is_overtaken():
+            return self.next()
         if self._damaged:
             raise CorruptCheckpointError(
                 f"{self._directory}: no checkpoint here is whole: {_joined(self._problems)}"
             )
         raise no_checkpoint(self._storage, self._directory, self._problems)
+
+    def _is_overtaken(self) -> bool:
+        """Whether a save has moved `latest` since, and may have retired what was there: then all begins anew."""
+        latest, _ = _latest(self._storage, self._directory)
+        if latest is None or latest == self._latest:
+            return False
+        self._latest, self._problems, self._damaged = latest, [], False
+        self._names = self._in_order()
+        return True
 
     def reject(self, error: CorruptCheckpointError) -> None:
         """The one that `next` gave last turned out to be damaged."""
@@ -333,9 +345,15 @@ def find_checkpoint(storage: Storage, path: str, tag: str | None = None) -> Foun
 
 
 def _check(storage: Storage, folder: str, problems: Sequence[str]) -> Found:
-    manifest = read_tag(storage, folder)
-    check_files(storage, folder, manifest)
-    return Found(folder, manifest, tuple(problems))
+    while True:
+        manifest = read_tag(storage, folder)
+        try:
+            check_files(storage, folder, manifest)
+        except CorruptCheckpointError:
+            if read_tag(storage, folder) == manifest:
+                raise
+            continue  # it was overwritten between the two looks
+        return Found(folder, manifest, tuple(problems))
 
 
 def fallback_notice(problems: Sequence[str], path: str) -> str:

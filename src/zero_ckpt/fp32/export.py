@@ -19,7 +19,7 @@ from typing import Any
 
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.control import DEFAULT_TIMEOUT, ControlPlane, LocalControl
-from zero_ckpt.core.storage import LocalStorage
+from zero_ckpt.core.places import AnyStorage, absolute
 from zero_ckpt.core.tags import fallback_notice, find_checkpoint
 from zero_ckpt.errors import DisagreementError, SaveError, ZeroCkptError, by_name
 from zero_ckpt.fp32.contents import Contents, Options
@@ -72,7 +72,7 @@ def export_fp32(
         dtype,
         weights_only,
     )
-    source = os.path.abspath(os.fspath(checkpoint_dir)), None if tag is None else str(tag)
+    source = absolute(checkpoint_dir), None if tag is None else str(tag)
     export = _Export(options, control or LocalControl(), timeout, progress or (lambda *_: None))
     return export.run(*source)
 
@@ -84,7 +84,7 @@ class _Export:
         self._options, self._control, self._progress = options, control, progress
         self._timeout = DEFAULT_TIMEOUT if timeout is None else timeout
         self._output: Output = options.output
-        self._storage = LocalStorage()
+        self._storage = AnyStorage()
         self._contents: Contents | None = None
 
     def run(self, path: str, tag: str | None) -> list[str]:

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from zero_ckpt.core.places import local
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.errors import ConfigurationError
 
@@ -107,7 +108,7 @@ def output_of(path: str | os.PathLike[str], format: str | None) -> Output:
     """A path with the suffix of a format is a file's, any other a folder's. Raises `ConfigurationError`."""
     if format is not None and format not in FORMATS:
         raise ConfigurationError(f"format is one of {', '.join(FORMATS)}; found {format!r}")
-    target = Path(os.path.abspath(os.fspath(path)))
+    target = Path(local(path, "full weights"))
     suffixes = {suffix: name for name, (_, suffix) in FORMATS.items()}
     if target.is_dir() or target.suffix not in suffixes:
         kind = format or "safetensors"

@@ -7,6 +7,7 @@ import os
 from zero_ckpt.core.checkpoint import Checkpoint, open_checkpoint
 from zero_ckpt.core.control import LocalControl
 from zero_ckpt.core.engine import SyncEngine
+from zero_ckpt.core.places import absolute, resolved
 from zero_ckpt.core.state import Snapshot
 from zero_ckpt.errors import ConfigurationError
 
@@ -32,8 +33,8 @@ def convert_checkpoint(
     """
     with open_checkpoint(source, None if tag is None else str(tag)) as checkpoint:
         target = name or os.path.basename(checkpoint.tag)
-        folder = os.path.join(os.path.abspath(os.fspath(directory)), target)
-        if os.path.realpath(folder) == os.path.realpath(checkpoint.path):
+        folder = f"{absolute(directory)}/{target}"
+        if resolved(folder) == resolved(checkpoint.path):
             raise ConfigurationError(
                 f"{folder}: the new checkpoint would lie in the old one's folder; give another directory"
             )

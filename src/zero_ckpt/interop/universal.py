@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from zero_ckpt.core.checkpoint import Checkpoint, open_checkpoint
+from zero_ckpt.core.places import local
 from zero_ckpt.core.staging import StagingPool
 from zero_ckpt.core.state import by_parameter, split_state_name
 from zero_ckpt.core.storage import LocalStorage
@@ -57,7 +58,7 @@ def convert_to_universal(
         target = (
             f"{(name or os.path.basename(checkpoint.tag)).removesuffix('_universal')}_universal"
         )
-        root = os.path.abspath(os.fspath(directory))
+        root = local(directory, "DeepSpeed's universal layout")
         folder, partial = f"{root}/{target}", f"{root}/.{target}.partial"
         if os.path.lexists(folder):
             raise ConfigurationError(f"{folder}: exists already; remove it, or give another name")

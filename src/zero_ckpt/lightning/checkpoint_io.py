@@ -78,7 +78,7 @@ class ZeroCheckpointIO(_AllCheckpointIOs):
         if not paths.is_checkpoint_folder(path):
             return load_file(path, map_location, weights_only)
         version = load(installed()[0]).version
-        with open_checkpoint(os.fspath(path).removeprefix("file://")) as checkpoint:
+        with open_checkpoint(path) as checkpoint:
             content = from_checkpoint(checkpoint, version, weights_only is not False)
             read: dict[str, Any] = _materialized(content, map_location, {})
             return read

@@ -13,6 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from zero_ckpt.core.control import control_for_process_group
+from zero_ckpt.core.places import absolute
 from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.fp32 import export_fp32
 from zero_ckpt.lightning.namespaces import Namespace, load
@@ -104,7 +105,7 @@ class Fp32ExportMixin(Host):
             self._collapse(trainer, source, os.path.join(os.path.dirname(source), FOLDER))
         elif self._has_trained:
             folder = os.path.join(trainer.log_dir or trainer.default_root_dir, FOLDER)
-            source = strategy.broadcast(os.path.join(os.path.abspath(folder), LIVE_TAG))
+            source = strategy.broadcast(os.path.join(absolute(folder), LIVE_TAG))
             trainer.save_checkpoint(source, weights_only=True)
             if (wait := getattr(strategy, "wait_for_saves", None)) is not None:
                 wait()
@@ -151,7 +152,7 @@ def best_checkpoint(trainer: Any) -> str:
         last = getattr(callback, "last_model_path", "")
         path = best or last if getattr(callback, "monitor", None) else last or best
         if path:
-            return os.path.abspath(path)
+            return absolute(path)
     return ""
 
 

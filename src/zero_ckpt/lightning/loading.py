@@ -61,8 +61,7 @@ def load_module(
             **kwargs,
         )
     namespace = _namespace_of(module_class)
-    location = os.fspath(path).removeprefix("file://")
-    with open_checkpoint(location, None if tag is None else str(tag)) as checkpoint:
+    with open_checkpoint(path, None if tag is None else str(tag)) as checkpoint:
         content = from_checkpoint(
             checkpoint, namespace.version, weights_only, with_optimizers=False
         )

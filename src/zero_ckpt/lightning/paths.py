@@ -13,30 +13,35 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from zero_ckpt.core.storage import LocalStorage, Storage
-from zero_ckpt.core.tags import LATEST_NAME, check_tag, list_tags, read_latest, remove_tag
-from zero_ckpt.errors import CheckpointNotFoundError, ConfigurationError
+from zero_ckpt.core.places import AnyStorage, absolute, is_url
+from zero_ckpt.core.storage import Storage
+from zero_ckpt.core.tags import (
+    LATEST_NAME,
+    check_tag,
+    list_tags,
+    read_latest,
+    remove_tag,
+)
+from zero_ckpt.errors import CheckpointNotFoundError
 
 __all__ = ["is_checkpoint_folder", "make_way", "making_way", "remove", "split"]
 
 
 def split(path: Any) -> tuple[str, str]:
-    """(checkpoint directory, tag). Raises `ConfigurationError` for a remote path or an unfit
-    tag.
-    """
-    text = os.fspath(path).removeprefix("file://")
-    if "://" in text:
-        raise ConfigurationError(
-            f"{text}: zero_ckpt writes sharded checkpoints to a mounted file system only. "
-            "Use a local or network path."
-        )
-    directory, tag = os.path.split(os.path.abspath(text))
+    """(checkpoint directory, tag). Raises `ConfigurationError` for an unfit tag."""
+    directory, tag = os.path.split(absolute(path))
     return directory, check_tag(tag)
 
 
 def is_checkpoint_folder(path: Any) -> bool:
     """Whether `path` is to be read as sharded: a folder, not a file that Lightning wrote."""
-    return os.path.isdir(os.fspath(path).removeprefix("file://"))
+    place = absolute(path)
+    if not is_url(place):
+        return os.path.isdir(place)
+    with suppress(OSError):
+        AnyStorage().list(place)
+        return True
+    return False
 
 
 def make_way(directory: str, tag: str) -> Callable[[bool], None]:
@@ -83,13 +88,13 @@ def remove(path: Any, storage: Storage | None = None) -> None:
     Links beside it that point to it, and `latest`, are first pointed to the newest remaining
     checkpoint, so that `last.ckpt` never dangles; without another one they go too.
     """
-    storage = storage or LocalStorage()
+    storage = storage or AnyStorage()
     directory, tag = split(path)
     target = f"{directory}/{tag}"
     if os.path.islink(target) or os.path.isfile(target):
         with suppress(FileNotFoundError):
             os.unlink(target)
-    elif os.path.isdir(target):
+    elif is_url(target) or os.path.isdir(target):
         links = _links_to(directory, target)
         is_latest = read_latest(storage, directory) == tag
         other = _newest_other(storage, directory, tag) if links or is_latest else None
@@ -100,6 +105,8 @@ def remove(path: Any, storage: Storage | None = None) -> None:
 
 
 def _links_to(directory: str, target: str) -> list[Path]:
+    if is_url(directory):
+        return []
     links = [entry for entry in Path(directory).iterdir() if entry.is_symlink()]
     return [link for link in links if os.path.realpath(link) == os.path.realpath(target)]
 

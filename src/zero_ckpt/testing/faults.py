@@ -6,6 +6,7 @@ operation raises; the operation itself then never happens. Imports no torch.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from zero_ckpt.core.storage import Entry, FileReader, FileWriter, Storage
+from zero_ckpt.core.storage import ALIGNMENT, Entry, FileReader, FileWriter, Storage
 
 __all__ = [
     "OPERATIONS",
@@ -23,6 +24,7 @@ __all__ = [
     "fail_at",
     "fail_from",
     "kill_at",
+    "short_at",
 ]
 
 OPERATIONS = frozenset(
@@ -77,6 +79,20 @@ def delay_at(number: int, seconds: float) -> Hook:
     def hook(operation: Operation) -> None:
         if operation.number == number:
             time.sleep(seconds)
+
+    return hook
+
+
+class _ShortWrite(OSError):
+    """The disk takes the first half of a write."""
+
+
+def short_at(number: int, code: int = errno.ENOSPC) -> Hook:
+    """Operation `number`, a `write`, writes one half of its bytes and then fails with `code`; others just fail."""
+
+    def hook(operation: Operation) -> None:
+        if operation.number == number:
+            raise _ShortWrite(code, os.strerror(code), operation.path)
 
     return hook
 
@@ -145,7 +161,11 @@ class _Writer:
         self._storage, self._path, self._inner = storage, path, inner
 
     def write(self, offset: int, data: memoryview) -> None:
-        self._storage.note("write", self._path)
+        try:
+            self._storage.note("write", self._path)
+        except _ShortWrite:
+            self._inner.write(offset, data[: len(data) // 2 // ALIGNMENT * ALIGNMENT])
+            raise
         self._inner.write(offset, data)
 
     def finish(self, nbytes: int) -> None:

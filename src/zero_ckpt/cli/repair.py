@@ -1,0 +1,120 @@
+"""`zero-ckpt repair PATH`: rebuilds lost manifests from shard files, and puts aside what cannot be saved."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+
+from zero_ckpt.cli.text import json_text, printable
+from zero_ckpt.core.foreign import ForeignManifest
+from zero_ckpt.core.manifest import MANIFEST_NAME
+from zero_ckpt.core.places import AnyStorage, absolute
+from zero_ckpt.core.recovery import DAMAGED_NAME, quarantine, rebuild
+from zero_ckpt.core.storage import Storage
+from zero_ckpt.core.tags import LATEST_NAME, list_tags, no_checkpoint, read_latest, read_tag
+from zero_ckpt.core.verification import Verifier
+from zero_ckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, ZeroCkptError
+
+SUMMARY = "rebuild lost manifests, put aside what cannot be saved"
+DESCRIPTION = """\
+Rebuilds a lost or damaged manifest.json from shard files that are whole. Every byte is read; what is not all of one
+save, bit for bit, is refused. For a checkpoint directory: every tag in it, and then 'latest', if it names none that
+is whole. Changes nothing else. Data that is damaged cannot be repaired: with --quarantine its manifest is renamed, so
+that no load tries it any more. Run it when no job saves there."""
+EXAMPLES = """\
+  zero-ckpt repair checkpoints/global_step100
+  zero-ckpt repair checkpoints --quarantine"""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of one tag: `whole`, `rebuilt`, `quarantined` or `damaged`."""
+
+    tag: str
+    kind: str
+    detail: str = ""
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="PATH", help="a tag's folder, or a checkpoint directory")
+    parser.add_argument(
+        "--quarantine",
+        action="store_true",
+        help=f"rename the manifest of what cannot be repaired to {DAMAGED_NAME}",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    storage, path = AnyStorage(), absolute(options.path)
+    directory, tags, is_directory = _choose(storage, path)
+    outcomes = [_repair(storage, directory, tag, options.quarantine) for tag in tags]
+    latest = _repair_latest(storage, directory, outcomes) if is_directory else ""
+    if options.json:
+        records = [{"tag": o.tag, "outcome": o.kind, "detail": o.detail} for o in outcomes]
+        print(json_text({"directory": directory, "tags": records, "latest": latest or None}))
+    else:
+        for outcome in outcomes:
+            detail = f": {outcome.detail}" if outcome.detail else ""
+            print(printable(f"{directory}/{outcome.tag}: {outcome.kind}{detail}"))
+        if latest:
+            print(printable(f"{directory}/{LATEST_NAME}: names '{latest}' now"))
+    return int(any(outcome.kind == "damaged" for outcome in outcomes))
+
+
+def _choose(storage: Storage, path: str) -> tuple[str, list[str], bool]:
+    """(checkpoint directory, tags in it, whether the directory itself was meant)."""
+    names = [entry.name for entry in storage.list(path) if not entry.is_dir]
+    if any(name.endswith(".safetensors") or name == MANIFEST_NAME for name in names):
+        directory, _, tag = path.rpartition("/")
+        return directory, [tag], False
+    tags = [info.name for info in list_tags(storage, path)]
+    if not tags:
+        raise no_checkpoint(storage, path)
+    return path, tags, True
+
+
+def _repair(storage: Storage, directory: str, tag: str, may_quarantine: bool) -> Outcome:
+    folder = f"{directory}/{tag}"
+    problem = _problem(storage, folder)
+    if problem is None:
+        return Outcome(tag, "whole")
+    has_manifest = any(entry.name == MANIFEST_NAME for entry in storage.list(folder))
+    try:
+        manifest = rebuild(storage, folder)
+    except CorruptCheckpointError as error:
+        detail = f"{problem}; {str(error).removeprefix(f'{folder}: ')}"
+        if not (may_quarantine and has_manifest):
+            return Outcome(tag, "damaged", detail)
+        quarantine(storage, folder)
+        return Outcome(tag, "quarantined", detail)
+    if has_manifest:
+        quarantine(storage, folder)
+    storage.put(f"{folder}/{MANIFEST_NAME}", manifest.to_bytes())
+    return Outcome(tag, "rebuilt", f"step {manifest.step}, {len(manifest.files)} files")
+
+
+def _problem(storage: Storage, folder: str) -> str | None:
+    """Why the checkpoint in `folder` is not whole; None when it is, and for another system's."""
+    try:
+        manifest = read_tag(storage, folder)
+    except CheckpointNotFoundError:
+        return f"no {MANIFEST_NAME}"
+    except CorruptCheckpointError as error:
+        return str(error).removeprefix(f"{folder}/")
+    if isinstance(manifest, ForeignManifest):
+        return None
+    with Verifier(storage) as verifier:
+        return "; ".join(verifier.damage(folder, manifest)) or None
+
+
+def _repair_latest(storage: Storage, directory: str, outcomes: list[Outcome]) -> str:
+    """Let `latest` name the newest whole checkpoint, if what it names is none. Returns that tag, or ""."""
+    whole = {outcome.tag for outcome in outcomes if outcome.kind in ("whole", "rebuilt")}
+    newest = [info.name for info in list_tags(storage, directory) if info.name in whole]
+    if not newest or read_latest(storage, directory) in whole:
+        return ""
+    try:
+        storage.put(f"{directory}/{LATEST_NAME}", f"{newest[-1]}\n".encode())
+    except OSError as error:
+        raise ZeroCkptError(f"{directory}/{LATEST_NAME}: {error.strerror or error}") from error
+    return newest[-1]

@@ -1,0 +1,98 @@
+"""A load while somebody else overwrites, retires or removes what it reads, at each of its operations in turn."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.faults.jobs import Job, warned
+from zero_ckpt.core.storage import LocalStorage
+from zero_ckpt.core.tags import remove_tag
+from zero_ckpt.errors import CheckpointNotFoundError, ZeroCkptError
+from zero_ckpt.testing import FaultyStorage, Operation
+
+READS = frozenset({"get", "list", "open", "read"})
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Path:
+    """Two checkpoints, of which `step2` is the latest."""
+    for step in (1, 2):
+        Job.at(step).save(tmp_path / "start")
+    return tmp_path / "start"
+
+
+def load_disturbed(
+    directory: Path, disturb: Callable[[], None], number: int, tag: str | None
+) -> tuple[str, str | None, bool]:
+    """A load before whose operation `number` somebody disturbs: (state afterwards, error, whether it got that far)."""
+    log: list[Operation] = []
+
+    def hook(operation: Operation) -> None:
+        log.append(operation)
+        if operation.number == number:
+            disturb()
+
+    job = Job.at(0, storage=FaultyStorage(LocalStorage(), hook, names=READS))
+    error = None
+    try:
+        warned(job.load, directory, **({} if tag is None else {"tag": tag}))
+    except ZeroCkptError as raised:
+        error = type(raised).__name__
+    return job.bits(), error, len(log) > number
+
+
+def sweep(
+    start: Path, disturb: Callable[[Path], None], tag: str | None
+) -> set[tuple[str, str | None]]:
+    """Every (state, error) that a load may end with."""
+    ends = set()
+    directory = start.with_name("run")
+    for number in range(1_000):
+        shutil.copytree(start, directory)
+        state, error, disturbed = load_disturbed(directory, lambda: disturb(directory), number, tag)
+        shutil.rmtree(directory)
+        if not disturbed:
+            assert number > 15
+            return ends
+        ends.add((state, error))
+    raise AssertionError("it never ends")
+
+
+def overwrite(directory: Path) -> None:
+    Job.at(5).save(directory, tag="step2")
+
+
+def retire(directory: Path) -> None:
+    """What retention does in the end: a newer checkpoint, and the others are removed."""
+    Job.at(5, keep_last=1).save(directory, tag="step5")
+
+
+def remove(directory: Path) -> None:
+    remove_tag(LocalStorage(), str(directory), "step2")
+
+
+@pytest.mark.parametrize("tag", [None, "step2"])
+def test_a_load_during_an_overwrite_gets_the_old_or_the_new_state(
+    tag: str | None, start: Path
+) -> None:
+    old, new = Job.at(2).bits(), Job.at(5).bits()
+    assert sweep(start, overwrite, tag) == {(old, None), (new, None)}
+
+
+def test_a_load_during_retention_gets_a_checkpoint(start: Path) -> None:
+    old, new = Job.at(2).bits(), Job.at(5).bits()
+    assert sweep(start, retire, None) == {(old, None), (new, None)}
+
+
+def test_a_load_during_a_removal_gets_it_or_another_one(start: Path) -> None:
+    whole = {(Job.at(2).bits(), None), (Job.at(1).bits(), None)}
+    assert sweep(start, remove, None) == whole
+
+
+def test_a_load_of_a_tag_that_is_removed_gets_it_or_is_told(start: Path) -> None:
+    whole, absent = (Job.at(2).bits(), None), (Job.at(0).bits(), CheckpointNotFoundError.__name__)
+    assert sweep(start, remove, "step2") == {whole, absent}
