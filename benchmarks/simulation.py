@@ -7,14 +7,13 @@ what any rank does to plan a load, can be measured on one machine.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 
-from zero_ckpt.core.dtypes import itemsize
 from zero_ckpt.core.layout import ROLES, Layout, Mesh, Table
-from zero_ckpt.core.manifest import FileRecord, Manifest, shard_name
-from zero_ckpt.core.planner import SavePlan
+from zero_ckpt.core.manifest import MANIFEST_NAME, FileRecord, Manifest, shard_name
+from zero_ckpt.core.planner import SavePlan, plan_save
 from zero_ckpt.core.shard_file import ShardLayout, layout_shard
 
 CHECKSUM = "0123456789abcdef" * 2
@@ -104,17 +103,63 @@ def table_of(model: Decoder, sharding: Sharding) -> Table:
     return table
 
 
-def shard_layouts(table: Table, plan: SavePlan, rank: int, ranks: int) -> dict[str, ShardLayout]:
-    """File name -> layout of what `rank` writes."""
+class HeaderStorage:
+    """Reads one tag of a checkpoint that was never written: its manifest, and headers of shard files.
+
+    Files have the length and header that a save gives them, and zeroes in place of checksums of data,
+    which nobody may read. Only files of the ranks in `opened` can be opened.
+    """
+
+    def __init__(self, table: Table, ranks: int, opened: Iterable[int]) -> None:
+        plan = plan_save([(table, range(ranks))])
+        self._headers: dict[str, bytes] = {}
+        files = dict.fromkeys(shard_names(ranks), FileRecord(1 << 40, CHECKSUM))
+        for rank in opened:
+            for name, layout in _shard_layouts(table, plan, rank, ranks).items():
+                files[name] = layout.record(bytes(8 * layout.num_blocks))
+                self._headers[name] = layout.header
+        self.manifest = Manifest("t", 1, ranks, 3, files=files, tensors=plan.roles)
+        self._bytes = self.manifest.to_bytes()
+        self._lengths = {name: record.nbytes for name, record in files.items()}
+
+    def get(self, path: str, limit: int) -> bytes:
+        if not path.endswith(MANIFEST_NAME):
+            raise FileNotFoundError(path)
+        return self._bytes
+
+    def open(self, path: str) -> _Header:
+        name = path.rpartition("/")[2]
+        return _Header(self._headers[name], self._lengths[name])
+
+
+@dataclass(frozen=True, slots=True)
+class _Header:
+    """An open file of which only the header and the block table can be read."""
+
+    header: bytes
+    nbytes: int
+
+    def read_into(self, offset: int, nbytes: int, buffer: memoryview, keep: bool = False) -> None:
+        part = self.header[offset : offset + nbytes]
+        buffer[:nbytes] = part + bytes(nbytes - len(part))
+
+    def close(self) -> None:
+        pass
+
+
+def shard_names(ranks: int) -> list[str]:
+    """All files of a checkpoint in which every rank has one of each role."""
+    return [shard_name(role, rank, ranks, 1) for role in ROLES for rank in range(ranks)]
+
+
+def _shard_layouts(table: Table, plan: SavePlan, rank: int, ranks: int) -> dict[str, ShardLayout]:
+    """File name -> layout of what `rank` writes of the tensors."""
     found = {}
-    for role in ROLES:
-        layouts = table.roles[role]
+    for role, layouts in table.roles.items():
         chunks = [
             (key, layouts[key].dtype, layouts[key].shape, box)
             for key, box in plan.chunks_of(rank, role)
         ]
-        if role == "state":
-            chunks.append(_objects())
         if chunks:
             metadata = {"role": role, "rank": str(rank), "world_size": str(ranks), "tag": "t"}
             found[shard_name(role, rank, ranks, 1)] = layout_shard(chunks, metadata)

@@ -69,6 +69,14 @@ def slowdown(
     return _timed(case, what, measured, (ours, theirs), goal, invert=True)
 
 
+def timed_alone(
+    case: str, what: str, measured: Measured, ours: str, goal: Goal | None = None
+) -> Row:
+    """Seconds held against an absolute goal: the median is judged."""
+    values = tuple(measured.samples[ours])
+    return Row(case, what, values, "", (), "s", statistics.median(values), goal)
+
+
 def bounded(
     case: str, what: str, measured: Measured, ours: str, theirs: str | None, megabytes: float | None
 ) -> Row:
@@ -144,8 +152,9 @@ def as_json(rows: Sequence[Row], *, smoke: bool) -> list[dict[str, Any]]:
 
 def _cells(row: Row, smoke: bool) -> tuple[str, ...]:
     unit = " MB" if row.unit == "MB" else ""
-    judged = f"{row.judged:.0f} MB" if unit else f"{row.judged:.3g}"
-    goal = f"{row.goal.sign} {row.goal.value:g}{unit}" if row.goal else ""
+    alone = "" if row.theirs else " s"
+    judged = f"{row.judged:.0f} MB" if unit else f"{row.judged:.3g}{alone}"
+    goal = f"{row.goal.sign} {row.goal.value:g}{unit or alone}" if row.goal else ""
     return (
         row.case,
         row.what,

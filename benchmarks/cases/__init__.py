@@ -12,8 +12,10 @@ from benchmarks.bench import Bench
 from benchmarks.cases.accelerate import accelerate
 from benchmarks.cases.collapse import collapse
 from benchmarks.cases.deepspeed import deepspeed
+from benchmarks.cases.commit import commit
 from benchmarks.cases.first import first
 from benchmarks.cases.load import load
+from benchmarks.cases.plan import plan
 from benchmarks.cases.reshard import reshard
 from benchmarks.cases.save import save
 from benchmarks.cases.small import small
@@ -28,4 +30,6 @@ CASES: dict[str, Callable[[Bench], list[Row]]] = {
     "collapse": collapse,
     "accelerate": accelerate,
     "deepspeed": deepspeed,
+    "plan": plan,
+    "commit": commit,
 }

@@ -39,6 +39,10 @@ class Mesh:
     shape: tuple[int, ...]
     ranks: tuple[int, ...]
 
+    def __hash__(self) -> int:
+        """Cheap: every layout is looked up by its mesh, which may have thousands of ranks."""
+        return hash((self.shape, self.ranks[:1], self.ranks[-1:]))
+
     def coordinates(self) -> Iterator[tuple[int, tuple[int, ...]]]:
         """(rank, coordinate) of every position, row-major."""
         return zip(self.ranks, product(*(range(n) for n in self.shape)), strict=True)

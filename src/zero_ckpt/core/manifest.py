@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from json.encoder import encode_basestring_ascii as quote
 from math import isfinite, prod
@@ -155,24 +155,21 @@ def _body(m: Manifest) -> str:
     parts = [f"{json.dumps(name)}: {json.dumps(getattr(m, name))}" for name in scalars]
     for name in ("versions", "timings", "buffers", "frozen", "excluded", "aliases"):
         parts.append(f"{json.dumps(name)}: {json.dumps(getattr(m, name), sort_keys=True)}")
-    files = {name: [r.nbytes, r.checksum] for name, r in sorted(m.files.items())}
+    files = (f"{quote(n)}: [{r.nbytes}, {quote(r.checksum)}]" for n, r in sorted(m.files.items()))
     parts.append(f'"files": {_lines(files)}')
     parts.append(f'"layouts": {json.dumps([_placed_json(p) for p in layouts])}')
-    roles = ",\n".join(f"{quote(role)}: {_index_lines(keys)}" for role, keys in index.items())
+    roles = ",\n".join(
+        f"{quote(role)}: {_lines(f'{quote(key)}: {at}' for key, at in keys.items())}"
+        for role, keys in index.items()
+    )
     parts.append(f'"tensors": {{{roles}}}')
     return "{" + ",\n".join(parts) + "}"
 
 
-def _lines(mapping: Mapping[str, Any]) -> str:
-    """A JSON object with one entry a line."""
-    rows = [f"{quote(key)}: {json.dumps(value)}" for key, value in mapping.items()]
-    return "{\n" + ",\n".join(rows) + "\n}" if mapping else "{}"
-
-
-def _index_lines(index: Mapping[str, int]) -> str:
-    """The same for numbers, of which there may be very many."""
-    rows = [f"{quote(key)}: {at}" for key, at in index.items()]
-    return "{\n" + ",\n".join(rows) + "\n}" if rows else "{}"
+def _lines(rows: Iterable[str]) -> str:
+    """A JSON object with one of the given entries a line."""
+    text = ",\n".join(rows)
+    return f"{{\n{text}\n}}" if text else "{}"
 
 
 def _placed_json(placed: Placed) -> dict[str, Any]:
