@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch.distributed as dist
 from benchmarks.bench import Bench
 from benchmarks.measure import remove_and_settle
 from benchmarks.ranks import Measured
-from benchmarks.simulation import CHECKSUM, MODELS, fsdp, shard_names, table_of
+from benchmarks.simulation import CHECKSUM, MODELS, fsdp, table_of
 from benchmarks.table import Row, at_most, timed_alone
 from zero_ckpt.core.agreement import Agreement, Proposal, agree
 from zero_ckpt.core.commit import CommitRequest, Vote

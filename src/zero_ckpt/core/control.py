@@ -43,7 +43,7 @@ _BEAT_INTERVAL = 0.25
 """Seconds. Well below any time limit that makes sense, and seldom enough to cost nothing."""
 
 _LOOKS_PER_SECOND = 20_000
-"""Of all waiting ranks together: a fraction of what one thread of a store answers, or rank 0's own calls would queue."""
+"""Of all waiting ranks together: a fraction of what a store answers, or rank 0's own calls would queue behind them."""
 
 DEFAULT_TIMEOUT = 300.0
 """Seconds of silence after which a rank counts as lost."""

@@ -197,7 +197,8 @@ def dtensor_from(
 ) -> DTensor:
     """A DTensor of global `shape` whose local part is `local`; what `DTensor.from_local` makes without its checks."""
     spec = _spec(shape, local.dtype, device_mesh, placements, tuple(local.shape))
-    return DTensor(local, spec, requires_grad=False)
+    made: DTensor = DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    return made
 
 
 @lru_cache(maxsize=65536)
@@ -208,7 +209,7 @@ def _spec(
     placements: tuple[Placement, ...],
     part: tuple[int, ...],
 ) -> Any:
-    """What a DTensor knows of itself beside its local part. Layers repeat, and `from_local` takes long to find it out."""
+    """What a DTensor knows beside its local part. Layers repeat, and `from_local` takes long to find it out."""
     stride = torch.empty(shape, device="meta").stride()
     local = torch.empty(part, dtype=dtype, device="meta")
     made = DTensor.from_local(
