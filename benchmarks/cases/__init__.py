@@ -15,6 +15,7 @@ from benchmarks.cases.deepspeed import deepspeed
 from benchmarks.cases.commit import commit
 from benchmarks.cases.first import first
 from benchmarks.cases.load import load
+from benchmarks.cases.ls import ls
 from benchmarks.cases.plan import plan
 from benchmarks.cases.reshard import reshard
 from benchmarks.cases.save import save
@@ -31,5 +32,6 @@ CASES: dict[str, Callable[[Bench], list[Row]]] = {
     "accelerate": accelerate,
     "deepspeed": deepspeed,
     "plan": plan,
+    "ls": ls,
     "commit": commit,
 }

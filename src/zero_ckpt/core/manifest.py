@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from json.encoder import encode_basestring_ascii as quote
 from math import isfinite, prod
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
 
@@ -28,7 +29,7 @@ from zero_ckpt.core.planner import Placed
 from zero_ckpt.core.runs import run_from_json, runs_coverage_error
 from zero_ckpt.errors import CorruptManifestError, FormatVersionError
 
-__all__ = ["FORMAT_VERSION", "MANIFEST_NAME", "FileRecord", "Manifest", "shard_name"]
+__all__ = ["FORMAT_VERSION", "MANIFEST_NAME", "FileRecord", "Manifest", "Summary", "shard_name"]
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -52,11 +53,10 @@ class FileRecord:
 
 
 @dataclass(slots=True)
-class Manifest:
-    """Everything that is known of one checkpoint without opening a shard file.
+class Summary:
+    """What a manifest says of a checkpoint as a whole, and its files: enough to list it, not to read it.
 
-    `tensors`: role -> key -> where its chunks are. `aliases`: tied name -> stored key. `created`: seconds since the
-    epoch. `timings`: phase -> seconds, the slowest rank's. `generation` counts the overwrites of the tag, from 1.
+    `created`: seconds since the epoch. `generation` counts the overwrites of the tag, from 1.
     """
 
     tag: str
@@ -66,6 +66,27 @@ class Manifest:
     generation: int = 1
     created: float = 0.0
     files: dict[str, FileRecord] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all shard files."""
+        return sum(record.nbytes for record in self.files.values())
+
+    @classmethod
+    def from_bytes(cls, data: bytes, path: str = MANIFEST_NAME) -> Summary:
+        """Parse and check this much. Raises `CorruptManifestError` or `FormatVersionError`, naming `path`."""
+        body = _verified_body(data, path)
+        return _believed(path, lambda: Summary(**_summary(_head(body))))
+
+
+@dataclass(slots=True)
+class Manifest(Summary):
+    """Everything that is known of one checkpoint without opening a shard file.
+
+    `tensors`: role -> key -> where its chunks are. `aliases`: tied name -> stored key. `timings`: phase -> seconds, the
+    slowest rank's.
+    """
+
     tensors: dict[str, dict[str, Placed]] = field(
         default_factory=lambda: {role: {} for role in ROLES}
     )
@@ -79,11 +100,6 @@ class Manifest:
     def file_of(self, role: str, rank: int) -> str:
         return shard_name(role, rank, self.world_size, self.generation)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all shard files."""
-        return sum(record.nbytes for record in self.files.values())
-
     def to_bytes(self) -> bytes:
         body = _body(self).encode()
         head = f'{{"zero_ckpt": {FORMAT_VERSION}, "checksum": "{_hash(body)}", "manifest":\n'
@@ -93,14 +109,32 @@ class Manifest:
     def from_bytes(cls, data: bytes, path: str = MANIFEST_NAME) -> Manifest:
         """Parse and check everything. Raises `CorruptManifestError` or `FormatVersionError`, naming `path`."""
         body = _verified_body(data, path)
-        try:
-            manifest = _parse(json.loads(body))
-        except _UNBELIEVABLE as error:
-            raise CorruptManifestError(
-                f"{path}: the checksum holds, but the content is not a manifest of format {FORMAT_VERSION}: {error}"
-            ) from error
-        return manifest
+        return _believed(path, lambda: _parse(json.loads(body)))
 
+
+T = TypeVar("T")
+
+
+def _believed(path: str, parse: Callable[[], T]) -> T:
+    """What `parse` makes of content whose checksum holds."""
+    try:
+        return parse()
+    except _UNBELIEVABLE as error:
+        raise CorruptManifestError(
+            f"{path}: the checksum holds, but the content is not a manifest of format {FORMAT_VERSION}: {error}"
+        ) from error
+
+
+def _head(body: bytes) -> Any:
+    """The fields before the long ones, where they stand as `_body` puts them; else all."""
+    head, found, _ = body.partition(_LAYOUTS)
+    if found:
+        with suppress(ValueError):
+            return json.loads(head + b"}")
+    return json.loads(body)
+
+
+_LAYOUTS = b',\n"layouts": '
 
 _UNBELIEVABLE = (
     ValueError,
@@ -182,7 +216,8 @@ def _placed_json(placed: Placed) -> dict[str, Any]:
     }
 
 
-def _parse(body: Any) -> Manifest:
+def _summary(body: Any) -> dict[str, Any]:
+    """The fields of a `Summary`."""
     _expect(isinstance(body, dict), "the body is no object")
     counts = {name: body[name] for name in ("step", "world_size", "zero_stage", "generation")}
     for name, value in counts.items():
@@ -194,12 +229,14 @@ def _parse(body: Any) -> Manifest:
     # Every rank writes one file at least, so the numbers of ranks are bounded by what was read.
     _expect(1 <= world_size <= len(files), f"{len(files)} files of {world_size} ranks")
     _expect(len(files) <= 3 * world_size, "more files than ranks can write")
-    layouts = [_layout(item, world_size) for item in body["layouts"]]
+    return {"tag": body["tag"], "created": _number(body["created"]), "files": files, **counts}
+
+
+def _parse(body: Any) -> Manifest:
+    summary = _summary(body)
+    layouts = [_layout(item, summary["world_size"]) for item in body["layouts"]]
     tensors = {role: _index(body["tensors"][role], layouts) for role in ROLES}
     manifest = Manifest(
-        tag=body["tag"],
-        created=_number(body["created"]),
-        files=files,
         tensors=tensors,
         buffers=_names(body["buffers"]),
         frozen=_names(body["frozen"]),
@@ -207,7 +244,7 @@ def _parse(body: Any) -> Manifest:
         aliases=_strings(body["aliases"]),
         versions=_strings(body["versions"]),
         timings={name: _number(value) for name, value in body["timings"].items()},
-        **counts,
+        **summary,
     )
     _check_references(manifest)
     return manifest
