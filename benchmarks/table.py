@@ -28,7 +28,7 @@ class Goal:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One comparison. `judged` is held against the goal: a ratio, or MB where `unit` is MB."""
+    """One comparison. `judged` is held against the goal: a ratio; MB where `unit` is MB; else seconds."""
 
     case: str
     what: str
@@ -38,6 +38,22 @@ class Row:
     unit: str  # "s" or "MB"
     judged: float
     goal: Goal | None
+
+    @property
+    def judged_text(self) -> str:
+        """A ratio, or seconds or MB where nothing is compared."""
+        return f"{self.judged:.0f} MB" if self.unit == "MB" else f"{self.judged:.3g}{self._seconds}"
+
+    @property
+    def goal_text(self) -> str:
+        if self.goal is None:
+            return ""
+        unit = " MB" if self.unit == "MB" else self._seconds
+        return f"{self.goal.sign} {self.goal.value:g}{unit}"
+
+    @property
+    def _seconds(self) -> str:
+        return "" if self.theirs else " s"
 
     def verdict(self, smoke: bool) -> str:
         if self.goal is None:
@@ -151,18 +167,14 @@ def as_json(rows: Sequence[Row], *, smoke: bool) -> list[dict[str, Any]]:
 
 
 def _cells(row: Row, smoke: bool) -> tuple[str, ...]:
-    unit = " MB" if row.unit == "MB" else ""
-    alone = "" if row.theirs else " s"
-    judged = f"{row.judged:.0f} MB" if unit else f"{row.judged:.3g}{alone}"
-    goal = f"{row.goal.sign} {row.goal.value:g}{unit or alone}" if row.goal else ""
     return (
         row.case,
         row.what,
         _figure(row.ours, row.unit),
         row.against,
         _figure(row.theirs, row.unit) if row.theirs else "",
-        judged,
-        goal,
+        row.judged_text,
+        row.goal_text,
         row.verdict(smoke),
     )
 

@@ -20,6 +20,8 @@ from benchmarks.cases.plan import plan
 from benchmarks.cases.reshard import reshard
 from benchmarks.cases.save import save
 from benchmarks.cases.small import small
+from benchmarks.cases.stall import stall
+from benchmarks.cases.verify import verify
 from benchmarks.table import Row
 
 CASES: dict[str, Callable[[Bench], list[Row]]] = {
@@ -31,6 +33,8 @@ CASES: dict[str, Callable[[Bench], list[Row]]] = {
     "collapse": collapse,
     "accelerate": accelerate,
     "deepspeed": deepspeed,
+    "verify": verify,
+    "stall": stall,
     "plan": plan,
     "ls": ls,
     "commit": commit,
