@@ -71,7 +71,7 @@ def _furnish(axes: Any, rows: Sequence[Row]) -> None:
     axes.invert_yaxis()
     axes.axvline(1, color=INK, linewidth=1)
     ticks = [t for t in (0.01, 0.1, 0.25, 0.5, 1, 2, 5, 10, 50, 100) if low / 2 <= t <= high * 2]
-    axes.set_xticks(ticks, ["goal" if t == 1 else f"{t:g}×" for t in ticks], size=8.5)
+    axes.set_xticks(ticks, ["goal" if t == 1 else f"{t:g}x" for t in ticks], size=8.5)
     axes.minorticks_off()
     axes.tick_params(length=0)
     axes.grid(axis="x", color="#e6e6e6", zorder=0)
