@@ -184,6 +184,7 @@ def test_two_control_planes_share_a_store_without_meeting(stores: list[Any]) -> 
 
 def test_nothing_is_left_in_the_store(stores: list[Any]) -> None:
     planes = controls(stores)
+    meet(planes)  # now the store has what each rank said when it came: a set is not answered
     before = stores[0].num_keys()
     for _ in range(3):
         meet(planes)
