@@ -14,6 +14,7 @@ from benchmarks.cases.collapse import collapse
 from benchmarks.cases.deepspeed import deepspeed
 from benchmarks.cases.commit import commit
 from benchmarks.cases.first import first
+from benchmarks.cases.lightning import lightning
 from benchmarks.cases.load import load
 from benchmarks.cases.ls import ls
 from benchmarks.cases.plan import plan
@@ -33,6 +34,7 @@ CASES: dict[str, Callable[[Bench], list[Row]]] = {
     "collapse": collapse,
     "accelerate": accelerate,
     "deepspeed": deepspeed,
+    "lightning": lightning,
     "verify": verify,
     "stall": stall,
     "plan": plan,
