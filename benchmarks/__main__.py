@@ -22,6 +22,7 @@ from benchmarks.bench import Bench
 from benchmarks.cases import CASES
 from benchmarks.options import Options, read_options
 from benchmarks.plot import can_plot, plot
+from benchmarks.report import machine_text
 from benchmarks.table import Row, as_json, render
 
 BYTES_PER_PARAM = 12  # fp32 weights and two fp32 moments

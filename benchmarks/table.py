@@ -170,9 +170,9 @@ def _cells(row: Row, smoke: bool) -> tuple[str, ...]:
     return (
         row.case,
         row.what,
-        _figure(row.ours, row.unit),
+        figure(row.ours, row.unit),
         row.against,
-        _figure(row.theirs, row.unit) if row.theirs else "",
+        figure(row.theirs, row.unit) if row.theirs else "",
         row.judged_text,
         row.goal_text,
         row.verdict(smoke),
@@ -187,7 +187,8 @@ def _without_repeats(lines: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
     ]
 
 
-def _figure(values: tuple[float, ...], unit: str) -> str:
+def figure(values: tuple[float, ...], unit: str) -> str:
+    """Median and range, as a reader wants them."""
     middle, low, high = statistics.median(values), min(values), max(values)
     if unit == "MB":
         return f"{middle / MB:.0f} MB ({low / MB:.0f}-{high / MB:.0f})"
