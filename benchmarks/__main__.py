@@ -41,12 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     file = _write(rows, options)
     print(f"\nsamples: {file}")
     if can_plot():
-        machine = _machine(options.scratch)
-        subtitle = (
-            f"{machine['date']}, {machine['cpu']}, {machine['cores']} cores, {machine['disk']}"
-        )
-        plot(rows, file.with_suffix(".png"), subtitle)
-        print(f"picture: {file.with_suffix('.png')}")
+        picture = file.with_suffix(".png")
+        plot(rows, picture, machine_text(_machine(options.scratch)))
+        print(f"picture: {picture}")
     return int(any(row.verdict(options.smoke) == "MISSED" for row in rows))
 
 
