@@ -7,7 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.table import Row, at_least, at_most
+from benchmarks.report import joined, machine_text
+from benchmarks.table import Row, as_json, at_least, at_most
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,6 +25,9 @@ def test_small_cases_run_and_leave_their_samples(tmp_path: Path) -> None:
     assert {row["case"] for row in result["rows"]} == {"plan", "commit", "ls"}
     assert all(row["zero_ckpt"] and row["measured"] in done.stdout for row in result["rows"])
     assert result["machine"]["versions"]["torch"]
+    rows = list(joined([result, result]))
+    assert json.loads(json.dumps(as_json(rows, smoke=True))) == result["rows"]
+    assert machine_text(result["machine"]).startswith(result["machine"]["date"])
     assert [path.name for path in tmp_path.iterdir()] == ["results"], "scratch folders are gone"
 
 
