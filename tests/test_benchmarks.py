@@ -7,12 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks.report import joined, machine_text
 from benchmarks.table import Row, as_json, at_least, at_most
 
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_small_cases_run_and_leave_their_samples(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks", "--small", "--repeats", "1"]
     where = ["--scratch", str(tmp_path), "--results", str(tmp_path / "results")]

@@ -51,10 +51,11 @@ def plan(bench: Bench) -> list[Row]:
         f"{saved_at:,} -> {fewer:,} ranks": (even, fsdp(fewer)),
     }
     rows = []
+    model = "7B" if bench.options.smoke else "405B"
     for what, (saved, live) in jobs.items():
         measured = Measured()
         for turn in range(bench.options.repeats):
-            measured.extend(_in_new_process(_measure, saved, live))
+            measured.extend(_in_new_process(_measure, model, saved, live))
             print(f"  round {turn}: {what} {measured.samples['load'][-1]:.3f} s", file=sys.stderr)
         load = f"plan of a load, {what}"
         rows += [
@@ -72,14 +73,15 @@ def _in_new_process(work: Callable[..., Measured], *args: object) -> Measured:
         return pool.submit(work, *args).result()
 
 
-def _measure(saved: Sharding, live: Sharding) -> Measured:
+def _measure(model_name: str, saved: Sharding, live: Sharding) -> Measured:
     """One rank's plans. It is in the middle of the job, so that all its boxes have elements."""
     rank = live.ranks // 4 + 3
     dist.init_process_group("fake", rank=rank, world_size=live.ranks, store=FakeStore())
-    table = table_of(MODELS["405B"], saved)
-    needed = _needed_ranks(table_of(MODELS["405B"], live), table, saved.ranks, rank)
+    table = table_of(MODELS[model_name], saved)
+    alive = table_of(MODELS[model_name], live)
+    needed = _needed_ranks(alive, table, saved.ranks, rank)
     storage = HeaderStorage(table, saved.ranks, needed)
-    model, optimizer = _build(live, rank)
+    model, optimizer = _build(alive, live, rank)
     measured = Measured()
     with peak_memory() as peak:
         start = time.perf_counter()
@@ -136,11 +138,11 @@ def _box(layout: Layout, rank: int) -> Box:
     return local_box(layout.shape, layout.mesh.shape, layout.placements, coordinates[rank])
 
 
-def _build(sharding: Sharding, rank: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+def _build(table: Table, sharding: Sharding, rank: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The rank's part of the model, in memory that is never touched, and an optimizer without state."""
     mesh = init_device_mesh("cpu", sharding.mesh)
     root = nn.Module()
-    for key, layout in table_of(MODELS["405B"], sharding).roles["model"].items():
+    for key, layout in table.roles["model"].items():
         *path, name = key.split(".")
         module = root
         for child in path:

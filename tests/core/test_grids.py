@@ -17,7 +17,8 @@ from zero_ckpt.core.layout import Layout, Mesh
 def test_any_columns_write_every_element_once(data: st.DataObject, layout: Layout) -> None:
     grid = Grid(layout, ())
     width = len(grid.columns)
-    first, pieces = data.draw(st.integers(0, width - 1)), data.draw(st.integers(1, width))
+    first = data.draw(st.integers(0, width - 1))
+    pieces = data.draw(st.integers(1, width if layout.shape else 1))  # no dimension, no cut
     chunks = [chunk for run in grid.runs(first, pieces) for chunk in run]
     assert (counts(layout.shape, [box for _, box in chunks]) == 1).all()
     held = held_boxes(layout)
@@ -35,9 +36,7 @@ def test_a_tensor_without_elements_is_written_by_the_lowest_rank() -> None:
     assert list(run) == [(4, full_box((0, 3)))]
 
 
-@pytest.mark.parametrize(
-    "placements", [("R", "S0", "S1"), ("R", "T0", "S0"), ("S0", "R", "R"), ("S0", "S0", "S0")]
-)
+@pytest.mark.parametrize("placements", [("R", "S0", "S1"), ("R", "T0", "S0"), ("R", "S0", "R")])
 def test_thousands_of_ranks_take_no_more_than_a_few(placements: tuple[str, ...]) -> None:
     def work(shards: int) -> int:
         shape = (8, shards, 8)

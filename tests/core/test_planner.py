@@ -198,15 +198,17 @@ def test_a_load_among_4096_ranks_is_planned_in_bounded_work() -> None:
     assert steps < len(sample) * 12 * 40
 
 
-def test_a_save_of_4096_ranks_is_planned_in_the_work_of_few() -> None:
-    """6000 tensors, and a step for each, which all ranks hold."""
+def test_the_plan_of_a_save_costs_tensors_plus_ranks() -> None:
+    """Among the tensors is a step for each, which all ranks hold."""
 
-    def work(ranks: int) -> int:
-        table = model_tables(ranks, 600)
-        table.roles["optim"] = {f"{key}/step": Layout("F32", ()) for key in table.roles["model"]}
+    def work(ranks: int, tensors: int) -> int:
+        table, step = model_tables(ranks, tensors), Layout("F32", ())
+        table.roles["optim"] = {f"{key}/step": step for key in table.roles["model"]}
         return steps_of(lambda: plan_save([(table, range(ranks))]))
 
-    assert work(4096) < 2 * work(64)
+    for_tensors = work(64, 400) - work(64, 100)
+    assert work(4096, 400) - work(4096, 100) < 1.1 * for_tensors
+    assert work(4096, 100) - work(64, 100) < 20 * 4096
 
 
 def test_what_all_ranks_hold_and_is_tiny_lies_in_few_files() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 from zero_ckpt.core.chunks import Box
 from zero_ckpt.core.grids import Grid
@@ -111,8 +112,8 @@ class _Planner:
         layout = layouts[0]
         if len(layouts) > 1 and any(item != layout for item in layouts):
             layout = _stacked(key, layouts)
-        holders = tuple(sorted(rank for i in having for rank in self._tables[i][1]))
-        grid = Grid(layout, holders)
+        holders = sorted(chain.from_iterable(self._tables[i][1] for i in having))
+        grid = Grid(layout, tuple(holders))
         columns = self._columns.setdefault(
             (grid.mesh, grid.columns), _Columns([0] * len(grid.columns))
         )
