@@ -159,7 +159,7 @@ def as_json(rows: Sequence[Row], *, smoke: bool) -> list[dict[str, Any]]:
             "against": row.against,
             "theirs": row.theirs,
             "judged": row.judged,
-            "goal": f"{row.goal.sign} {row.goal.value}" if row.goal else None,
+            "goal": f"{row.goal.sign} {row.goal.value:g}" if row.goal else None,
             "verdict": row.verdict(smoke),
         }
         for row in rows
