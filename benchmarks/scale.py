@@ -19,11 +19,11 @@ RANKS = (8, 512, 4096, 16384)
 RANKS_PER_HOST = 8
 HOST_BYTES_PER_SECOND = 5e9  # what a host writes to or reads from the file system
 COPY_BYTES_PER_SECOND = 5e9  # of one rank, into pageable host memory
-STORE_CALL = 60e-6  # seconds of one call of rank 0 to the rendezvous store, while the others wait
+STORE_CALL = 40e-6  # seconds of one call of rank 0 to the rendezvous store
 FILE_CALL = (
     10e-6  # seconds of one stat or unlink of a local file; of a network file system 0.2 to 1 ms
 )
-RECORD = 60e-6  # seconds of rank 0 for the vote and manifest lines of one rank
+RECORD = 100e-6  # seconds of rank 0 for the vote and manifest lines of one rank
 MEETINGS = 2  # of a save: agree, vote
 STAGING_BUFFERS = 6 * (4 << 20)  # bytes per rank of a save that is not async
 
