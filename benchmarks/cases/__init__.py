@@ -11,8 +11,8 @@ from collections.abc import Callable
 from benchmarks.bench import Bench
 from benchmarks.cases.accelerate import accelerate
 from benchmarks.cases.collapse import collapse
-from benchmarks.cases.deepspeed import deepspeed
 from benchmarks.cases.commit import commit
+from benchmarks.cases.deepspeed import deepspeed
 from benchmarks.cases.first import first
 from benchmarks.cases.lightning import lightning
 from benchmarks.cases.load import load
