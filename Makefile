@@ -60,7 +60,8 @@ demo-accelerate: $(READY) ## the same with Accelerate: 2 processes, killed, resu
 	$(BIN)/python examples/accelerate/demo.py
 
 bench: $(READY) ## measure against raw disk and torch's own checkpoints
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -c 'import matplotlib' 2> /dev/null || $(PIP) install --editable '.[bench]'
+	$(BIN)/python -m benchmarks $(BENCH)
 
 clean: ## remove what the targets made, .venv included
 	rm -rf .venv build dist runs/demo runs/demo-accelerate .mypy_cache .pytest_cache .ruff_cache src/*.egg-info

@@ -6,20 +6,23 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import zero_ckpt
 from benchmarks.bench import Bench
 from benchmarks.cases import CASES
 from benchmarks.options import Options, read_options
+from benchmarks.plot import can_plot, plot
+from benchmarks.report import machine_text
 from benchmarks.table import Row, as_json, render
 
 BYTES_PER_PARAM = 12  # fp32 weights and two fp32 moments
@@ -35,7 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name} ...", file=sys.stderr, flush=True)
         rows += _run(name, options)
     print(render(rows, smoke=options.smoke))
-    print(f"\nsamples: {_write(rows, options)}")
+    file = _write(rows, options)
+    print(f"\nsamples: {file}")
+    if can_plot():
+        picture = file.with_suffix(".png")
+        plot(rows, picture, machine_text(_machine(options.scratch)))
+        print(f"picture: {picture}")
     return int(any(row.verdict(options.smoke) == "MISSED" for row in rows))
 
 
@@ -64,7 +72,7 @@ def _write(rows: Sequence[Row], options: Options) -> Path:
     file = options.results / f"{time.strftime('%Y-%m-%dT%H%M%S')}.json"
     given = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(options).items()}
     result = {
-        "machine": _machine(),
+        "machine": _machine(options.scratch),
         "options": given,
         "rows": as_json(rows, smoke=options.smoke),
     }
@@ -72,15 +80,37 @@ def _write(rows: Sequence[Row], options: Options) -> Path:
     return file
 
 
-def _machine() -> dict[str, Any]:
+def _machine(scratch: Path) -> dict[str, Any]:
+    packages = ("torch", "zero-ckpt", "lightning", "accelerate", "safetensors")
     return {
         "date": time.strftime("%Y-%m-%d"),
+        "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "disk": _disk_kind(scratch),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": platform.platform(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "zero_ckpt": zero_ckpt.__version__,
+        "versions": {name: version(name) for name in packages},
     }
+
+
+def _cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), "CPU")
+
+
+def _disk_kind(directory: Path) -> str:
+    """The file system, and whether its device turns: `ext4 on a solid-state disk`."""
+    found = subprocess.run(
+        ["findmnt", "-no", "FSTYPE", "-T", os.fspath(directory)], capture_output=True, text=True
+    )
+    number = directory.stat().st_dev
+    device = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}")
+    queue = next((p for p in (device / "queue", device / "../queue") if p.is_dir()), None)
+    turns = queue is not None and (queue / "rotational").read_text().strip() == "1"
+    kind = "a disk" if queue is None else "a turning disk" if turns else "a solid-state disk"
+    return f"{found.stdout.strip() or 'file system'} on {kind}"
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Owns the defaults. Pure: reads nothing but the arguments given.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +39,9 @@ def read_options(arguments: Sequence[str] | None, case_names: Sequence[str]) -> 
     parser.add_argument(
         "--small", action="store_true", help="smoke run: tiny sizes, goals unjudged"
     )
-    parser.add_argument("--only", action="append", choices=list(case_names), help="repeatable")
+    parser.add_argument(
+        "--only", action="extend", type=_cases(case_names), help="cases, with commas; repeatable"
+    )
     parser.add_argument("--scratch", type=Path, default=HERE, help="folder on the disk to measure")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     given = parser.parse_args(arguments)
@@ -55,6 +57,20 @@ def read_options(arguments: Sequence[str] | None, case_names: Sequence[str]) -> 
         results=given.results.resolve(),
         only=tuple(given.only or ()),
     )
+
+
+def _cases(known: Sequence[str]) -> Callable[[str], list[str]]:
+    """Reads `plan,commit`."""
+
+    def read(text: str) -> list[str]:
+        names = text.split(",")
+        if unknown := set(names) - set(known):
+            raise argparse.ArgumentTypeError(
+                f"cases of {', '.join(known)} expected, {', '.join(sorted(unknown))} found"
+            )
+        return names
+
+    return read
 
 
 def _count(text: str) -> int:

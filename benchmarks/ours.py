@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,6 +31,21 @@ class Ours:
     def load_once(self, directory: Path) -> None:
         """Collective; every byte is verified just before it is copied."""
         self._checkpointer.load_checkpoint(str(directory), tag=TAG, verify_first=False)
+
+
+class OursAsync:
+    """A Checkpointer that saves beside the training."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._checkpointer = zero_ckpt.Checkpointer(model, optimizer, engine="async")
+
+    def save(self, directory: Path) -> tuple[Callable[[], object], Callable[[], object]]:
+        """Collective. What returns when the state may change, and what when the save is committed."""
+        handle = self._checkpointer.save_checkpoint(str(directory), tag=TAG, step=STEP)
+        return handle.staged, handle.wait
+
+    def close(self) -> None:
+        self._checkpointer.close()
 
 
 def collapse(directory: Path, output: Path) -> None:

@@ -28,7 +28,7 @@ class Goal:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One comparison. `judged` is held against the goal: a ratio, or MB where `unit` is MB."""
+    """One comparison. `judged` is held against the goal: a ratio; MB where `unit` is MB; else seconds."""
 
     case: str
     what: str
@@ -38,6 +38,22 @@ class Row:
     unit: str  # "s" or "MB"
     judged: float
     goal: Goal | None
+
+    @property
+    def judged_text(self) -> str:
+        """A ratio, or seconds or MB where nothing is compared."""
+        return f"{self.judged:.0f} MB" if self.unit == "MB" else f"{self.judged:.3g}{self._seconds}"
+
+    @property
+    def goal_text(self) -> str:
+        if self.goal is None:
+            return ""
+        unit = " MB" if self.unit == "MB" else self._seconds
+        return f"{self.goal.sign} {self.goal.value:g}{unit}"
+
+    @property
+    def _seconds(self) -> str:
+        return "" if self.theirs else " s"
 
     def verdict(self, smoke: bool) -> str:
         if self.goal is None:
@@ -67,6 +83,14 @@ def slowdown(
 ) -> Row:
     """How many times the seconds of `theirs`."""
     return _timed(case, what, measured, (ours, theirs), goal, invert=True)
+
+
+def timed_alone(
+    case: str, what: str, measured: Measured, ours: str, goal: Goal | None = None
+) -> Row:
+    """Seconds held against an absolute goal: the median is judged."""
+    values = tuple(measured.samples[ours])
+    return Row(case, what, values, "", (), "s", statistics.median(values), goal)
 
 
 def bounded(
@@ -135,7 +159,7 @@ def as_json(rows: Sequence[Row], *, smoke: bool) -> list[dict[str, Any]]:
             "against": row.against,
             "theirs": row.theirs,
             "judged": row.judged,
-            "goal": f"{row.goal.sign} {row.goal.value}" if row.goal else None,
+            "goal": f"{row.goal.sign} {row.goal.value:g}" if row.goal else None,
             "verdict": row.verdict(smoke),
         }
         for row in rows
@@ -143,17 +167,14 @@ def as_json(rows: Sequence[Row], *, smoke: bool) -> list[dict[str, Any]]:
 
 
 def _cells(row: Row, smoke: bool) -> tuple[str, ...]:
-    unit = " MB" if row.unit == "MB" else ""
-    judged = f"{row.judged:.0f} MB" if unit else f"{row.judged:.3g}"
-    goal = f"{row.goal.sign} {row.goal.value:g}{unit}" if row.goal else ""
     return (
         row.case,
         row.what,
-        _figure(row.ours, row.unit),
+        figure(row.ours, row.unit),
         row.against,
-        _figure(row.theirs, row.unit) if row.theirs else "",
-        judged,
-        goal,
+        figure(row.theirs, row.unit) if row.theirs else "",
+        row.judged_text,
+        row.goal_text,
         row.verdict(smoke),
     )
 
@@ -166,7 +187,8 @@ def _without_repeats(lines: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
     ]
 
 
-def _figure(values: tuple[float, ...], unit: str) -> str:
+def figure(values: tuple[float, ...], unit: str) -> str:
+    """Median and range, as a reader wants them."""
     middle, low, high = statistics.median(values), min(values), max(values)
     if unit == "MB":
         return f"{middle / MB:.0f} MB ({low / MB:.0f}-{high / MB:.0f})"

@@ -46,7 +46,7 @@ def collapse(bench: Bench) -> list[Row]:
         remove_and_settle(scratch / name)
     memory = "memory of a collapse, above import"
     return [
-        faster("collapse", "collapse, cold", measured, "cold ours", "cold cp", at_least(0.8)),
+        faster("collapse", "collapse, cold", measured, "cold ours", "cold cp", at_least(0.9)),
         faster("collapse", "collapse, cold", measured, "cold ours", "cold dcp"),
         faster("collapse", "collapse, warm", measured, "warm ours", "warm cp"),
         faster("collapse", "collapse, warm", measured, "warm ours", "warm dcp"),

@@ -23,7 +23,7 @@ def first(bench: Bench) -> list[Row]:
         measured.extend(bench.launch(RANKS, _measure))
     memory = "memory of a save, per rank"
     return [
-        slowdown("first", "first save", measured, "save 1", "save 3", at_most(1.3)),
+        slowdown("first", "first save", measured, "save 1", "save 3", at_most(1.2)),
         bounded("first", memory, measured, "ours memory", "dcp memory", MEMORY_GOAL),
         bounded("first", memory, measured, "ours memory", "torch memory", MEMORY_GOAL),
     ]

@@ -32,8 +32,8 @@ def load(bench: Bench) -> list[Row]:
         return faster("load", what, measured, name, peer, goal and at_least(goal))
 
     return [
-        row(f"{cold}, new job", "cold new", "cold raw", 0.85),
-        row(f"{cold}, verify_first=False", "cold once", "cold raw", 0.85),
+        row(f"{cold}, new job", "cold new", "cold raw", 0.9),
+        row(f"{cold}, verify_first=False", "cold once", "cold raw", 0.9),
         row(f"{cold}, in place", "cold ours", "cold raw"),
         row(f"{cold}, in place", "cold ours", "cold dcp"),
         row(f"{cold}, in place", "cold ours", "cold torch"),

@@ -18,7 +18,7 @@ def save(bench: Bench) -> list[Row]:
     measured = bench.launch(RANKS, _measure)
     what = f"save, {measured.labels['size']}, {RANKS} ranks"
     return [
-        faster("save", what, measured, "ours", "raw", at_least(0.85)),
+        faster("save", what, measured, "ours", "raw", at_least(0.9)),
         faster("save", what, measured, "ours", "dcp", at_least(2.5)),
         faster("save", what, measured, "ours", "torch"),
     ]

@@ -13,7 +13,13 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from zero_ckpt.core.control import Decide, LocalControl, StoreControl, control_for_process_group
+from zero_ckpt.core.control import (
+    Decide,
+    LocalControl,
+    StoreControl,
+    control_for_process_group,
+    longest_pause,
+)
 from zero_ckpt.core.watch import identity
 from zero_ckpt.errors import (
     ConfigurationError,
@@ -178,10 +184,17 @@ def test_two_control_planes_share_a_store_without_meeting(stores: list[Any]) -> 
 
 def test_nothing_is_left_in_the_store(stores: list[Any]) -> None:
     planes = controls(stores)
+    meet(planes)  # now the store has what each rank said when it came: a set is not answered
     before = stores[0].num_keys()
     for _ in range(3):
         meet(planes)
     assert stores[0].num_keys() == before
+
+
+def test_the_ranks_of_a_large_job_do_not_crowd_the_store() -> None:
+    """A store answers some 50,000 calls a second, and rank 0's must not queue behind the others' looks."""
+    assert longest_pause(8) == 0.02
+    assert all(ranks / longest_pause(ranks) <= 20_000 for ranks in (512, 4096, 16_384))
 
 
 def test_one_process_agrees_with_itself() -> None:

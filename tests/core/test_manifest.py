@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.core.strategies import layouts
 from zero_ckpt.core.layout import ROLES, Layout, Table
-from zero_ckpt.core.manifest import FileRecord, Manifest, shard_name
+from zero_ckpt.core.manifest import FileRecord, Manifest, Summary, shard_name
 from zero_ckpt.core.planner import plan_save
 from zero_ckpt.errors import CorruptManifestError, FormatVersionError
 
@@ -67,6 +67,25 @@ def test_a_manifest_comes_back_as_it_was(manifest: Manifest) -> None:
     assert [list(keys) for keys in again.tensors.values()] == [
         list(keys) for keys in manifest.tensors.values()
     ]
+
+
+@settings(max_examples=40)
+@given(manifests())
+def test_a_summary_says_what_the_manifest_says(manifest: Manifest) -> None:
+    """Whatever the order of the fields."""
+    data = manifest.to_bytes()
+    body = json.loads(data.split(b"\n", 1)[1].removesuffix(b"\n}\n"))
+    turned = sealed(json.dumps(dict(reversed(body.items()))))
+    for found in (Summary.from_bytes(data), Summary.from_bytes(turned)):
+        assert found.nbytes == manifest.nbytes
+        for name in Summary.__dataclass_fields__:
+            assert getattr(found, name) == getattr(manifest, name)
+
+
+def test_a_damaged_manifest_has_no_summary() -> None:
+    data = small().to_bytes()
+    with pytest.raises(CorruptManifestError, match="checksum"):
+        Summary.from_bytes(data.replace(b'"placements"', b'"placement5"'))
 
 
 def small() -> Manifest:

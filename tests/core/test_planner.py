@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.core.steps import steps_of
 from tests.core.strategies import boxes_in, counts, held_boxes, layouts, shapes
 from zero_ckpt.core.chunks import Box, full_box
 from zero_ckpt.core.layout import Layout, Mesh, Table
@@ -144,26 +143,6 @@ def test_one_name_for_different_tensors_is_refused(other: Layout) -> None:
         plan_save([(table_of({"w": F32}), (0,)), (table_of({"w": other}), (1,))])
 
 
-def steps_of(work: Callable[[], object]) -> int:
-    """How many lines of Python `work` runs in the package: its work, on any machine."""
-    found = 0
-
-    def trace(frame: Any, event: str, arg: object) -> Any:
-        nonlocal found
-        if "zero_ckpt" not in frame.f_code.co_filename:
-            return None
-        found += event == "line"
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        work()
-    finally:
-        sys.settrace(before)
-    return found
-
-
 def model_tables(ranks: int, tensors: int) -> Table:
     """A transformer's shapes under hybrid sharding: replicate 4 x shard."""
     mesh = Mesh((4, ranks // 4), tuple(range(ranks)))
@@ -217,3 +196,24 @@ def test_a_load_among_4096_ranks_is_planned_in_bounded_work() -> None:
     steps = steps_of(plan_load)
     assert len(sample) <= len(found) < len(sample) * 12
     assert steps < len(sample) * 12 * 40
+
+
+def test_the_plan_of_a_save_costs_tensors_plus_ranks() -> None:
+    """Among the tensors is a step for each, which all ranks hold."""
+
+    def work(ranks: int, tensors: int) -> int:
+        table, step = model_tables(ranks, tensors), Layout("F32", ())
+        table.roles["optim"] = {f"{key}/step": step for key in table.roles["model"]}
+        return steps_of(lambda: plan_save([(table, range(ranks))]))
+
+    for_tensors = work(64, 400) - work(64, 100)
+    assert work(4096, 400) - work(4096, 100) < 1.1 * for_tensors
+    assert work(4096, 100) - work(64, 100) < 20 * 4096
+
+
+def test_what_all_ranks_hold_and_is_tiny_lies_in_few_files() -> None:
+    """Else a rank that loads thousands of optimizer steps would open thousands of files."""
+    plan = plan_of({f"{i}/step": Layout("F32", ()) for i in range(1000)}, ranks=64)
+    assert (
+        len({rank for placed in plan.values() for run in placed.runs for rank in run.ranks()}) <= 2
+    )

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.core.steps import steps_of
 from tests.core.strategies import boxes_in, counts, layouts, shapes, tilings
 from zero_ckpt.core.chunks import Box, coverage_error, split_evenly
 from zero_ckpt.core.layout import Layout
@@ -146,3 +147,28 @@ def test_a_run_that_lies_is_refused(lie: dict[str, Any]) -> None:
 def test_what_is_no_run_is_refused(record: Any) -> None:
     with pytest.raises(ValueError, match=r"run|natural"):
         run_from_json(record, (), 6)
+
+
+@given(st.data(), shapes)
+def test_a_run_knows_what_is_on_a_rank_and_gives_parts_of_itself(
+    data: st.DataObject, shape: tuple[int, ...]
+) -> None:
+    for run in encode_runs(data.draw(chunk_lists(shape))):
+        chunks = list(run)
+        assert [(rank, run.on(rank)) for rank in range(RANKS) if run.on(rank)] == chunks
+        first = data.draw(st.integers(0, run.count - 1))
+        count = data.draw(st.integers(1, run.count - first))
+        assert list(run.part(first, count)) == chunks[first : first + count]
+
+
+def comb(ranks: int) -> list[Run]:
+    """`ranks` x 3 chunks of 2 rows each: three runs whose chunks interleave."""
+    return [Run(i * ranks, (2 * i,), (2,), ranks, 1, 0, 6, 2) for i in range(3)]
+
+
+def test_interleaved_runs_are_covered_together() -> None:
+    assert runs_coverage_error((6 * 512,), comb(512)) is None
+    assert "in no chunk" in str(runs_coverage_error((6 * 512,), comb(512)[:2]))
+    doubled = [*comb(512)[:2], comb(512)[1]]
+    assert runs_coverage_error((6 * 512,), doubled) == "two chunks overlap"
+    assert steps_of(lambda: runs_coverage_error((6 * 4096,), comb(4096))) < 1000

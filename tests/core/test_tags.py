@@ -107,7 +107,7 @@ def test_tags_are_listed_oldest_first_and_other_folders_are_not(tmp_path: Path) 
     assert [info.name for info in listed] == ["bad", "half", "z", "b", "a"]
     assert "not a zero_ckpt manifest" in listed[0].problem
     assert listed[1].problem == NOT_COMMITTED
-    assert all(info.manifest is not None for info in listed[2:])
+    assert all(info.summary is not None for info in listed[2:])
 
 
 def test_what_is_no_directory_is_named(tmp_path: Path) -> None:

@@ -82,12 +82,12 @@ def _row(
 ) -> Row:
     folder = f"{directory}/{info.name}"
     problem = info.problem
-    if info.manifest is None:
+    if info.summary is None:
         nbytes = sum(e.nbytes for e in storage.list(folder) if e.name.endswith(".safetensors"))
     else:
-        nbytes = info.manifest.nbytes
+        nbytes = info.summary.nbytes
         try:
-            check_files(storage, folder, info.manifest)
+            check_files(storage, folder, info.summary)
         except CorruptShardError as error:
             problem = str(error).removeprefix(f"{folder}/")
     return Row(info, nbytes, problem, info.name == latest, links.get(info.name, []))
@@ -113,7 +113,7 @@ def _table(rows: list[Row]) -> list[str]:
 
 
 def _cells(row: Row) -> list[str]:
-    m = row.info.manifest
+    m = row.info.summary
     step, saved, ranks = "-", "-", "-"
     if m is not None:
         step, saved, ranks = str(m.step), age_text(m.created), f"{m.zero_stage} x {m.world_size}"
@@ -132,7 +132,7 @@ def _is_damaged(row: Row) -> bool:
 
 
 def _record(directory: str, row: Row) -> dict[str, Any]:
-    m = row.info.manifest
+    m = row.info.summary
     return {
         "tag": row.info.name,
         "path": f"{directory}/{row.info.name}",

@@ -11,6 +11,7 @@ from typing import Any
 
 from zero_ckpt.cli.progress import Progress
 from zero_ckpt.cli.text import json_text, plural, printable, size_text
+from zero_ckpt.core.manifest import Manifest
 from zero_ckpt.core.places import AnyStorage, absolute
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.core.tags import (
@@ -68,7 +69,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     storage, begin = AnyStorage(), time.monotonic()
     chosen = _choose(storage, options.path)
-    total = sum(info.manifest.nbytes for info in chosen.infos if info.manifest)
+    total = sum(info.summary.nbytes for info in chosen.infos if info.summary)
     reports = []
     with Progress("verifying", total) as progress, Verifier(storage, progress.add) as verifier:
         for info in chosen.infos:
@@ -110,8 +111,10 @@ def _latest_faults(storage: Storage, directory: str, infos: Sequence[TagInfo]) -
 
 def _verify(storage: Storage, verifier: Verifier, directory: str, info: TagInfo) -> Report:
     folder = f"{directory}/{info.name}"
-    while info.manifest is not None:
-        damage = list(verifier.damage(folder, info.manifest))
+    if info.summary is not None:
+        info = _read_tag(storage, directory, info.name)
+    while isinstance(info.summary, Manifest):
+        damage = list(verifier.damage(folder, info.summary))
         again = _read_tag(storage, directory, info.name) if damage else info
         if again == info:
             return Report(info, damage)
@@ -131,12 +134,12 @@ def _read_tag(storage: Storage, directory: str, tag: str) -> TagInfo:
 
 
 def _lines(shown: str, report: Report) -> list[str]:
-    manifest = report.info.manifest
+    summary = report.info.summary
     if report.damage:
         return [printable(os.path.join(shown, line)) for line in report.damage]
-    if manifest is None:
+    if summary is None:
         return [printable(f"{shown}: {report.info.problem}, skipped")]
-    text = f"{shown}: ok, {plural(len(manifest.files), 'file')}, {size_text(manifest.nbytes)}"
+    text = f"{shown}: ok, {plural(len(summary.files), 'file')}, {size_text(summary.nbytes)}"
     return [printable(text)]
 
 
@@ -161,13 +164,13 @@ def _document(chosen: Chosen, reports: Sequence[Report]) -> dict[str, Any]:
 
 
 def _record(directory: str, report: Report) -> dict[str, Any]:
-    manifest = report.info.manifest
+    summary = report.info.summary
     return {
         "tag": report.info.name,
         "path": f"{directory}/{report.info.name}",
         "committed": report.is_committed,
-        "ok": manifest is not None and not report.damage,
-        "files": len(manifest.files) if manifest else 0,
-        "nbytes": manifest.nbytes if manifest else 0,
+        "ok": summary is not None and not report.damage,
+        "files": len(summary.files) if summary else 0,
+        "nbytes": summary.nbytes if summary else 0,
         "damage": list(report.damage),
     }

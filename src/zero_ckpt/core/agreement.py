@@ -68,15 +68,32 @@ class Agreement:
     notice: str = ""
 
     def to_bytes(self) -> bytes:
-        return json.dumps([getattr(self, n) for n in self.__dataclass_fields__]).encode()
+        """Short, however many ranks there are: every one of them gets it from the store."""
+        rows = [_rows(ranks) for ranks in self.holders]
+        return json.dumps([self.directory, self.tag, self.generation, rows, self.notice]).encode()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Agreement:
-        return cls(*json.loads(data))
+        directory, tag, generation, rows, notice = json.loads(data)
+        holders = [[rank for row in ranks for rank in range(*row)] for ranks in rows]
+        return cls(directory, tag, generation, holders, notice)
 
     @property
     def folder(self) -> str:
         return f"{self.directory}/{self.tag}"
+
+
+def _rows(ranks: Sequence[int]) -> list[list[int]]:
+    """Ascending numbers as (start, stop, step) of ranges that hold them in order."""
+    rows: list[list[int]] = []
+    for rank in ranks:
+        if rows and len(range(*rows[-1])) == 1:
+            rows[-1][1:] = [rank + 1, rank - rows[-1][0]]
+        elif rows and rank == range(*rows[-1])[-1] + rows[-1][2]:
+            rows[-1][1] = rank + 1
+        else:
+            rows.append([rank, rank + 1, 1])
+    return rows
 
 
 def agree(storage: Storage, records: Sequence[bytes], tag_validation: str) -> Agreement:

@@ -24,7 +24,7 @@ from zero_ckpt.core.layout import ROLES
 from zero_ckpt.core.manifest import MANIFEST_NAME, FileRecord, Manifest, shard_name
 from zero_ckpt.core.planner import SavePlan
 from zero_ckpt.core.runs import runs_coverage_error
-from zero_ckpt.core.storage import Storage
+from zero_ckpt.core.storage import Entry, Storage
 from zero_ckpt.core.tags import LATEST_NAME, prune, read_manifest
 from zero_ckpt.errors import (
     CheckpointNotFoundError,
@@ -76,7 +76,7 @@ def commit(storage: Storage, request: CommitRequest, records: Sequence[bytes]) -
     try:
         raise_problems(vote.error for vote in votes)
         files = {name: record for vote in votes for name, record in vote.files.items()}
-        _check_visible(storage, agreement.folder, files)
+        there = _check_visible(storage, agreement.folder, files)
         manifest = Manifest(
             tag=agreement.tag,
             world_size=len(votes),
@@ -95,7 +95,7 @@ def commit(storage: Storage, request: CommitRequest, records: Sequence[bytes]) -
     except BaseException:
         discard(storage, agreement, range(len(votes)), len(votes))
         raise
-    return _finish(storage, request, manifest)
+    return _finish(storage, request, manifest, there)
 
 
 def _put_manifest(storage: Storage, agreement: Agreement, manifest: Manifest) -> None:
@@ -110,11 +110,12 @@ def _put_manifest(storage: Storage, agreement: Agreement, manifest: Manifest) ->
         ) from error
 
 
-def _check_visible(storage: Storage, folder: str, files: Mapping[str, FileRecord]) -> None:
-    """Every voted file is where rank 0 looks, and as long as its writer says."""
-    there: dict[str, int] = {}
+def _check_visible(storage: Storage, folder: str, files: Mapping[str, FileRecord]) -> list[Entry]:
+    """What is in the folder. Every voted file must be where rank 0 looks, and as long as its writer says."""
+    entries: list[Entry] = []
     with suppress(FileNotFoundError):
-        there = {entry.name: entry.nbytes for entry in storage.list(folder)}
+        entries = storage.list(folder)
+    there = {entry.name: entry.nbytes for entry in entries}
     for name, record in files.items():
         if there.get(name) == record.nbytes:
             continue
@@ -125,6 +126,7 @@ def _check_visible(storage: Storage, folder: str, files: Mapping[str, FileRecord
                 f"{folder}/{name}: its rank wrote {record.nbytes} bytes, rank 0 sees {seen}. Nothing was committed. "
                 "The directory must be on one file system that all ranks share."
             )
+    return entries
 
 
 def _opened_length(storage: Storage, path: str) -> int | None:
@@ -152,13 +154,15 @@ def _check_coverage(manifest: Manifest) -> None:
                 )
 
 
-def _finish(storage: Storage, request: CommitRequest, manifest: Manifest) -> str:
+def _finish(
+    storage: Storage, request: CommitRequest, manifest: Manifest, there: Sequence[Entry]
+) -> str:
     """What follows the commit. Its failures cannot undo the checkpoint, so they make a notice, or "" for none."""
     agreement = request.agreement
     try:
         if request.save_latest:
             storage.put(f"{agreement.directory}/{LATEST_NAME}", f"{agreement.tag}\n".encode())
-        _remove_superseded(storage, agreement.folder, manifest)
+        _remove_superseded(storage, agreement.folder, manifest, there)
         if request.keep_last is not None:
             prune(storage, agreement.directory, request.keep_last, agreement.tag)
     except Exception as error:
@@ -169,9 +173,11 @@ def _finish(storage: Storage, request: CommitRequest, manifest: Manifest) -> str
     return ""
 
 
-def _remove_superseded(storage: Storage, folder: str, manifest: Manifest) -> None:
-    """Files of earlier generations, and of saves of this tag that never committed."""
-    for entry in storage.list(folder):
+def _remove_superseded(
+    storage: Storage, folder: str, manifest: Manifest, there: Sequence[Entry]
+) -> None:
+    """Files of earlier generations, and of saves of this tag that never committed; `there`: what was seen."""
+    for entry in there:
         stale = entry.name.endswith(".safetensors") and entry.name not in manifest.files
         if not entry.is_dir and (stale or entry.name == f"{MANIFEST_NAME}.tmp"):
             storage.remove(f"{folder}/{entry.name}")

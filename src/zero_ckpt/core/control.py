@@ -35,11 +35,15 @@ __all__ = [
     "LocalControl",
     "StoreControl",
     "control_for_process_group",
+    "longest_pause",
     "process_group_store",
 ]
 
 _BEAT_INTERVAL = 0.25
 """Seconds. Well below any time limit that makes sense, and seldom enough to cost nothing."""
+
+_LOOKS_PER_SECOND = 20_000
+"""Of all waiting ranks together: a fraction of what a store answers, or rank 0's own calls would queue behind them."""
 
 DEFAULT_TIMEOUT = 300.0
 """Seconds of silence after which a rank counts as lost."""
@@ -214,7 +218,7 @@ class StoreControl:
         ranks = range(1, self.world_size)
         watch = Watch(self._peek, timeout)
         keys = [f"{self._prefix}/request/{rank}" for rank in ranks]
-        for pause in _pauses():
+        for pause in _pauses(self.world_size):
             if self._store.check(keys):
                 return
             if watch.is_due():
@@ -225,7 +229,7 @@ class StoreControl:
 
     def _await_answer(self, nonce: str, phase: str, timeout: float) -> None:
         watch = Watch(self._peek, timeout)
-        for pause in _pauses():
+        for pause in _pauses(self.world_size):
             if self._has(f"answer/{nonce}"):
                 return
             # Rank 0 may have answered and left since the look above, so a lost rank 0 needs another look.
@@ -309,9 +313,15 @@ def _shared(phase: str, error: BaseException) -> ZeroCkptError:
     return kind(f"{phase}: rank 0: {describe(error)}. {_consequence(phase)}".rstrip())
 
 
-def _pauses() -> Iterable[float]:
-    """Short at first, since ranks mostly arrive together; then up to 20 ms."""
-    pause = 0.0002
+def longest_pause(world_size: int) -> float:
+    """Seconds between two looks of a rank that waits long: 20 ms, and for large jobs what the store can bear."""
+    return max(0.02, world_size / _LOOKS_PER_SECOND)
+
+
+def _pauses(world_size: int) -> Iterable[float]:
+    """Short at first, since ranks mostly arrive together."""
+    longest = longest_pause(world_size)
+    pause = longest / 100 if longest == 0.02 else longest / 10
     while True:
         yield pause
-        pause = min(pause * 1.3, 0.02)
+        pause = min(pause * 1.3, longest)

@@ -22,6 +22,7 @@ from zero_ckpt.errors import FormatVersionError, StateMismatchError
 __all__ = [
     "DTYPE_NAMES",
     "TORCH_DTYPES",
+    "dtensor_from",
     "layout_of",
     "local_part",
     "local_shape",
@@ -186,3 +187,32 @@ def local_shape(
         return (0,) * len(shape)
     names = tuple(_placement_name(p) for p in placements)
     return local_box(shape, mesh_of(device_mesh).shape, names, tuple(coordinate)).shape
+
+
+def dtensor_from(
+    local: torch.Tensor,
+    shape: tuple[int, ...],
+    device_mesh: Any,
+    placements: tuple[Placement, ...],
+) -> DTensor:
+    """A DTensor of global `shape` whose local part is `local`; what `DTensor.from_local` makes without its checks."""
+    spec = _spec(shape, local.dtype, device_mesh, placements, tuple(local.shape))
+    made: DTensor = DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]
+    return made
+
+
+@lru_cache(maxsize=65536)
+def _spec(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device_mesh: Any,
+    placements: tuple[Placement, ...],
+    part: tuple[int, ...],
+) -> Any:
+    """What a DTensor knows beside its local part. Layers repeat, and `from_local` takes long to find it out."""
+    stride = torch.empty(shape, device="meta").stride()
+    local = torch.empty(part, dtype=dtype, device="meta")
+    made = DTensor.from_local(
+        local, device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+    return made._spec

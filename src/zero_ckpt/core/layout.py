@@ -12,7 +12,7 @@ every other rank holds. Placements, one per mesh dimension:
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from math import prod
@@ -23,7 +23,7 @@ import xxhash
 from zero_ckpt.core.chunks import Box, split_evenly
 from zero_ckpt.core.dtypes import itemsize
 
-__all__ = ["MAX_DIMS", "ROLES", "Layout", "Mesh", "Table", "local_box"]
+__all__ = ["MAX_DIMS", "ROLES", "Layout", "Mesh", "Table", "local_box", "split_order"]
 
 ROLES = ("model", "optim", "state")
 """What a shard file may hold: parameters and buffers; optimizer state; objects."""
@@ -38,6 +38,10 @@ class Mesh:
 
     shape: tuple[int, ...]
     ranks: tuple[int, ...]
+
+    def __hash__(self) -> int:
+        """Cheap: every layout is looked up by its mesh, which may have thousands of ranks."""
+        return hash((self.shape, self.ranks[:1], self.ranks[-1:]))
 
     def coordinates(self) -> Iterator[tuple[int, tuple[int, ...]]]:
         """(rank, coordinate) of every position, row-major."""
@@ -92,13 +96,18 @@ def local_box(
 ) -> Box:
     """The box of a tensor of `shape` that the rank at `coordinate` of the mesh holds."""
     offset, extent = [0] * len(shape), list(shape)
-    plain = [i for i, p in enumerate(placements) if p[0] == "S"]
-    strided = [i for i, p in enumerate(placements) if p[0] == "T"]
-    for i in plain + strided[::-1]:
+    for i in split_order(placements):
         dim = int(placements[i][1:])
         start, length = split_evenly(extent[dim], mesh_shape[i], coordinate[i])
         offset[dim], extent[dim] = offset[dim] + start, length
     return Box(tuple(offset), tuple(extent))
+
+
+def split_order(placements: Sequence[str]) -> list[int]:
+    """The mesh dimensions that split the tensor, in the order in which they do."""
+    plain = [i for i, p in enumerate(placements) if p[0] == "S"]
+    strided = [i for i, p in enumerate(placements) if p[0] == "T"]
+    return plain + strided[::-1]
 
 
 @dataclass(slots=True)
@@ -112,8 +121,11 @@ class Table:
     def to_bytes(self) -> bytes:
         """Layouts once each, then role -> key -> index: the order of keys counts."""
         index: dict[Layout, int] = {}
+        # A layout is as long as its mesh, so equal ones are mostly found as the same object.
+        objects = {id(layout): layout for keys in self.roles.values() for layout in keys.values()}
+        at = {name: index.setdefault(layout, len(index)) for name, layout in objects.items()}
         roles = {
-            role: {key: index.setdefault(layout, len(index)) for key, layout in keys.items()}
+            role: {key: at[id(layout)] for key, layout in keys.items()}
             for role, keys in self.roles.items()
         }
         layouts = [layout.to_json() for layout in index]

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from json.encoder import encode_basestring_ascii as quote
 from math import isfinite, prod
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
 
@@ -28,7 +29,7 @@ from zero_ckpt.core.planner import Placed
 from zero_ckpt.core.runs import run_from_json, runs_coverage_error
 from zero_ckpt.errors import CorruptManifestError, FormatVersionError
 
-__all__ = ["FORMAT_VERSION", "MANIFEST_NAME", "FileRecord", "Manifest", "shard_name"]
+__all__ = ["FORMAT_VERSION", "MANIFEST_NAME", "FileRecord", "Manifest", "Summary", "shard_name"]
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -52,11 +53,10 @@ class FileRecord:
 
 
 @dataclass(slots=True)
-class Manifest:
-    """Everything that is known of one checkpoint without opening a shard file.
+class Summary:
+    """What a manifest says of a checkpoint as a whole, and its files: enough to list it, not to read it.
 
-    `tensors`: role -> key -> where its chunks are. `aliases`: tied name -> stored key. `created`: seconds since the
-    epoch. `timings`: phase -> seconds, the slowest rank's. `generation` counts the overwrites of the tag, from 1.
+    `created`: seconds since the epoch. `generation` counts the overwrites of the tag, from 1.
     """
 
     tag: str
@@ -66,6 +66,27 @@ class Manifest:
     generation: int = 1
     created: float = 0.0
     files: dict[str, FileRecord] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all shard files."""
+        return sum(record.nbytes for record in self.files.values())
+
+    @classmethod
+    def from_bytes(cls, data: bytes, path: str = MANIFEST_NAME) -> Summary:
+        """Parse and check this much. Raises `CorruptManifestError` or `FormatVersionError`, naming `path`."""
+        body = _verified_body(data, path)
+        return _believed(path, lambda: Summary(**_summary(_head(body))))
+
+
+@dataclass(slots=True)
+class Manifest(Summary):
+    """Everything that is known of one checkpoint without opening a shard file.
+
+    `tensors`: role -> key -> where its chunks are. `aliases`: tied name -> stored key. `timings`: phase -> seconds, the
+    slowest rank's.
+    """
+
     tensors: dict[str, dict[str, Placed]] = field(
         default_factory=lambda: {role: {} for role in ROLES}
     )
@@ -79,11 +100,6 @@ class Manifest:
     def file_of(self, role: str, rank: int) -> str:
         return shard_name(role, rank, self.world_size, self.generation)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all shard files."""
-        return sum(record.nbytes for record in self.files.values())
-
     def to_bytes(self) -> bytes:
         body = _body(self).encode()
         head = f'{{"zero_ckpt": {FORMAT_VERSION}, "checksum": "{_hash(body)}", "manifest":\n'
@@ -93,14 +109,32 @@ class Manifest:
     def from_bytes(cls, data: bytes, path: str = MANIFEST_NAME) -> Manifest:
         """Parse and check everything. Raises `CorruptManifestError` or `FormatVersionError`, naming `path`."""
         body = _verified_body(data, path)
-        try:
-            manifest = _parse(json.loads(body))
-        except _UNBELIEVABLE as error:
-            raise CorruptManifestError(
-                f"{path}: the checksum holds, but the content is not a manifest of format {FORMAT_VERSION}: {error}"
-            ) from error
-        return manifest
+        return _believed(path, lambda: _parse(json.loads(body)))
 
+
+T = TypeVar("T")
+
+
+def _believed(path: str, parse: Callable[[], T]) -> T:
+    """What `parse` makes of content whose checksum holds."""
+    try:
+        return parse()
+    except _UNBELIEVABLE as error:
+        raise CorruptManifestError(
+            f"{path}: the checksum holds, but the content is not a manifest of format {FORMAT_VERSION}: {error}"
+        ) from error
+
+
+def _head(body: bytes) -> Any:
+    """The fields before the long ones, where they stand as `_body` puts them; else all."""
+    head, found, _ = body.partition(_LAYOUTS)
+    if found:
+        with suppress(ValueError):
+            return json.loads(head + b"}")
+    return json.loads(body)
+
+
+_LAYOUTS = b',\n"layouts": '
 
 _UNBELIEVABLE = (
     ValueError,
@@ -155,24 +189,21 @@ def _body(m: Manifest) -> str:
     parts = [f"{json.dumps(name)}: {json.dumps(getattr(m, name))}" for name in scalars]
     for name in ("versions", "timings", "buffers", "frozen", "excluded", "aliases"):
         parts.append(f"{json.dumps(name)}: {json.dumps(getattr(m, name), sort_keys=True)}")
-    files = {name: [r.nbytes, r.checksum] for name, r in sorted(m.files.items())}
+    files = (f"{quote(n)}: [{r.nbytes}, {quote(r.checksum)}]" for n, r in sorted(m.files.items()))
     parts.append(f'"files": {_lines(files)}')
     parts.append(f'"layouts": {json.dumps([_placed_json(p) for p in layouts])}')
-    roles = ",\n".join(f"{quote(role)}: {_index_lines(keys)}" for role, keys in index.items())
+    roles = ",\n".join(
+        f"{quote(role)}: {_lines(f'{quote(key)}: {at}' for key, at in keys.items())}"
+        for role, keys in index.items()
+    )
     parts.append(f'"tensors": {{{roles}}}')
     return "{" + ",\n".join(parts) + "}"
 
 
-def _lines(mapping: Mapping[str, Any]) -> str:
-    """A JSON object with one entry a line."""
-    rows = [f"{quote(key)}: {json.dumps(value)}" for key, value in mapping.items()]
-    return "{\n" + ",\n".join(rows) + "\n}" if mapping else "{}"
-
-
-def _index_lines(index: Mapping[str, int]) -> str:
-    """The same for numbers, of which there may be very many."""
-    rows = [f"{quote(key)}: {at}" for key, at in index.items()]
-    return "{\n" + ",\n".join(rows) + "\n}" if rows else "{}"
+def _lines(rows: Iterable[str]) -> str:
+    """A JSON object with one of the given entries a line."""
+    text = ",\n".join(rows)
+    return f"{{\n{text}\n}}" if text else "{}"
 
 
 def _placed_json(placed: Placed) -> dict[str, Any]:
@@ -185,7 +216,8 @@ def _placed_json(placed: Placed) -> dict[str, Any]:
     }
 
 
-def _parse(body: Any) -> Manifest:
+def _summary(body: Any) -> dict[str, Any]:
+    """The fields of a `Summary`."""
     _expect(isinstance(body, dict), "the body is no object")
     counts = {name: body[name] for name in ("step", "world_size", "zero_stage", "generation")}
     for name, value in counts.items():
@@ -197,12 +229,14 @@ def _parse(body: Any) -> Manifest:
     # Every rank writes one file at least, so the numbers of ranks are bounded by what was read.
     _expect(1 <= world_size <= len(files), f"{len(files)} files of {world_size} ranks")
     _expect(len(files) <= 3 * world_size, "more files than ranks can write")
-    layouts = [_layout(item, world_size) for item in body["layouts"]]
+    return {"tag": body["tag"], "created": _number(body["created"]), "files": files, **counts}
+
+
+def _parse(body: Any) -> Manifest:
+    summary = _summary(body)
+    layouts = [_layout(item, summary["world_size"]) for item in body["layouts"]]
     tensors = {role: _index(body["tensors"][role], layouts) for role in ROLES}
     manifest = Manifest(
-        tag=body["tag"],
-        created=_number(body["created"]),
-        files=files,
         tensors=tensors,
         buffers=_names(body["buffers"]),
         frozen=_names(body["frozen"]),
@@ -210,7 +244,7 @@ def _parse(body: Any) -> Manifest:
         aliases=_strings(body["aliases"]),
         versions=_strings(body["versions"]),
         timings={name: _number(value) for name, value in body["timings"].items()},
-        **counts,
+        **summary,
     )
     _check_references(manifest)
     return manifest
@@ -220,22 +254,18 @@ def _check_references(manifest: Manifest) -> None:
     """Aliases name stored tensors, runs name listed files, and these are long enough for the tensors."""
     missing = set(manifest.aliases.values()) - manifest.tensors["model"].keys()
     _expect(not missing, f"aliases of tensors that are not there: {sorted(missing)[:3]}")
-    ranks: dict[str, set[int]] = {role: set() for role in ROLES}
-    for name in manifest.files:
-        role, rank = name.split("-")[0], int(name.split("-")[1])
-        if name == manifest.file_of(role, rank):
-            ranks[role].add(rank)
     for role, keys in manifest.tensors.items():
+        files = (manifest.files.get(manifest.file_of(role, r)) for r in range(manifest.world_size))
+        lengths = {rank: record.nbytes for rank, record in enumerate(files) if record is not None}
         distinct = {id(placed): placed for placed in keys.values()}
         # A reader makes room for a tensor before it reads it.
         sizes = {key: prod(p.shape) * ITEMSIZE[p.dtype] for key, p in distinct.items()}
         needed = sum(sizes[id(placed)] for placed in keys.values())
-        there = sum(manifest.files[manifest.file_of(role, rank)].nbytes for rank in ranks[role])
+        there = sum(lengths.values())
         _expect(needed <= there, f"{role} tensors of {needed} bytes in files of {there}")
-        # The first rank without a file ends it: a manifest that lies may claim any number of ranks.
-        for rank in (r for p in distinct.values() for run in p.runs for r in run.ranks()):
-            name = manifest.file_of(role, rank) if rank not in ranks[role] else ""
-            _expect(not name, f"tensors lie in '{name}', which is not listed")
+        rows = {run.ranks() for placed in distinct.values() for run in placed.runs}
+        for rank in set().union(*rows) - lengths.keys():
+            _expect(False, f"tensors lie in '{manifest.file_of(role, rank)}', which is not listed")
 
 
 def _expect(condition: bool, message: str) -> None:

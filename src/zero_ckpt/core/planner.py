@@ -1,20 +1,20 @@
 """Who writes which chunk, and which chunks a wanted box needs. Pure arithmetic: no tensors, files or messages.
 
 Every rank computes the same plan from the same tables, so nothing about single chunks is ever exchanged. A tensor
-that several ranks hold is written once: large ones are cut into pieces along one dimension, small ones go to the rank
-with the least to write.
+that several ranks hold is written once: large ones are cut into pieces along one dimension, and go to those with the
+least to write; tiny ones stay on few ranks, so that a rank that reads all of them opens few files.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
-from zero_ckpt.core.chunks import Box, full_box, split_evenly
-from zero_ckpt.core.dtypes import itemsize
-from zero_ckpt.core.layout import ROLES, Layout, Mesh, Table, local_box
-from zero_ckpt.core.runs import Run, encode_runs
+from zero_ckpt.core.chunks import Box
+from zero_ckpt.core.grids import Grid
+from zero_ckpt.core.layout import ROLES, Layout, Mesh, Table
+from zero_ckpt.core.runs import Run
 from zero_ckpt.errors import StateMismatchError
 
 __all__ = ["MIN_PIECE", "Placed", "SavePlan", "needed_chunks", "plan_save"]
@@ -22,7 +22,8 @@ __all__ = ["MIN_PIECE", "Placed", "SavePlan", "needed_chunks", "plan_save"]
 MIN_PIECE = 1 << 20
 """Bytes. Replicated tensors are not cut into smaller pieces than this."""
 
-Chunks = tuple[tuple[int, Box], ...]
+_TINY, _FEW = 1024, 2
+"""Tensors of at most so many bytes, such as an optimizer's `step` for every parameter, go to so many ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +53,8 @@ class SavePlan:
         for key, placed in self.roles[role].items():
             boxes = seen.get(id(placed))
             if boxes is None:
-                boxes = [box for run in placed.runs for owner, box in run if owner == rank]
-                seen[id(placed)] = boxes
+                found = (run.on(rank) for run in placed.runs)
+                boxes = seen[id(placed)] = [box for box in found if box is not None]
             for box in boxes:
                 yield key, box
 
@@ -67,117 +68,95 @@ def plan_save(tables: Sequence[tuple[Table, Sequence[int]]]) -> SavePlan:
 
 
 class _Planner:
-    """State of one planning: bytes given to each rank so far, and what was computed for equal layouts."""
+    """State of one planning: bytes given to columns so far, and what was computed for equal layouts."""
 
     def __init__(self, tables: Sequence[tuple[Table, Sequence[int]]]) -> None:
         self._tables = tables
-        self._load: dict[int, int] = {rank: 0 for _, ranks in tables for rank in ranks}
-        self._grids: dict[tuple[Layout, tuple[int, ...]], _Grid] = {}
-        self._placed: dict[tuple[int, tuple[int, ...]], Placed] = {}
-        self._holders: dict[tuple[int, ...], tuple[int, ...]] = {}
+        self._known: dict[tuple[tuple[int, ...], tuple[int, ...]], _Held] = {}
+        self._columns: dict[tuple[Mesh, tuple[int, ...]], _Columns] = {}
+        self._placed: dict[tuple[int, int, int], Placed] = {}
 
     def plan(self) -> SavePlan:
         plan = SavePlan()
         for role in ROLES:
             for key, having in self._keys(role).items():
                 layouts = tuple(self._tables[i][0].roles[role][key] for i in having)
-                plan.roles[role][key] = self._place(key, layouts, self._ranks(having))
+                plan.roles[role][key] = self._place(key, layouts, having)
         return plan
 
     def _keys(self, role: str) -> dict[str, tuple[int, ...]]:
         """key -> indices of the tables that have it; keys in the order in which the tables list them."""
         if len(self._tables) == 1:
             return dict.fromkeys(self._tables[0][0].roles[role], (0,))
-        having: dict[str, tuple[int, ...]] = {}
+        having: dict[str, list[int]] = {}
         for index, (table, _) in enumerate(self._tables):
             for key in table.roles[role]:
-                having[key] = (*having.get(key, ()), index)
-        return having
+                having.setdefault(key, []).append(index)
+        return {key: tuple(indices) for key, indices in having.items()}
 
-    def _ranks(self, having: tuple[int, ...]) -> tuple[int, ...]:
-        if having not in self._holders:
-            self._holders[having] = tuple(sorted(r for i in having for r in self._tables[i][1]))
-        return self._holders[having]
+    def _place(self, key: str, layouts: tuple[Layout, ...], having: tuple[int, ...]) -> Placed:
+        known = tuple(map(id, layouts)), having  # a layout is as long as its mesh: no hashing
+        held = self._known.get(known)
+        if held is None:
+            held = self._known[known] = self._hold(key, layouts, having)
+        first, pieces = self._choose(held)
+        placed = self._placed.get((id(held), first, pieces))
+        if placed is None:
+            layout = held.layout
+            placements = layout.placements if layout.mesh else None
+            placed = Placed(layout.dtype, layout.shape, held.grid.runs(first, pieces), placements)
+            self._placed[id(held), first, pieces] = placed
+        return placed
 
-    def _place(self, key: str, layouts: tuple[Layout, ...], holders: tuple[int, ...]) -> Placed:
+    def _hold(self, key: str, layouts: tuple[Layout, ...], having: tuple[int, ...]) -> _Held:
         layout = layouts[0]
         if len(layouts) > 1 and any(item != layout for item in layouts):
             layout = _stacked(key, layouts)
-        grid = self._grids.get((layout, holders))
-        if grid is None:
-            grid = self._grids[layout, holders] = _Grid(layout, holders)
-        columns = grid.choose(self._load)
-        cached = self._placed.get((id(grid), columns))
-        if cached is None:
-            chunks = grid.chunks(columns)
-            placements = layout.placements if layout.mesh else None
-            cached = Placed(layout.dtype, layout.shape, encode_runs(chunks), placements)
-            self._placed[id(grid), columns] = cached
-        return cached
+        holders = sorted(chain.from_iterable(self._tables[i][1] for i in having))
+        grid = Grid(layout, tuple(holders))
+        columns = self._columns.setdefault(
+            (grid.mesh, grid.columns), _Columns([0] * len(grid.columns))
+        )
+        return _Held(layout, grid, columns)
+
+    def _choose(self, held: _Held) -> tuple[int, int]:
+        """(first column, number of columns) of those that write a piece each of every box."""
+        width, nbytes = len(held.grid.columns), held.grid.row_bytes
+        pieces = max(1, min(width, nbytes // MIN_PIECE))
+        if held.layout.whole:
+            held.columns.give(0, 1, nbytes)
+            return 0, 1
+        if pieces == width:
+            return 0, width
+        first = held.columns.least(_FEW if nbytes <= _TINY else width)
+        held.columns.give(first, pieces, nbytes)
+        return first, pieces
 
 
-class _Grid:
-    """The distinct boxes of a layout (rows), and for each the ranks that hold a replica of it (columns)."""
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A layout and the ranks that hold it. `columns` is shared by all whose replicas lie alike."""
 
-    def __init__(self, layout: Layout, holders: tuple[int, ...]) -> None:
-        self.layout = layout
-        mesh = layout.mesh or Mesh((len(holders),), holders)
-        placements = layout.placements if layout.mesh else ("R",)
-        by_box: dict[Box, list[int]] = {}
-        for rank, coordinate in mesh.coordinates():
-            box = local_box(layout.shape, mesh.shape, placements, coordinate)
-            by_box.setdefault(box, []).append(rank)
-        self.rows = [(box, ranks) for box, ranks in by_box.items() if box.numel]
-        if not self.rows:
-            self.rows = [(full_box(layout.shape), [min(mesh.ranks)])]
-        self.width = min(len(ranks) for _, ranks in self.rows)
-        self._row_bytes = max(box.numel for box, _ in self.rows) * itemsize(layout.dtype)
-
-    def choose(self, load: dict[int, int]) -> tuple[int, ...]:
-        """The columns that write, and note in `load` the bytes that it gives to them."""
-        if self.width == 1:
-            return (0,)
-        pieces = min(self.width, self._row_bytes // MIN_PIECE)
-        if self.layout.whole:
-            columns: tuple[int, ...] = (0,)
-        elif pieces >= self.width:
-            columns = tuple(range(self.width))
-        else:
-            ranks = self.rows[0][1]
-            least = heapq.nsmallest(
-                max(1, pieces), range(self.width), key=lambda c: (load[ranks[c]], c)
-            )
-            columns = tuple(sorted(least))
-        share = self._row_bytes // len(columns)
-        for _, ranks in self.rows:
-            for column in columns:
-                load[ranks[column]] += share
-        return columns
-
-    def chunks(self, columns: tuple[int, ...]) -> Chunks:
-        """(rank, box) of every chunk, column by column, so that each column's rows form runs."""
-        found = []
-        for index, column in enumerate(columns):
-            for box, ranks in self.rows:
-                piece = _piece(box, len(columns), index)
-                if piece.numel or not box.numel:
-                    found.append((ranks[column], piece))
-        if len(self.rows) == 1:
-            found.sort(key=lambda item: item[1].offset)
-        return tuple(found)
+    layout: Layout
+    grid: Grid
+    columns: _Columns
 
 
-def _piece(box: Box, parts: int, index: int) -> Box:
-    """Piece `index` of `box` cut into `parts` along its first dimension that is long enough."""
-    if parts == 1:
-        return box
-    dim = next(
-        (d for d, n in enumerate(box.shape) if n >= parts),
-        max(range(len(box.shape)), key=lambda d: box.shape[d]),
-    )
-    start, length = split_evenly(box.shape[dim], parts, index)
-    offset = (*box.offset[:dim], box.offset[dim] + start, *box.offset[dim + 1 :])
-    return Box(offset, (*box.shape[:dim], length, *box.shape[dim + 1 :]))
+@dataclass(slots=True)
+class _Columns:
+    """Bytes given to each column."""
+
+    given: list[int]
+
+    def least(self, among: int) -> int:
+        """The first of the first `among` columns that were given the least."""
+        candidates = self.given[:among]
+        return candidates.index(min(candidates))
+
+    def give(self, first: int, pieces: int, nbytes: int) -> None:
+        """Add an equal share to `pieces` columns from `first` on, going round."""
+        for i in range(pieces):
+            self.given[(first + i) % len(self.given)] += nbytes // pieces
 
 
 def _stacked(key: str, layouts: tuple[Layout, ...]) -> Layout:

@@ -18,6 +18,7 @@ from torch.distributed.tensor.placement_types import Placement
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.dtensors import (
     TORCH_DTYPES,
+    dtensor_from,
     layout_of,
     local_part,
     local_shape,
@@ -336,22 +337,14 @@ class _StateBuilder:
 
 def _empty_dtensor(placed: Placed, dtype: torch.dtype, like: DTensor) -> DTensor:
     """On the mesh of `like`; split as it is where shapes are equal, else along the dimensions that were split."""
-    placements = tuple(
-        p if placed.shape == tuple(like.shape) else _split(p, placed) for p in like.placements
-    )
-    local = torch.empty(
-        local_shape(placed.shape, like.device_mesh, placements),
-        dtype=dtype,
-        device=local_tensor(like).device,
-    )
-    return DTensor.from_local(
-        local,
-        like.device_mesh,
-        placements,
-        run_check=False,
-        shape=torch.Size(placed.shape),
-        stride=torch.empty(placed.shape, device="meta").stride(),
-    )
+    device = local_tensor(like).device
+    if placed.shape == like.shape:
+        local = torch.empty(local_tensor(like).shape, dtype=dtype, device=device)
+        return dtensor_from(local, placed.shape, like.device_mesh, like.placements)
+    placements = tuple(_split(p, placed) for p in like.placements)
+    part = local_shape(placed.shape, like.device_mesh, placements)
+    local = torch.empty(part, dtype=dtype, device=device)
+    return dtensor_from(local, placed.shape, like.device_mesh, placements)
 
 
 def _split(placement: Placement, placed: Placed) -> Placement:

@@ -13,7 +13,7 @@ from typing import Any
 
 from zero_ckpt.core.chunks import Box, coverage_error
 
-__all__ = ["Run", "encode_runs", "run_from_json", "runs_coverage_error"]
+__all__ = ["Run", "encode_runs", "even_run", "run_from_json", "runs_coverage_error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,19 @@ class Run:
             rank, box = self.chunk(index)
             if box.intersect(wanted) is not None:
                 yield rank, box
+
+    def on(self, rank: int) -> Box | None:
+        """The chunk on `rank`, if there is one."""
+        index, rest = divmod(rank - self.rank, self.stride)
+        return None if rest or not 0 <= index < self.count else self.chunk(index)[1]
+
+    def part(self, first: int, count: int) -> Run:
+        """The run of `count` chunks from chunk `first` on."""
+        rank, box = self.chunk(first)
+        if count == 1:
+            return Run(rank, box.offset, box.shape)
+        last = self.last if first + count == self.count else self.shape[self.dim]
+        return Run(rank, box.offset, box.shape, count, self.stride, self.dim, self.step, last)
 
     def ranks(self) -> range:
         return range(self.rank, self.rank + (self.count - 1) * self.stride + 1, self.stride)
@@ -115,6 +128,19 @@ def _ints(value: object) -> tuple[int, ...]:
     return tuple(value)
 
 
+def even_run(box: Box, dim: int, parts: int) -> Run:
+    """The pieces that have elements when `box` is cut evenly along `dim`, as `split_evenly` does, on ranks 0, 1, ..."""
+    if parts == 1 or not box.numel:
+        return Run(0, box.offset, box.shape)
+    length = box.shape[dim]
+    size = -(-length // parts)
+    count = -(-length // size)
+    shape = (*box.shape[:dim], size, *box.shape[dim + 1 :])
+    if count == 1:
+        return Run(0, box.offset, shape)
+    return Run(0, box.offset, shape, count, 1, dim, size, length - (count - 1) * size)
+
+
 def encode_runs(chunks: Iterable[tuple[int, Box]]) -> tuple[Run, ...]:
     """The given chunks as runs, in order, each as long as possible."""
     runs: list[Run] = []
@@ -167,5 +193,45 @@ def _as_run(row: Sequence[tuple[int, Box]]) -> Run:
 
 
 def runs_coverage_error(shape: Sequence[int], runs: Iterable[Run]) -> str | None:
-    """`coverage_error` for runs: costs the number of runs, not of ranks, when their chunks touch."""
-    return coverage_error(shape, [box for run in runs for box in run.merged()])
+    """`coverage_error` for runs: costs the number of runs, not of ranks, when their chunks touch or interleave."""
+    return coverage_error(shape, [box for comb in _combs(runs) for box in _filled(comb)])
+
+
+def _combs(runs: Iterable[Run]) -> list[list[Run]]:
+    """Runs of equal period that begin within one period together: each may fill the gaps of the others."""
+    combs: list[list[Run]] = []
+    for run in sorted(runs, key=lambda r: (r.dim, r.step, r.count, r.offset[r.dim : r.dim + 1])):
+        first = combs[-1][0] if combs else run
+        alike = (run.dim, run.step, run.count) == (first.dim, first.step, first.count)
+        if (
+            combs
+            and alike
+            and run.count > 1
+            and run.offset[run.dim] - first.offset[run.dim] < run.step
+        ):
+            combs[-1].append(run)
+        else:
+            combs.append([run])
+    return combs
+
+
+def _filled(comb: list[Run]) -> list[Box]:
+    """Boxes that cover what the chunks of runs of equal period do: two of each run when they leave no gaps."""
+    run = comb[0]
+    if len(comb) == 1:
+        return [box for each in comb for box in each.merged()]
+    firsts = [each.chunk(0)[1] for each in comb]
+    hull = _hull(firsts)
+    inner = [box.relative_to(hull) for box in firsts]
+    if hull.shape[run.dim] != run.step or coverage_error(hull.shape, inner) is not None:
+        return [box for each in comb for box in each.merged()]
+    length = run.step * (run.count - 1)
+    shape = (*hull.shape[: run.dim], length, *hull.shape[run.dim + 1 :])
+    return [Box(hull.offset, shape), *(each.chunk(run.count - 1)[1] for each in comb)]
+
+
+def _hull(boxes: Sequence[Box]) -> Box:
+    """The smallest box around `boxes`."""
+    starts = tuple(map(min, zip(*(box.offset for box in boxes), strict=True)))
+    ends = (tuple(b.offset[d] + b.shape[d] for b in boxes) for d in range(len(starts)))
+    return Box(starts, tuple(max(end) - start for end, start in zip(ends, starts, strict=True)))

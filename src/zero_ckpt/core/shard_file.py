@@ -371,9 +371,6 @@ class _Geometry:
     nbytes: int
 
 
-_PLACE = ("shape", "offset")
-
-
 class _Geometries:
     """The geometries of a header's entries, each checked once: layers repeat."""
 
@@ -385,7 +382,8 @@ class _Geometries:
     ) -> tuple[str, _Geometry, list[int]]:
         """(key, geometry, unchecked data offsets) of an entry. Raises ValueError and the like for nonsense."""
         kind, stored, place = entry["dtype"], tuple(entry["shape"]), place or {}
-        told = kind, stored, place.get("dtype"), *(tuple(place.get(k, "?")) for k in _PLACE)
+        shape, offset = tuple(place.get("shape", "?")), tuple(place.get("offset", "?"))
+        told = kind, stored, place.get("dtype"), shape, offset
         geometry = self._known.get(told)
         if geometry is None:
             geometry = self._known[told] = _geometry(name, kind, stored, place)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from zero_ckpt.core.foreign import ForeignManifest, format_of
-from zero_ckpt.core.manifest import MANIFEST_NAME, Manifest
+from zero_ckpt.core.manifest import MANIFEST_NAME, Manifest, Summary
 from zero_ckpt.core.places import resolved
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.errors import (
@@ -57,10 +57,10 @@ MAX_MANIFEST = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class TagInfo:
-    """One tag folder. `manifest` is None when it cannot be used; `problem` is then `NOT_COMMITTED`, or the damage."""
+    """One tag folder. `summary` is None when it cannot be used; `problem` is then `NOT_COMMITTED`, or the damage."""
 
     name: str
-    manifest: Manifest | None
+    summary: Summary | None
     problem: str = ""
 
 
@@ -87,6 +87,12 @@ def read_manifest(storage: Storage, folder: str) -> Manifest:
 
     Raises `CheckpointNotFoundError` when there is none, `CorruptManifestError` or `FormatVersionError` otherwise.
     """
+    data, path = _manifest_bytes(storage, folder)
+    return Manifest.from_bytes(data, path)
+
+
+def _manifest_bytes(storage: Storage, folder: str) -> tuple[bytes, str]:
+    """The content of a folder's manifest, not yet checked, and its path."""
     path = f"{folder}/{MANIFEST_NAME}"
     try:
         data = storage.get(path, MAX_MANIFEST)
@@ -94,7 +100,7 @@ def read_manifest(storage: Storage, folder: str) -> Manifest:
         raise _none_at(storage, folder) from error
     except (OSError, ValueError) as error:
         raise CorruptManifestError(f"{path}: cannot be read: {_reason(error)}") from error
-    return Manifest.from_bytes(data, path)
+    return data, path
 
 
 def read_tag(storage: Storage, folder: str) -> Manifest:
@@ -105,11 +111,24 @@ def read_tag(storage: Storage, folder: str) -> Manifest:
     """
     try:
         return read_manifest(storage, folder)
-    except CheckpointNotFoundError:
-        found = format_of(_names(storage, folder))
-        if found is None:
-            raise
-        return found.open_tag(storage, folder)
+    except CheckpointNotFoundError as error:
+        return _read_foreign(storage, folder, error)
+
+
+def summarize_tag(storage: Storage, folder: str) -> Summary:
+    """What a list of tags takes of `read_tag`: a manifest's checksum is verified, its tensors are not read."""
+    try:
+        return Summary.from_bytes(*_manifest_bytes(storage, folder))
+    except CheckpointNotFoundError as error:
+        return _read_foreign(storage, folder, error)
+
+
+def _read_foreign(storage: Storage, folder: str, error: CheckpointNotFoundError) -> Manifest:
+    """Another system's checkpoint in a folder without a manifest. Raises `error` when there is none."""
+    found = format_of(_names(storage, folder))
+    if found is None:
+        raise error
+    return found.open_tag(storage, folder)
 
 
 def _none_at(storage: Storage, folder: str) -> CheckpointNotFoundError:
@@ -220,14 +239,14 @@ def list_tags(storage: Storage, directory: str) -> list[TagInfo]:
 
 
 def _age(info: TagInfo) -> tuple[int, float, str]:
-    m = info.manifest
+    m = info.summary
     return (-1, 0.0, info.name) if m is None else (m.step, m.created, info.name)
 
 
 def _inspect(storage: Storage, directory: str, name: str) -> TagInfo | None:
     folder = f"{directory}/{name}"
     try:
-        return TagInfo(name, read_tag(storage, folder))
+        return TagInfo(name, summarize_tag(storage, folder))
     except CheckpointNotFoundError:
         holds = _holds_shards(_names(storage, folder))
         return TagInfo(name, None, NOT_COMMITTED) if holds else None
@@ -244,7 +263,7 @@ def locate(storage: Storage, path: str, tag: str | None) -> tuple[str, str | Non
     return path, None if tag is None else _checked_tag(storage, path, tag)
 
 
-def check_files(storage: Storage, folder: str, manifest: Manifest) -> None:
+def check_files(storage: Storage, folder: str, manifest: Summary) -> None:
     """Every listed file is there and has its length. Raises `CorruptCheckpointError`; reads no data.
 
     Of another system's checkpoint that was found out when it was opened.
@@ -411,7 +430,7 @@ def remove_tag(storage: Storage, directory: str, tag: str) -> None:
 
 def _is_ours(storage: Storage, directory: str, info: TagInfo) -> bool:
     return (
-        info.manifest is not None and format_of(_names(storage, f"{directory}/{info.name}")) is None
+        info.summary is not None and format_of(_names(storage, f"{directory}/{info.name}")) is None
     )
 
 

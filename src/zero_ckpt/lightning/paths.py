@@ -134,6 +134,6 @@ def _newest_other(storage: Storage, directory: str, tag: str) -> str | None:
     with suppress(CheckpointNotFoundError):
         for info in reversed(list_tags(storage, directory)):
             folder = f"{directory}/{info.name}"
-            if info.manifest is not None and info.name != tag and not os.path.islink(folder):
+            if info.summary is not None and info.name != tag and not os.path.islink(folder):
                 return info.name
     return None

@@ -1,0 +1,136 @@
+"""How long training stands still for a save that is written beside it, against DCP's `async_save` and a memcpy.
+
+A round saves, computes as a forward and backward would (`COMPUTE` seconds of matrix products when
+nothing else runs), and comes to the next optimizer step. It stands still in the call itself and at the
+step, until the state may change. The save is waited for outside the clock.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+
+from benchmarks.bench import Bench
+from benchmarks.job import Job
+from benchmarks.measure import remove_and_settle, rotated
+from benchmarks.ours import OursAsync
+from benchmarks.ranks import Measured, Rank
+from benchmarks.table import Row, at_least, at_most, faster, slowdown
+from benchmarks.workload import build_large
+
+RANKS = 2
+COMPUTE = 2.0
+TO_MEMCPY, TO_DCP = 0.25, 10.0
+
+
+def stall(bench: Bench) -> list[Row]:
+    measured = bench.launch(RANKS, _measure)
+    what = f"async save, stall, {measured.labels['size']} per rank"
+    step = f"{COMPUTE:g} s of computing while a save drains"
+    return [
+        slowdown("stall", what, measured, "ours", "memcpy", at_most(TO_MEMCPY)),
+        faster("stall", what, measured, "ours", "dcp thread", at_least(TO_DCP)),
+        faster("stall", what, measured, "ours", "dcp process", at_least(TO_DCP)),
+        slowdown("stall", step, measured, "ours step", "step"),
+        slowdown("stall", step, measured, "ours step", "dcp thread step"),
+        slowdown("stall", step, measured, "ours step", "dcp process step"),
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """`save` returns what to call before the state may change, and what to call to wait for the end."""
+
+    name: str
+    save: Callable[[Path], tuple[Callable[[], object], Callable[[], object]]]
+
+
+def _measure(rank: Rank) -> Measured:
+    job = Job(rank, build_large)
+    work = _Work(0.05 if rank.options.smoke else COMPUTE)
+    ours = OursAsync(job.model, job.optimizer)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": str(rank.rank)}  # for DCP's processes
+    ways = [_Way("ours", ours.save)]
+    for kind in (AsyncCheckpointerType.THREAD, AsyncCheckpointerType.PROCESS):
+        ways.append(_Way(f"dcp {kind.value}", _dcp(job, kind)))
+    measured = Measured()
+    copies = {name: torch.empty_like(part).zero_() for name, part in job.parts.items()}
+    for turn in range(1 + rank.options.repeats):
+        found = {"step": rank.timed(work.run), "memcpy": rank.timed(lambda: _copy(job, copies))}
+        for way in rotated(ways, turn):
+            found |= _round(rank, way, work)
+        if turn:
+            for name, seconds in found.items():
+                measured.add(name, seconds)
+        rank.say(f"round {turn}: " + ", ".join(f"{k} {v:.3f} s" for k, v in found.items()))
+    ours.close()
+    measured.labels = {
+        "size": f"{job.local_bytes / 1e9:.2f} GB",
+        "memcpy": "memcpy of the rank's state",
+        "dcp thread": "DCP async_save, thread",
+        "dcp process": "DCP async_save, process",
+        "step": "no save under way",
+        "dcp thread step": "DCP's drains, thread",
+        "dcp process step": "DCP's drains, process",
+    }
+    return measured
+
+
+def _round(rank: Rank, way: _Way, work: _Work) -> dict[str, float]:
+    """Seconds that training stood still, and that its computing took."""
+    directory = rank.scratch / way.name
+    rank.barrier()
+    start = time.perf_counter()
+    staged, wait = way.save(directory)
+    saved = time.perf_counter()
+    work.run()
+    computed = time.perf_counter()
+    staged()
+    stood = saved - start + time.perf_counter() - computed
+    wait()
+    rank.barrier()
+    rank.on_first(lambda: remove_and_settle(directory))
+    return {way.name: rank.largest(stood), f"{way.name} step": rank.largest(computed - saved)}
+
+
+def _dcp(job: Job, kind: AsyncCheckpointerType) -> Callable[..., object]:
+    def save(directory: Path) -> tuple[Callable[[], object], Callable[[], object]]:
+        writer = dcp.FileSystemWriter(directory, sync_files=True)
+        future = dcp.async_save(
+            {"state": job.state}, storage_writer=writer, async_checkpointer_type=kind
+        )
+        return (lambda: None), future.result  # it has staged when it returns
+
+    return save
+
+
+def _copy(job: Job, copies: dict[str, torch.Tensor]) -> None:
+    for name, part in job.parts.items():
+        copies[name].copy_(part)
+
+
+class _Work:
+    """As many matrix products as take `seconds` here when nothing else runs."""
+
+    def __init__(self, seconds: float) -> None:
+        self._matrix = torch.randn(512, 512)
+        self._count = 1
+        while (taken := self._timed()) < seconds / 4:
+            self._count *= 2
+        self._count = max(1, round(self._count * seconds / taken))
+
+    def run(self) -> None:
+        for _ in range(self._count):
+            self._matrix @ self._matrix
+
+    def _timed(self) -> float:
+        start = time.perf_counter()
+        self.run()
+        return time.perf_counter() - start
