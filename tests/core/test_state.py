@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
+from zero_ckpt.core.naming import parameter_names
 from zero_ckpt.core.state import (
     capture_model,
     capture_models,
     capture_optimizer,
-    parameter_names,
     split_state_name,
 )
 

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from zero_ckpt.core.naming import parameter_names
 from zero_ckpt.core.per_rank import CLIENT_STATE
-from zero_ckpt.core.state import parameter_names
 from zero_ckpt.errors import ConfigurationError, ZeroCkptError
 from zero_ckpt.lightning import paths
 from zero_ckpt.lightning.base import INTERRUPTED_TIMEOUT, StrategyBase

@@ -2,6 +2,8 @@
 
 What FSDP2 cannot shard stays whole on every rank, with averaged gradients: scalars, empty
 parameters, integers, and trainable parameters of another dtype than most of their unit.
+
+Declared experts are units of their own, sharded over the ranks that have the same experts.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from zero_ckpt.errors import ConfigurationError
+from zero_ckpt.zero.experts import attach_experts, expert_lists, mesh_of_experts
 from zero_ckpt.zero.gathered import keep_gathered
 from zero_ckpt.zero.generic import allow_generic
 from zero_ckpt.zero.initial import (
@@ -47,7 +50,7 @@ class Sharding:
     stage: int
     root: Root
     units: tuple[str, ...]  # paths of what is gathered together, innermost first; "" is the root
-    replicated: tuple[str, ...]  # paths of parameters that every rank holds whole
+    replicated: tuple[str, ...]  # paths of parameters that every rank that has them holds whole
     # The parameter before -> the parameter in its place, for as long as the one before is alive.
     replaced: WeakTensorKeyDictionary = field(repr=False, compare=False)
 
@@ -82,6 +85,9 @@ def shard_module(
     On return parameters are new objects (DTensors) under the same names, hold what rank 0 held,
     and no tensor is on the meta device. Calling again with the same stage and root changes
     nothing.
+
+    Every declared expert must then be called in each forward pass, with an empty input when it gets
+    no token.
 
     Raises `ConfigurationError` for a wrong stage, a module that another engine has wrapped, an
     uninitialized lazy module, or meta modules that nothing can initialize.
@@ -132,12 +138,28 @@ def _validate(module: nn.Module, stage: int, root: str) -> None:
 
 def _units(module: nn.Module, wrap: WrapPolicy, root: Root) -> dict[str, nn.Module]:
     """What to call `fully_shard` on, in this order."""
-    units: dict[str, nn.Module] = {}
+    experts = _experts(module)
+    units = {path: e for path, e in experts.items() if not isinstance(e, FSDPModule)}
     if not any(isinstance(m, FSDPModule) for m in module.modules()):
-        units = resolve_units(module, wrap, root=root)
+        units |= _outside(resolve_units(module, wrap, root=root), experts)
     if root == "shard" and not isinstance(module, FSDPModule):
         units[""] = module
     return units
+
+
+def _experts(module: nn.Module) -> dict[str, nn.Module]:
+    """Every declared expert under `module`, by its path."""
+    return {
+        f"{path}.{index}" if path else str(index): expert
+        for path, experts in expert_lists(module).items()
+        for index, expert in enumerate(experts)
+    }
+
+
+def _outside(units: dict[str, nn.Module], experts: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The units that are no part of an expert."""
+    within = {part for expert in experts.values() for part in expert.modules()}
+    return {path: unit for path, unit in units.items() if unit not in within}
 
 
 def _shard(
@@ -147,12 +169,15 @@ def _shard(
     units: dict[str, nn.Module],
     options: dict[str, Any],
 ) -> Sharding:
-    mesh: DeviceMesh = options["mesh"]
+    everywhere: DeviceMesh = options["mesh"]
+    places = {e: mesh_of_experts(each) for each in expert_lists(module).values() for e in each}
     replaced = WeakTensorKeyDictionary()
     whole: set[nn.Parameter] = set()
     for own in [m for m in module.modules() if isinstance(m, FSDPModule)]:
-        materialize(module, _members(own), mesh_device(mesh))
+        materialize(module, _members(own), mesh_device(everywhere))
     for unit in units.values():
+        place = places.get(unit)
+        mesh = options["mesh"] = everywhere if place is None else place.replicas
         members = _members(unit)
         with _tracking(members, replaced):
             parameters = _start(module, members, mesh)
@@ -164,15 +189,26 @@ def _shard(
             fully_shard(unit, reshard_after_forward=not kept_gathered, **options, **ignored)
         if kept_gathered:
             keep_gathered(unit)
-        whole |= kept
+        if place is None:
+            whole |= kept
+        else:
+            _divide_gradients(unit, place.mesh.size())
     if root == "replicate":
         members = _members(module)
         with _tracking(members, replaced):
-            whole.update(_start(module, members, mesh))
+            whole.update(_start(module, members, everywhere))
+    attach_experts(module)
     names = {p: name for name, p in module.named_parameters() if p in whole}
-    average_gradients_of(module, list(names), mesh)
+    average_gradients_of(module, list(names), everywhere)
     _settle(module)
     return Sharding(stage, root, tuple(units), tuple(names.values()), replaced)
+
+
+def _divide_gradients(unit: nn.Module, by: int) -> None:
+    """Divide the sum of the ranks' gradients by this, and not by the number of these ranks."""
+    older = "set_reduce_scatter_divide_factor"  # up to torch 2.7
+    name = "set_gradient_divide_factor"
+    getattr(unit, name if hasattr(unit, name) else older)(float(by))
 
 
 def _settle(module: nn.Module) -> None:
