@@ -5,6 +5,7 @@ Every token goes to the expert that its gate likes best, over whatever ranks: wi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,8 +85,7 @@ class Mixture(nn.Module):
     def _through(self, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Rows in the order of their experts, `counts` for each."""
         if self.mesh is None:
-            parts = zip(self.experts, rows.split(counts.tolist()), strict=True)
-            return torch.cat([e(part) for e, part in parts])
+            return self._run(rows.split(counts.tolist()))
         group, size, n = self.mesh.get_group(), self.mesh.size(), len(self.experts)
         theirs = torch.empty_like(counts)
         dist.all_to_all_single(theirs, counts, group=group)
@@ -94,13 +94,16 @@ class Mixture(nn.Module):
         whose = torch.arange(n).repeat(size).repeat_interleave(theirs)
         order = whose.argsort(stable=True)
         parts = arrived[order].split(theirs.view(size, n).sum(0).tolist())
+        y = self._run(parts)
+        back = torch.zeros_like(y).index_copy(0, order, y)
+        return Exchange.apply(back, sent, got, group)
+
+    def _run(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         done = [
             part if self.skip_idle and not len(part) else expert(part)
             for expert, part in zip(self.experts, parts, strict=True)
         ]
-        y = torch.cat(done)
-        back = torch.zeros_like(y).index_copy(0, order, y)
-        return Exchange.apply(back, sent, got, group)
+        return torch.cat(done)
 
 
 class Net(nn.Module):
@@ -126,10 +129,10 @@ def expert_mesh(size: int) -> DeviceMesh:
     return init_device_mesh("cpu", shape, mesh_dim_names=("expert_data", "expert"))
 
 
-def make_net(seed: int = 0) -> Net:
+def make_net(seed: int = 0, **options: Any) -> Net:
     """All experts, in double precision, so that only a wrong computation differs by more than rounding."""
     torch.manual_seed(seed)
-    return Net().double()
+    return Net(**options).double()
 
 
 def make_local(mesh: DeviceMesh, seed: int = 0, declare: bool = True, **options: Any) -> Net:
@@ -208,9 +211,9 @@ def steps(run: Trained, count: int = 3, accumulate: int = 1, clip: float = 0.02)
         run.optimizer.zero_grad()
 
 
-def reference(count: int = 3, accumulate: int = 1, clip: float = 0.02, seed: int = 0) -> Trained:
+def reference(count: int = 3, accumulate: int = 1, clip: float = 0.02, **options: Any) -> Trained:
     """The same in one process with all experts, on all ranks' rows."""
-    net = make_net(seed)
+    net = make_net(**options)
     run = Trained(net, net, adam(net))
     for step in range(count):
         for micro in range(accumulate):
@@ -229,6 +232,30 @@ def backward(forward: nn.Module, rows: torch.Tensor, accumulate: int) -> float:
     return float(loss.detach())
 
 
-def whole_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """What this rank has, by its own names; parts of one expert or dense tensor put together. Collective."""
-    return {name: whole(tensor) for name, tensor in module.state_dict().items()}
+def everything(run: Trained, mesh: DeviceMesh | None) -> dict[str, torch.Tensor]:
+    """Weights and optimizer state that this rank has, whole, experts by their layers' numbers. Collective."""
+    first = 0 if mesh is None else mesh.get_local_rank("expert") * EXPERTS // mesh.size(1)
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in run.module.state_dict().items():
+        found[renumbered(name, first)] = whole(tensor)
+    inner = getattr(run.optimizer, "optim", run.optimizer)
+    for name, parameter in run.module.named_parameters():
+        for key, value in inner.state.get(parameter, {}).items():
+            found[f"{renumbered(name, first)}/{key}"] = whole(value)
+    return found
+
+
+def renumbered(name: str, first: int) -> str:
+    head, mark, rest = name.partition(".experts.")
+    number, _, tail = rest.partition(".")
+    return f"{head}{mark}{first + int(number)}.{tail}" if mark else name
+
+
+def merged(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """What all ranks have; what several have must be the same bitwise, but for buffers."""
+    every: dict[str, torch.Tensor] = {}
+    for part in parts:
+        for name, tensor in part.items():
+            first = every.setdefault(name, tensor)
+            assert name.endswith("seen") or torch.equal(first, tensor), name
+    return every

@@ -1,4 +1,9 @@
-"""Gradients of experts that are whole on each rank that has them: those of the loss averaged over all ranks."""
+"""Gradients of experts, as those of the loss averaged over all ranks.
+
+The tokens of an expert come from the batches of all ranks among which experts are spread, so a backward pass brings it
+the sum of the gradients of their losses. That is divided by the number of these ranks as it arrives; what remains is to
+average over the ranks that have the same expert, which FSDP2 does for what it shards.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +15,26 @@ import torch.distributed as dist
 from torch import nn
 from torch.autograd import Variable
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from zero_ckpt.zero.sync import average, hooked
 
 
 class ExpertGradients:
-    """Scales what a backward pass brings to an expert, and averages it over the ranks that have the same expert.
+    """Averages the gradients of plain parameters of experts over the ranks that have the same, once per backward pass.
 
-    The tokens of an expert come from the batches of all `parts` ranks among which experts are spread, so a pass brings
-    the sum of their losses' gradients: it is divided by `parts` as it arrives. At the end of the pass `.grad` is
-    averaged over `replicas`, with what unsynchronized passes left there; averaging what was averaged before changes
+    What is averaged is `.grad`, with what unsynchronized passes left there; averaging what was averaged before changes
     nothing. Collective over `replicas`: of `every`, the model's plain parameters, a pass must reach some on each of its
     ranks. An expert that got no token on one of them counts as zero there, and keeps `None` when that is so on all.
+    `divided`: those of `experts` of whose gradients only one in `parts` counts (see above).
     """
 
     def __init__(
         self,
         experts: Sequence[nn.Parameter],
         every: Sequence[nn.Parameter],
+        divided: Sequence[nn.Parameter],
         parts: int,
         replicas: DeviceMesh,
     ) -> None:
@@ -37,7 +43,7 @@ class ExpertGradients:
         self._queued = False
         self._handles: list[RemovableHandle] = []
         if parts > 1:
-            for parameter in filter(_has_gradient, experts):
+            for parameter in filter(_has_gradient, divided):
                 self._handles.append(hooked(parameter, "register_hook", lambda g: g / parts))
         if replicas.size() > 1:
             for parameter in filter(_has_gradient, every):
@@ -70,6 +76,32 @@ class ExpertGradients:
                     parameter.grad = torch.zeros_like(parameter)
                 grads.append(parameter.grad)
         average(grads, self._replicas)
+
+
+def divide_gradients(expert: nn.Module, parts: int) -> None:
+    """Divide what backward passes bring to the parameters of `expert` by `parts`; not what they bring to its inputs.
+
+    For parameters that are replaced while the module runs. It must be used by calling it.
+    """
+
+    def enter(_: nn.Module, args: Any, kwargs: Any) -> Any:
+        return tree_map_only(torch.Tensor, lambda t: _scaled(t, parts), (args, kwargs))
+
+    def leave(_: nn.Module, args: Any, output: Any) -> Any:
+        return tree_map_only(torch.Tensor, lambda t: _scaled(t, 1 / parts), output)
+
+    expert.register_forward_pre_hook(enter, with_kwargs=True)
+    expert.register_forward_hook(leave)
+
+
+def _scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
+    """The same values; the gradient on its way back is multiplied."""
+    if not tensor.requires_grad:
+        return tensor
+    same = tensor.view_as(tensor)
+    untyped: Any = same
+    untyped.register_hook(lambda gradient: gradient * factor)
+    return same
 
 
 def _has_gradient(parameter: torch.Tensor) -> bool:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -249,9 +250,11 @@ def attach_experts(root: nn.Module) -> None:
     for place, lists in by_place.items():
         if lists[0] in _averaging:
             _averaging.pop(lists[0]).close()
-        own = [p for experts in lists for p in experts.parameters() if not isinstance(p, DTensor)]
+        each = [(e, p) for experts in lists for e in experts for p in e.parameters()]
+        own = {p: isinstance(e, FSDPModule) for e, p in each if not isinstance(p, DTensor)}
         if own:
             every = [p for p in root.parameters() if not isinstance(p, DTensor)]
-            gradients = ExpertGradients(own, every, place.parts, place.replicas)
+            divided = [p for p, is_sharded in own.items() if not is_sharded]
+            gradients = ExpertGradients(list(own), every, divided, place.parts, place.replicas)
             _averaging[lists[0]] = gradients
             switch_gradients_of(lists[0], gradients)

@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from zero_ckpt.errors import ConfigurationError
+from zero_ckpt.zero.expert_gradients import divide_gradients
 from zero_ckpt.zero.experts import attach_experts, expert_lists, mesh_of_experts
 from zero_ckpt.zero.gathered import keep_gathered
 from zero_ckpt.zero.generic import allow_generic
@@ -192,7 +193,7 @@ def _shard(
         if place is None:
             whole |= kept
         else:
-            _divide_gradients(unit, place.mesh.size())
+            divide_gradients(unit, place.parts)
     if root == "replicate":
         members = _members(module)
         with _tracking(members, replaced):
@@ -202,13 +203,6 @@ def _shard(
     average_gradients_of(module, list(names), everywhere)
     _settle(module)
     return Sharding(stage, root, tuple(units), tuple(names.values()), replaced)
-
-
-def _divide_gradients(unit: nn.Module, by: int) -> None:
-    """Divide the sum of the ranks' gradients by this, and not by the number of these ranks."""
-    older = "set_reduce_scatter_divide_factor"  # up to torch 2.7
-    name = "set_gradient_divide_factor"
-    getattr(unit, name if hasattr(unit, name) else older)(float(by))
 
 
 def _settle(module: nn.Module) -> None:
