@@ -55,7 +55,7 @@ demo-accelerate: $(READY) ## the same with Accelerate: 2 processes, killed, resu
 	$(BIN)/python examples/accelerate/demo.py
 
 demo-moe: $(READY) ## experts on 2 processes, resumed on 4 and on 1
-	$(BIN)/python examples/moe/demo.py
+	$(BIN)/python examples/moe/demo.py --steps 90
 
 bench: $(READY) ## measure against raw disk and torch's own checkpoints
 	$(BIN)/python -m benchmarks

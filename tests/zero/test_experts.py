@@ -117,6 +117,18 @@ def _declare_wrongly(case: str) -> str:
     return str(caught.value)
 
 
+def _skip_an_expert() -> None:
+    mesh = moe.expert_mesh(1)
+    run = moe.prepare(moe.make_local(mesh, skip_idle=True), 3)
+    rows = torch.zeros(1, 3, dtype=torch.double)
+    with pytest.raises(ConfigurationError, match=r"'layers.0.experts' and left out .* empty input"):
+        run.forward(rows)
+
+
+def test_a_skipped_expert_is_an_error_where_ranks_gather_it_together() -> None:
+    run_ranks(_skip_an_expert, 2)
+
+
 WRONG = {
     "uneven": "'layers.0.experts' has 2 experts on rank 0 and 3 on rank 1: every rank must have the same number",
     "twice": "'layers.0.experts' is declared twice",

@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from zero_ckpt.errors import ConfigurationError
+from zero_ckpt.zero.expert_calls import require_every_call
 from zero_ckpt.zero.expert_gradients import divide_gradients
 from zero_ckpt.zero.experts import attach_experts, expert_lists, mesh_of_experts
 from zero_ckpt.zero.gathered import keep_gathered
@@ -87,8 +88,8 @@ def shard_module(
     and no tensor is on the meta device. Calling again with the same stage and root changes
     nothing.
 
-    Every declared expert must then be called in each forward pass, with an empty input when it gets
-    no token.
+    Where several ranks have the same declared experts, each of these must be called in every forward
+    pass of `module`, with an empty input when it got no token; else that pass raises.
 
     Raises `ConfigurationError` for a wrong stage, a module that another engine has wrapped, an
     uninitialized lazy module, or meta modules that nothing can initialize.
@@ -170,39 +171,52 @@ def _shard(
     units: dict[str, nn.Module],
     options: dict[str, Any],
 ) -> Sharding:
-    everywhere: DeviceMesh = options["mesh"]
+    mesh: DeviceMesh = options["mesh"]
     places = {e: mesh_of_experts(each) for each in expert_lists(module).values() for e in each}
     replaced = WeakTensorKeyDictionary()
     whole: set[nn.Parameter] = set()
     for own in [m for m in module.modules() if isinstance(m, FSDPModule)]:
-        materialize(module, _members(own), mesh_device(everywhere))
+        materialize(module, _members(own), mesh_device(mesh))
     for unit in units.values():
+        kept_gathered = unit is module or (stage == 2 and root == "shard")
         place = places.get(unit)
-        mesh = options["mesh"] = everywhere if place is None else place.replicas
-        members = _members(unit)
-        with _tracking(members, replaced):
-            parameters = _start(module, members, mesh)
-            kept = _unshardable(parameters)
-            # torch 2.6 knows no ignored parameters, so they are named only when there are any.
-            ignored: dict[str, Any] = {"ignored_params": kept} if kept else {}
-            kept_gathered = unit is module or (stage == 2 and root == "shard")
-            allow_generic(unit)
-            fully_shard(unit, reshard_after_forward=not kept_gathered, **options, **ignored)
-        if kept_gathered:
-            keep_gathered(unit)
         if place is None:
-            whole |= kept
+            whole |= _shard_unit(module, unit, kept_gathered, options, replaced)
         else:
+            # What stays whole of an expert, `attach_experts` averages where the expert is.
+            _shard_unit(module, unit, kept_gathered, {**options, "mesh": place.replicas}, replaced)
             divide_gradients(unit, place.parts)
     if root == "replicate":
         members = _members(module)
         with _tracking(members, replaced):
-            whole.update(_start(module, members, everywhere))
+            whole.update(_start(module, members, mesh))
+    require_every_call(module, expert_lists(module))
     attach_experts(module)
     names = {p: name for name, p in module.named_parameters() if p in whole}
-    average_gradients_of(module, list(names), everywhere)
+    average_gradients_of(module, list(names), mesh)
     _settle(module)
     return Sharding(stage, root, tuple(units), tuple(names.values()), replaced)
+
+
+def _shard_unit(
+    root: nn.Module,
+    unit: nn.Module,
+    kept_gathered: bool,
+    options: dict[str, Any],
+    replaced: WeakTensorKeyDictionary,
+) -> set[nn.Parameter]:
+    """Shard one unit under `root`; returns the parameters that stay whole."""
+    members = _members(unit)
+    with _tracking(members, replaced):
+        parameters = _start(root, members, options["mesh"])
+        whole = _unshardable(parameters)
+        # torch 2.6 knows no ignored parameters, so they are named only when there are any.
+        ignored: dict[str, Any] = {"ignored_params": whole} if whole else {}
+        allow_generic(unit)
+        fully_shard(unit, reshard_after_forward=not kept_gathered, **options, **ignored)
+    if kept_gathered:
+        keep_gathered(unit)
+    return whole
 
 
 def _settle(module: nn.Module) -> None:
