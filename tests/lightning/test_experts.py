@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from tests.lightning.harness import on_ranks, trainer
 from tests.zero import moe
@@ -50,7 +50,7 @@ class Rows(Dataset[torch.Tensor]):
 
     def __init__(self, world_size: int) -> None:
         steps = [[moe.batch(s, rank) for rank in range(world_size)] for s in range(2 * STEPS)]
-        # DistributedSampler deals the rows out in turn.
+        # A DistributedSampler deals the rows out in turn.
         self.rows = torch.cat([torch.stack(ranks, dim=1).flatten(0, 1) for ranks in steps])
 
     def __len__(self) -> int:
@@ -61,12 +61,11 @@ class Rows(Dataset[torch.Tensor]):
 
 
 def fit(model: Model, root: Path, stage: int, rows: int, steps: int, path: str | None) -> None:
-    size = 8 * rows // dist.get_world_size()
-    data = DataLoader(Rows(rows), batch_size=size, shuffle=False)
+    every, size = Rows(rows), 8 * rows // dist.get_world_size()
+    data = DataLoader(every, size, sampler=DistributedSampler(every, shuffle=False))
     saver = ModelCheckpoint(dirpath=root, filename="{step}", every_n_train_steps=STEPS)
-    run = trainer(
-        root, stage, max_steps=steps, callbacks=[saver], gradient_clip_val=CLIP, max_epochs=-1
-    )
+    options: dict[str, Any] = {"gradient_clip_val": CLIP, "use_distributed_sampler": False}
+    run = trainer(root, stage, max_steps=steps, callbacks=[saver], **options)
     run.fit(model, data, ckpt_path=path)
 
 
