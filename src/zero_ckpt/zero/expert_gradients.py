@@ -40,7 +40,7 @@ class ExpertGradients:
     ) -> None:
         self.enabled = True
         self._experts, self._replicas = list(experts), replicas
-        self._queued = False
+        self._pass = -1  # the backward pass at whose end the average is due, and will be made
         self._handles: list[RemovableHandle] = []
         if parts > 1:
             for parameter in filter(_has_gradient, divided):
@@ -55,14 +55,14 @@ class ExpertGradients:
             handle.remove()
 
     def _on_gradient(self, _: torch.Tensor) -> None:
-        if self.enabled and not self._queued:
-            self._queued = True
+        current = torch._C._current_graph_task_id()
+        if self.enabled and current != self._pass:
+            self._pass = current
             engine: Any = Variable._execution_engine
             engine.queue_callback(self._average)
 
     @torch.no_grad()
     def _average(self) -> None:
-        self._queued = False
         trained = [p for p in self._experts if _has_gradient(p) and p.requires_grad]
         if not trained:
             return
