@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def fit(model: Model, root: Path, stage: int, rows: int, steps: int, path: str |
     saver = ModelCheckpoint(dirpath=root, filename="{step}", every_n_train_steps=STEPS)
     options: dict[str, Any] = {"gradient_clip_val": CLIP, "use_distributed_sampler": False}
     run = trainer(root, stage, max_steps=steps, callbacks=[saver], **options)
+    warnings.filterwarnings("ignore", ".*was saved by|.*is resumed by", UserWarning)
     run.fit(model, data, ckpt_path=path)
 
 

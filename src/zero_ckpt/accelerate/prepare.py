@@ -23,7 +23,7 @@ from zero_ckpt.accelerate import data
 from zero_ckpt.accelerate.base import ZeroBase, innermost, raw_optimizer
 from zero_ckpt.accelerate.buffers import share_buffers
 from zero_ckpt.errors import ConfigurationError
-from zero_ckpt.zero.experts import attach_experts, expert_lists
+from zero_ckpt.zero.experts import attach_experts, expert_lists, expert_parameters
 
 __all__ = ["PrepareMixin"]
 
@@ -193,7 +193,7 @@ class PrepareMixin(ZeroBase):
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
         """As Accelerate's; at stages 2 and 3 the norm is over all ranks' parts, and whole gradients beside them."""
-        if not (self._zero_runtime.shardings or any(map(expert_lists, self._models))):
+        if not (self._zero_runtime.shardings or expert_parameters()):
             return super().clip_grad_norm_(parameters, max_norm, norm_type=norm_type)
         self.unscale_gradients()
         return zero.clip_grad_norm_(parameters, max_norm, norm_type)

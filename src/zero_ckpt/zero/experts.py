@@ -233,7 +233,7 @@ def expert_parameters() -> dict[torch.Tensor, ExpertMesh]:
 
 def shared_buffers(root: nn.Module) -> list[torch.Tensor]:
     """The buffers that all ranks have in common: those outside of declared experts."""
-    own = {id(b) for experts in expert_lists(root).values() for b in experts.buffers()}
+    own = {id(b) for experts in _declared for b in experts.buffers()}
     return [b for b in dict.fromkeys(root.buffers()) if id(b) not in own]
 
 
