@@ -62,14 +62,7 @@ def _resume(directory: str, parts: int) -> None:
     accelerator, run, mesh = make(2 if parts else None, parts, seed=1)
     accelerator.load_state(directory)
     steps(accelerator, run, STEPS, 2)
-    net = moe.make_net()
-    expected = moe.Trained(net, net, moe.adam(net))
-    for step in range(2 * STEPS):
-        rows = torch.cat([moe.batch(step, rank) for rank in range(2)])
-        moe.backward(net, rows, 1)
-        expected.norms.append(float(torch.nn.utils.clip_grad_norm_(net.parameters(), CLIP)))
-        expected.optimizer.step()
-        expected.optimizer.zero_grad()
+    expected = moe.reference(2 * STEPS, clip=CLIP, ranks=2)
     compare(run, mesh, expected)
 
 
@@ -85,10 +78,11 @@ def test_experts_train_as_one_model_and_resume_at_other_sizes(
 
 def _refuse_fsdp() -> None:
     accelerator = attach(fsdp2(), export=False)
+    net = moe.make_local(moe.expert_mesh(2))
     with pytest.raises(
         ConfigurationError, match="declared experts, which FSDP would take for copies"
     ):
-        accelerator.prepare(moe.make_local(moe.expert_mesh(2)))
+        accelerator.prepare(net, moe.adam(net))
 
 
 def test_accelerates_own_sharding_of_experts_is_refused() -> None:

@@ -211,14 +211,17 @@ def steps(run: Trained, count: int = 3, accumulate: int = 1, clip: float = 0.02)
         run.optimizer.zero_grad()
 
 
-def reference(count: int = 3, accumulate: int = 1, clip: float = 0.02, **options: Any) -> Trained:
-    """The same in one process with all experts, on all ranks' rows."""
+def reference(
+    count: int = 3, accumulate: int = 1, clip: float = 0.02, ranks: int = 0, **options: Any
+) -> Trained:
+    """The same in one process with all experts, on the rows of all ranks, or of `ranks`."""
+    ranks = ranks or dist.get_world_size()
     net = make_net(**options)
     run = Trained(net, net, adam(net))
     for step in range(count):
         for micro in range(accumulate):
             number = step * accumulate + micro
-            rows = torch.cat([batch(number, rank) for rank in range(dist.get_world_size())])
+            rows = torch.cat([batch(number, rank) for rank in range(ranks)])
             run.losses.append(backward(net, rows, accumulate))
         run.norms.append(nn.utils.clip_grad_norm_(net.parameters(), clip).item())
         run.optimizer.step()
