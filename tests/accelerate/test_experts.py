@@ -78,6 +78,7 @@ def test_experts_train_as_one_model_and_resume_at_other_sizes(
 
 def _refuse_fsdp() -> None:
     accelerator = attach(fsdp2(), export=False)
+    accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = ["Mixture"]
     net = moe.make_local(moe.expert_mesh(2))
     with pytest.raises(
         ConfigurationError, match="declared experts, which FSDP would take for copies"
