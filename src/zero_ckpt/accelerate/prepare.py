@@ -70,6 +70,9 @@ class PrepareMixin(ZeroBase):
         return prepared
 
     def _zero_prepare(self, args: tuple[Any, ...], device_placement: list[bool] | None) -> Any:
+        for each in args:
+            if isinstance(each, nn.Module):
+                self._zero_check_experts(each)  # Accelerate's FSDP shards before it prepares models
         if not self.zero_stage_to_apply:
             return super().prepare(*args, device_placement=device_placement)
         order = sorted(range(len(args)), key=lambda i: not isinstance(args[i], nn.Module))
@@ -92,8 +95,9 @@ class PrepareMixin(ZeroBase):
     ) -> Any:
         """As Accelerate's; at stages 2 and 3 the model is sharded in place, and not wrapped."""
         stage = self.zero_stage_to_apply
-        if expert_lists(model) and not evaluation_mode:
-            self._zero_attach_experts(model)
+        if not evaluation_mode:
+            self._zero_check_experts(model)
+            attach_experts(model)
         if stage < 2 or evaluation_mode:
             return super().prepare_model(model, device_placement, evaluation_mode)
         self._zero_shard(model, stage)
@@ -104,8 +108,10 @@ class PrepareMixin(ZeroBase):
         # Without wrapping: what is left is mixed precision and compilation.
         return super().prepare_model(model, device_placement=False, evaluation_mode=True)
 
-    def _zero_attach_experts(self, model: nn.Module) -> None:
-        """Keep Accelerate's DDP off the experts of a model. Nothing else of Accelerate's knows them."""
+    def _zero_check_experts(self, model: nn.Module) -> None:
+        """Of Accelerate's own engines only DDP can be kept off a model's declared experts."""
+        if not expert_lists(model):
+            return
         if not self.distributed_type.value.startswith(OWN_KINDS):
             raise ConfigurationError(
                 f"the model has declared experts, which {self.distributed_type.value} would take for copies of each "
@@ -116,7 +122,6 @@ class PrepareMixin(ZeroBase):
                 "mixed_precision='fp16' scales gradients on each rank alone, and ranks with different experts would "
                 "skip different steps. Use bf16, or attach with stage=2 or 3."
             )
-        attach_experts(model)
 
     def _zero_shard(self, model: nn.Module, stage: int) -> None:
         runtime, options = self._zero_runtime, self._zero_options

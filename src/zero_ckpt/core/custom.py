@@ -22,7 +22,8 @@ from zero_ckpt.core.state import capture_model
 __all__ = ["CustomLoad", "lazy_state_dict", "plan_custom"]
 
 CustomLoad = Callable[[dict[str, Any], nn.Module], Any]
-"""`load(src, dst)`: `src` as `lazy_state_dict` gives it, of experts those of this rank by its own numbers, `dst` the module without the wrappers around it.
+"""`load(src, dst)`: `src` as `lazy_state_dict` gives it, of experts those that this rank has, by its own numbers; `dst`
+the module without the wrappers around it.
 
 A sharded parameter may be filled as if it were whole (`dst.load_state_dict(src)`, `parameter.copy_(src[name])`): of a
 lazy tensor that meets a DTensor each rank reads its own part.
