@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CHECKED := $(wildcard src tests examples benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-fast torture lint types format demo demo-accelerate bench clean
+.PHONY: help install test test-fast torture lint types format demo demo-accelerate demo-moe bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 25
@@ -59,9 +59,12 @@ demo: $(READY) ## train, kill, resume elsewhere, export: under 3 minutes
 demo-accelerate: $(READY) ## the same with Accelerate: 2 processes, killed, resumed on 1
 	$(BIN)/python examples/accelerate/demo.py
 
+demo-moe: $(READY) ## experts on 2 processes, resumed on 4 and on 1
+	$(BIN)/python examples/moe/demo.py --steps 90
+
 bench: $(READY) ## measure against raw disk and torch's own checkpoints
 	$(BIN)/python -c 'import matplotlib' 2> /dev/null || $(PIP) install --editable '.[bench]'
 	$(BIN)/python -m benchmarks $(BENCH)
 
 clean: ## remove what the targets made, .venv included
-	rm -rf .venv build dist runs/demo runs/demo-accelerate .mypy_cache .pytest_cache .ruff_cache src/*.egg-info
+	rm -rf .venv build dist runs/demo runs/demo-accelerate runs/demo-moe .mypy_cache .pytest_cache .ruff_cache src/*.egg-info

@@ -162,6 +162,7 @@ class Checkpointer:
             frozen=frozenset(state.frozen) - excluded,
             aliases={k: v for k, v in state.aliases.items() if v not in excluded},
             excluded=excluded,
+            experts=state.experts,
         )
 
     def load_checkpoint(

@@ -21,7 +21,8 @@ from tests.lightning.harness import Block, assert_same, whole
 from tests.workers import run_ranks
 from zero_ckpt.accelerate import attach
 from zero_ckpt.accelerate.base import raw_optimizer
-from zero_ckpt.core.state import capture_model, parameter_names
+from zero_ckpt.core.naming import parameter_names
+from zero_ckpt.core.state import capture_model
 
 __all__ = [
     "Net",

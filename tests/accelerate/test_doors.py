@@ -22,7 +22,8 @@ from tests.lightning.harness import loader as lightning_loader
 from zero_ckpt import Checkpointer
 from zero_ckpt.accelerate import attach
 from zero_ckpt.accelerate.base import raw_optimizer
-from zero_ckpt.core.state import capture_model, parameter_names
+from zero_ckpt.core.naming import parameter_names
+from zero_ckpt.core.state import capture_model
 from zero_ckpt.lightning import ZeroCheckpointIO
 
 DIFFERENT = ".*was saved by|.*is resumed by|AcceleratedScheduler makes"

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
+from zero_ckpt.core.naming import ParameterNames, parameter_names
 from zero_ckpt.core.state import (
     capture_model,
     capture_models,
     capture_optimizer,
-    parameter_names,
     split_state_name,
 )
 
@@ -149,7 +149,7 @@ def test_values_of_every_kind_are_named_after_their_parameter() -> None:
     optimizer.state[parameter] = {
         "t": tensor, "i": 3, "f": 0.5, "b": True, "n": None, "s": "x", "l": [tensor, 1], "big": 2**80,
     }  # fmt: skip
-    found = capture_optimizer(optimizer, {id(parameter): "layer/w"}, "g/").tensors
+    found = capture_optimizer(optimizer, ParameterNames({id(parameter): "layer/w"}), "g/").tensors
     assert list(found) == [f"g/layer/w/{name}" for name in [
         "t", "i#int", "f#float", "b#bool", "n#none", "s#json", "l#json", "l#entry/0", "big#json",
     ]]  # fmt: skip
@@ -161,6 +161,6 @@ def test_values_of_every_kind_are_named_after_their_parameter() -> None:
 def test_parameters_of_no_known_model_are_called_by_their_place() -> None:
     parameter = nn.Parameter(torch.ones(2))
     optimizer = torch.optim.Adam([{"params": []}, {"params": [parameter]}])
-    record = capture_optimizer(optimizer, {}).record
+    record = capture_optimizer(optimizer, ParameterNames()).record
     assert [group["params"] for group in record["groups"]] == [[], ["param_groups.1.0"]]
     assert record["class"] == "Adam"

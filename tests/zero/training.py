@@ -152,7 +152,8 @@ def whole_weights(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+    # Cloned in any case: on a mesh of one rank `full_tensor` is no copy.
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).clone()
 
 
 def assert_equal(run: Run, reference: Run, tolerance: float = 1e-11) -> None:

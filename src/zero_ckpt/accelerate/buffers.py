@@ -14,6 +14,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from zero_ckpt import zero
+from zero_ckpt.zero.experts import shared_buffers
 
 __all__ = ["share_buffers"]
 
@@ -26,7 +27,7 @@ def share_buffers(model: nn.Module, mesh: DeviceMesh, is_reducing: Callable[[], 
 
     def before(module: nn.Module, *_: Any) -> None:
         nonlocal is_due
-        buffers = list(dict.fromkeys(module.buffers()))
+        buffers = shared_buffers(module)
         if is_due and buffers:
             zero.broadcast_from_first(buffers, mesh)
         is_due = torch.is_grad_enabled() and is_reducing()

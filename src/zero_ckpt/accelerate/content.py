@@ -86,6 +86,7 @@ def _weights(state: ModelState, exclude_frozen: bool) -> Snapshot:
         frozen=frozenset(state.frozen) - excluded,
         aliases={k: v for k, v in state.aliases.items() if v not in excluded},
         excluded=excluded,
+        experts=state.experts,
     )
 
 

@@ -92,6 +92,7 @@ class EndMixin(SaveMixin):
                 buffers=frozenset(state.buffers),
                 frozen=frozenset(state.frozen),
                 aliases=state.aliases,
+                experts=state.experts,
             )
 
         handle: SaveHandle = self.zero_engine.save(

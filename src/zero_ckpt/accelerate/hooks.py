@@ -20,7 +20,8 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from zero_ckpt.accelerate.base import ZeroBase, innermost
-from zero_ckpt.core.state import EXTRA_STATE, ModelState, clean_name, wrapper_prefixes
+from zero_ckpt.core.naming import naming_of
+from zero_ckpt.core.state import EXTRA_STATE, ModelState
 
 __all__ = ["Edits", "Offered", "apply_edits", "run_load_hooks", "run_save_hooks"]
 
@@ -117,9 +118,9 @@ def _names_of(accelerator: ZeroBase) -> dict[int, str]:
 def _compare_one(
     offered: Offered, name: str, model: nn.Module, own: dict[str, Any], was: dict[str, Any]
 ) -> None:
-    prefixes = wrapper_prefixes(model)
+    naming = naming_of(model)
     first = f"{name}." if name else ""
-    stored = {raw: first + clean_name(raw, prefixes) for raw in {**was, **own}}
+    stored = {raw: first + naming.clean(raw) for raw in {**was, **own}}
     offered.edits.dropped += [stored[raw] for raw in was if raw not in own]
     for raw, value in own.items():
         is_weight = (

@@ -23,6 +23,7 @@ from zero_ckpt.accelerate import data
 from zero_ckpt.accelerate.base import ZeroBase, innermost, raw_optimizer
 from zero_ckpt.accelerate.buffers import share_buffers
 from zero_ckpt.errors import ConfigurationError
+from zero_ckpt.zero.experts import attach_experts, expert_lists, expert_parameters
 
 __all__ = ["PrepareMixin"]
 
@@ -69,6 +70,9 @@ class PrepareMixin(ZeroBase):
         return prepared
 
     def _zero_prepare(self, args: tuple[Any, ...], device_placement: list[bool] | None) -> Any:
+        for each in args:
+            if isinstance(each, nn.Module):
+                self._zero_check_experts(each)  # Accelerate's FSDP shards before it prepares models
         if not self.zero_stage_to_apply:
             return super().prepare(*args, device_placement=device_placement)
         order = sorted(range(len(args)), key=lambda i: not isinstance(args[i], nn.Module))
@@ -91,6 +95,9 @@ class PrepareMixin(ZeroBase):
     ) -> Any:
         """As Accelerate's; at stages 2 and 3 the model is sharded in place, and not wrapped."""
         stage = self.zero_stage_to_apply
+        if not evaluation_mode:
+            self._zero_check_experts(model)
+            attach_experts(model)
         if stage < 2 or evaluation_mode:
             return super().prepare_model(model, device_placement, evaluation_mode)
         self._zero_shard(model, stage)
@@ -100,6 +107,21 @@ class PrepareMixin(ZeroBase):
             self._zero_rebind(raw_optimizer(optimizer))
         # Without wrapping: what is left is mixed precision and compilation.
         return super().prepare_model(model, device_placement=False, evaluation_mode=True)
+
+    def _zero_check_experts(self, model: nn.Module) -> None:
+        """Of Accelerate's own engines only DDP can be kept off a model's declared experts."""
+        if not expert_lists(model):
+            return
+        if not self.distributed_type.value.startswith(OWN_KINDS):
+            raise ConfigurationError(
+                f"the model has declared experts, which {self.distributed_type.value} would take for copies of each "
+                "other. Make the Accelerator without that plugin, and attach with a stage of 0 to 3."
+            )
+        if self.scaler is not None and self.zero_stage_to_apply < 2:
+            raise ConfigurationError(
+                "mixed_precision='fp16' scales gradients on each rank alone, and ranks with different experts would "
+                "skip different steps. Use bf16, or attach with stage=2 or 3."
+            )
 
     def _zero_shard(self, model: nn.Module, stage: int) -> None:
         runtime, options = self._zero_runtime, self._zero_options
@@ -176,7 +198,7 @@ class PrepareMixin(ZeroBase):
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
         """As Accelerate's; at stages 2 and 3 the norm is over all ranks' parts, and whole gradients beside them."""
-        if not self._zero_runtime.shardings:
+        if not (self._zero_runtime.shardings or expert_parameters()):
             return super().clip_grad_norm_(parameters, max_norm, norm_type=norm_type)
         self.unscale_gradients()
         return zero.clip_grad_norm_(parameters, max_norm, norm_type)
@@ -191,8 +213,14 @@ class PrepareMixin(ZeroBase):
     def get_state_dict(self, model: nn.Module, unwrap: bool = True) -> Any:
         """As Accelerate's; of a model that we have sharded, all of it on rank 0, as under its FSDP plugin.
 
-        Collective, over the training's process group, and with host memory for the whole model on rank 0.
+        Collective, over the training's process group, and with host memory for the whole model on rank 0. Raises
+        `ConfigurationError` for a model with declared experts, of which no rank could hold all by their names.
         """
+        if expert_lists(model):
+            raise ConfigurationError(
+                "the model has declared experts, which live on different ranks: there is no state dict of it in one "
+                "process. Use save_state, and zero_ckpt.export_fp32 of what it wrote."
+            )
         if not self._zero_is_sharded(model):
             return super().get_state_dict(model, unwrap=unwrap)
         rank = dist.get_rank()

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from zero_ckpt.core.state import EXTRA_STATE, clean_name, parameter_names, wrapper_prefixes
+from zero_ckpt.core.naming import ParameterNames, naming_of, parameter_names
+from zero_ckpt.core.state import EXTRA_STATE
 from zero_ckpt.errors import ConfigurationError, StateMismatchError
 
 __all__ = ["bound_names", "check_same_names", "named", "prefix_of", "set_extra_state"]
@@ -41,13 +42,14 @@ def prefix_of(name: str) -> str:
     return f"{name}/" if name else ""
 
 
-def bound_names(models: Mapping[str, nn.Module]) -> dict[int, str]:
+def bound_names(models: Mapping[str, nn.Module]) -> ParameterNames:
     """id(parameter) -> FQN over all models."""
-    return {
-        key: (f"{name}." if name else "") + fqn
-        for name, model in models.items()
-        for key, fqn in parameter_names(model).items()
-    }
+    bound = ParameterNames()
+    for name, model in models.items():
+        prefix, own = f"{name}." if name else "", parameter_names(model)
+        bound.update({key: prefix + fqn for key, fqn in own.items()})
+        bound.experts |= {prefix + path: share for path, share in own.experts.items()}
+    return bound
 
 
 def check_same_names(
@@ -64,10 +66,10 @@ def check_same_names(
 def set_extra_state(models: Mapping[str, nn.Module], extra: Mapping[str, Any]) -> None:
     """Give every module that has `set_extra_state` what it returned when it was saved."""
     for name, model in models.items():
-        prefixes = wrapper_prefixes(model)
+        naming = naming_of(model)
         for path, module in model.named_modules():
             raw = f"{path}.{EXTRA_STATE}" if path else EXTRA_STATE
-            key = (f"{name}." if name else "") + clean_name(raw, prefixes)
+            key = (f"{name}." if name else "") + naming.clean(raw)
             # A wrapper goes by the name of what it wraps, and has no such state itself.
             takes = type(module).set_extra_state is not nn.Module.set_extra_state
             if takes and key in extra:

@@ -17,6 +17,7 @@ from zero_ckpt.core.binding import check_same_names, prefix_of, set_extra_state
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.control import ControlPlane
 from zero_ckpt.core.custom import CustomLoad, plan_custom
+from zero_ckpt.core.naming import ParameterNames
 from zero_ckpt.core.restoring import Restoration, plan_model, plan_optimizer
 from zero_ckpt.core.schedulers import plan_schedulers, scheduler_notices
 from zero_ckpt.core.state import capture_models
@@ -86,7 +87,7 @@ def plan_weights(
 
 def plan_training(
     checkpoint: Checkpoint,
-    names: Mapping[int, str],
+    names: ParameterNames,
     optimizers: Mapping[str, torch.optim.Optimizer],
     schedulers: Mapping[str, Any],
     objects: Mapping[str, Any],
@@ -122,10 +123,10 @@ def plan_training(
 
 
 def _names_for(
-    optimizer: torch.optim.Optimizer, record: Mapping[str, Any], names: Mapping[int, str]
-) -> Mapping[int, str]:
+    optimizer: torch.optim.Optimizer, record: Mapping[str, Any], names: ParameterNames
+) -> ParameterNames:
     """id(parameter) -> its name in `record`: an FQN, or its number where the writer knew no module."""
     if not record.get("numbered"):
         return names
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return {id(parameter): str(number) for number, parameter in enumerate(parameters)}
+    return ParameterNames({id(p): str(number) for number, p in enumerate(parameters)})

@@ -14,14 +14,16 @@ from torch import nn
 
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.control import ControlPlane
+from zero_ckpt.core.naming import innermost, local_name
 from zero_ckpt.core.restoring import Restoration
 from zero_ckpt.core.shares import verify_share
-from zero_ckpt.core.state import capture_model, innermost
+from zero_ckpt.core.state import capture_model
 
 __all__ = ["CustomLoad", "lazy_state_dict", "plan_custom"]
 
 CustomLoad = Callable[[dict[str, Any], nn.Module], Any]
-"""`load(src, dst)`: `src` as `lazy_state_dict` gives it, `dst` the module without the wrappers around it.
+"""`load(src, dst)`: `src` as `lazy_state_dict` gives it, of experts those that this rank has, by its own numbers; `dst`
+the module without the wrappers around it.
 
 A sharded parameter may be filled as if it were whole (`dst.load_state_dict(src)`, `parameter.copy_(src[name])`): of a
 lazy tensor that meets a DTensor each rank reads its own part.
@@ -58,7 +60,9 @@ def plan_custom(
     verify_share(checkpoint, ("model",), control, None)
     plan = Restoration()
     for name, model in models.items():
-        capture_model(model)  # lets sharded models put away what they have gathered
-        source = lazy_state_dict(checkpoint, extra, f"{name}." if name else "")
+        state = capture_model(model)  # lets sharded models put away what they have gathered
+        every = lazy_state_dict(checkpoint, extra, f"{name}." if name else "")
+        called = {key: local_name(key, state.experts) for key in every}
+        source = {here: every[key] for key, here in called.items() if here is not None}
         plan.installs.append(partial(load, source, innermost(model)))
     return plan

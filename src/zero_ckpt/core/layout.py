@@ -22,6 +22,7 @@ import xxhash
 
 from zero_ckpt.core.chunks import Box, split_evenly
 from zero_ckpt.core.dtypes import itemsize
+from zero_ckpt.core.experts import ExpertNotes
 
 __all__ = ["MAX_DIMS", "ROLES", "Layout", "Mesh", "Table", "local_box", "split_order"]
 
@@ -112,11 +113,15 @@ def split_order(placements: Sequence[str]) -> list[int]:
 
 @dataclass(slots=True)
 class Table:
-    """Every tensor of one rank: role -> key -> layout. Ranks with equal tables have equal digests."""
+    """Every tensor of one rank: role -> key -> layout. Ranks with equal tables have equal digests.
+
+    `experts`: what goes with the tensors of experts that live on this rank and not on all.
+    """
 
     roles: dict[str, dict[str, Layout]] = field(
         default_factory=lambda: {role: {} for role in ROLES}
     )
+    experts: ExpertNotes = field(default_factory=ExpertNotes)
 
     def to_bytes(self) -> bytes:
         """Layouts once each, then role -> key -> index: the order of keys counts."""
@@ -129,7 +134,8 @@ class Table:
             for role, keys in self.roles.items()
         }
         layouts = [layout.to_json() for layout in index]
-        return json.dumps({"layouts": layouts, "roles": roles}, separators=(",", ":")).encode()
+        record = {"layouts": layouts, "roles": roles, "experts": self.experts.to_json()}
+        return json.dumps(record, separators=(",", ":")).encode()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Table:
@@ -139,7 +145,8 @@ class Table:
             {
                 role: {key: layouts[i] for key, i in keys.items()}
                 for role, keys in record["roles"].items()
-            }
+            },
+            ExpertNotes.from_json(record["experts"]),
         )
 
     def digest(self) -> str:

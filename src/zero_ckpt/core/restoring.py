@@ -25,6 +25,7 @@ from zero_ckpt.core.dtensors import (
     local_tensor,
 )
 from zero_ckpt.core.groups import check_same_parameters, matched_options, take_options
+from zero_ckpt.core.naming import ParameterNames, is_elsewhere
 from zero_ckpt.core.objects import decode_objects
 from zero_ckpt.core.planner import Placed
 from zero_ckpt.core.reader import Request
@@ -32,6 +33,7 @@ from zero_ckpt.core.state import (
     ModelState,
     by_parameter,
     group_names,
+    names_in_groups,
     python_value,
     split_state_name,
 )
@@ -113,7 +115,11 @@ def plan_model(
             plan.live.append(Request("model", stored, placed, box, local))
     # A checkpoint of untied weights has a tensor for each name of a tied one: the first is taken.
     known = used | state.aliases.keys()
-    plan.unexpected = [k for k in checkpoint.keys("model") if k not in known and not ignored(k)]
+    plan.unexpected = [
+        key
+        for key in checkpoint.keys("model")
+        if not (key in known or ignored(key) or is_elsewhere(key, state.experts))
+    ]
     _raise_mismatch(checkpoint.path, plan, wrong, strict)
     return plan
 
@@ -152,7 +158,7 @@ def _names(keys: Sequence[str]) -> str:
 def plan_optimizer(
     checkpoint: Checkpoint,
     optimizer: torch.optim.Optimizer,
-    names: Mapping[int, str],
+    names: ParameterNames,
     record: Mapping[str, Any],
     rank: int,
     prefix: str = "",
@@ -172,11 +178,7 @@ def plan_optimizer(
     options: Sequence[Mapping[str, Any]] = [{} for _ in groups]
     if not keep_options:
         options = matched_options(checkpoint.path, groups, record["groups"])
-    fqn_of = {
-        id(p): fqn
-        for group, (fqns, _) in zip(optimizer.param_groups, groups, strict=True)
-        for p, fqn in zip(group["params"], fqns, strict=True)
-    }
+    fqn_of = names_in_groups(optimizer, names)
     stored = by_parameter(checkpoint.keys("optim"), prefix, set(fqn_of.values()))
     plan = Restoration()
     states: dict[torch.Tensor, _StateBuilder | None] = {}

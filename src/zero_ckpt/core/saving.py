@@ -7,17 +7,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import xxhash
 
 from zero_ckpt.core.chunks import Box, full_box
 from zero_ckpt.core.dtensors import layout_of, local_part
+from zero_ckpt.core.experts import ExpertNotes
 from zero_ckpt.core.layout import ROLES, Layout, Table
 from zero_ckpt.core.manifest import FileRecord, shard_name
+from zero_ckpt.core.naming import split_expert
 from zero_ckpt.core.objects import OBJECTS, RANK_OBJECTS, encode_objects
 from zero_ckpt.core.planner import SavePlan
 from zero_ckpt.core.recovery import content_digest
@@ -70,7 +73,25 @@ def capture(snapshot: Snapshot, rank: int) -> Captured:
         captured.table.roles[role] = {
             key: layout_of(key, tensor, key in whole) for key, tensor in keys.items()
         }
+    if snapshot.experts:
+        captured.table.experts = _notes(snapshot)
     return captured
+
+
+def _notes(snapshot: Snapshot) -> ExpertNotes:
+    def of_experts(keys: Iterable[str]) -> list[str]:
+        return sorted(key for key in keys if split_expert(key, snapshot.experts))
+
+    records = snapshot.objects.get("optimizers", {})
+    groups = {name: [g["params"] for g in record["groups"]] for name, record in records.items()}
+    return ExpertNotes(
+        shares=snapshot.experts,
+        buffers=of_experts(snapshot.buffers),
+        frozen=of_experts(snapshot.frozen),
+        excluded=of_experts(snapshot.excluded),
+        aliases={key: snapshot.aliases[key] for key in of_experts(snapshot.aliases)},
+        groups=xxhash.xxh3_128_hexdigest(json.dumps(groups).encode()),
+    )
 
 
 def _bytes(data: bytes) -> torch.Tensor:

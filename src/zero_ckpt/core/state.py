@@ -16,7 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from zero_ckpt.core.experts import Share
+from zero_ckpt.core.naming import ParameterNames, naming_of, split_expert
 from zero_ckpt.core.objects import encode_objects
+from zero_ckpt.errors import StateMismatchError
 
 __all__ = [
     "ModelState",
@@ -27,13 +30,11 @@ __all__ = [
     "capture_model",
     "capture_models",
     "capture_optimizer",
-    "clean_name",
-    "innermost",
+    "group_names",
     "local_states",
-    "parameter_names",
+    "names_in_groups",
     "python_value",
     "split_state_name",
-    "wrapper_prefixes",
 ]
 
 EXTRA_STATE = "_extra_state"
@@ -42,13 +43,17 @@ EXTRA_STATE = "_extra_state"
 
 @dataclass(slots=True)
 class ModelState:
-    """A model's live tensors by key; which of them are buffers or frozen; tied names; and non-tensor entries."""
+    """A model's live tensors by key; which of them are buffers or frozen; tied names; and non-tensor entries.
+
+    `experts`: the lists of experts of which this rank has a share, by path.
+    """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     buffers: set[str] = field(default_factory=set)
     frozen: set[str] = field(default_factory=set)
     aliases: dict[str, str] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    experts: dict[str, Share] = field(default_factory=dict)
 
     def add(self, other: ModelState, prefix: str) -> None:
         """Take in the state of another model, every key with `prefix` before it."""
@@ -57,6 +62,7 @@ class ModelState:
         self.frozen |= {prefix + k for k in other.frozen}
         self.aliases |= {prefix + k: prefix + v for k, v in other.aliases.items()}
         self.extra |= {prefix + k: v for k, v in other.extra.items()}
+        self.experts |= {prefix + k: v for k, v in other.experts.items()}
 
 
 @dataclass(slots=True)
@@ -83,77 +89,19 @@ class Snapshot:
     frozen: frozenset[str] = frozenset()
     aliases: dict[str, str] = field(default_factory=dict)
     excluded: frozenset[str] = frozenset()
-
-
-# Child names of wrappers; an activation wrapper removes its own from the keys of `state_dict`.
-_ACTIVATION_CHILD = "_checkpoint_wrapped_module"
-_WRAPPER_CHILDREN = {
-    "DistributedDataParallel": "module",
-    "DataParallel": "module",
-    "OptimizedModule": "_orig_mod",
-    "CheckpointWrapper": _ACTIVATION_CHILD,
-    "OffloadWrapper": _ACTIVATION_CHILD,
-    "FullyShardedDataParallel": "_fsdp_wrapped_module",
-}
-
-
-def wrapper_prefixes(model: nn.Module) -> list[str]:
-    """Qualified names, inner first, of the children that wrappers hold the real module in: `module.`, `0._orig_mod.`
-
-    Both as parameters are named and as `state_dict` names them, where that differs.
-    """
-    found: set[str] = set()
-    activation: list[str] = []
-    for name, module in model.named_modules(remove_duplicate=False):
-        child = _wrapped_child(module)
-        if child is not None:
-            prefix = f"{name}.{child}." if name else f"{child}."
-            found |= {prefix, clean_name(prefix, activation)}
-            if child == _ACTIVATION_CHILD:
-                activation.insert(0, prefix)
-    return sorted(found, key=len, reverse=True)
-
-
-def _wrapped_child(module: nn.Module) -> str | None:
-    """The name under which a wrapper holds the real module; None for any other module."""
-    for kind in type(module).__mro__[:-2]:
-        child = _WRAPPER_CHILDREN.get(kind.__name__)
-        if child is not None and kind.__module__.startswith("torch."):
-            return child
-    return None
-
-
-def innermost(model: nn.Module) -> nn.Module:
-    """The module inside the wrappers around it."""
-    while (child := _wrapped_child(model)) is not None:
-        model = getattr(model, child)
-    return model
-
-
-def clean_name(name: str, prefixes: Iterable[str]) -> str:
-    """`name` without the wrappers' parts; `prefixes` as `wrapper_prefixes` gives them."""
-    for prefix in prefixes:
-        if name.startswith(prefix):
-            head = prefix[:-1].rpartition(".")[0]
-            name = (f"{head}." if head else "") + name[len(prefix) :]
-    return name
-
-
-def parameter_names(model: nn.Module) -> dict[int, str]:
-    """id(parameter) -> its first FQN, without wrapper prefixes."""
-    prefixes = wrapper_prefixes(model)
-    return {id(p): clean_name(name, prefixes) for name, p in model.named_parameters()}
+    experts: dict[str, Share] = field(default_factory=dict)
 
 
 def capture_model(model: nn.Module) -> ModelState:
     """The model's state by key, as references. Non-persistent buffers are not part of it."""
-    prefixes = wrapper_prefixes(model)
+    naming = naming_of(model)
     buffers = {id(b) for b in model.buffers()}
-    state = ModelState()
+    state = ModelState(experts=dict(naming.experts))
     owners: dict[Any, str] = {}
     for raw, value in model.state_dict(keep_vars=True).items():
-        key = clean_name(raw, prefixes)
+        key = naming.clean(raw)
         if not isinstance(value, torch.Tensor) or key.rpartition(".")[2] == EXTRA_STATE:
+            _refuse_extra_state(key, state.experts)
             state.extra[key] = value
             continue
         first = owners.setdefault(_identity(value), key)
@@ -166,6 +114,16 @@ def capture_model(model: nn.Module) -> ModelState:
         elif not value.requires_grad:
             state.frozen.add(key)
     return state
+
+
+def _refuse_extra_state(key: str, experts: Mapping[str, Share]) -> None:
+    """Extra state is stored by rank 0, which has that of its own experts only."""
+    found = split_expert(key, experts)
+    if found is not None and experts[found[0]].count < experts[found[0]].total:
+        raise StateMismatchError(
+            f"'{key}': a module of an expert has extra state (get_extra_state), which cannot be stored while experts "
+            "live on different ranks. Keep it in a buffer."
+        )
 
 
 def _identity(tensor: torch.Tensor) -> Any:
@@ -198,30 +156,36 @@ def local_states(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Any, dict[s
                 yield parameter, state
 
 
+def names_in_groups(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[int, str]:
+    """id(parameter) -> FQN of every parameter that it has; one of no known model is called by its place."""
+    return {
+        id(p): names.get(id(p), f"param_groups.{g}.{i}")
+        for g, group in enumerate(optimizer.param_groups)
+        for i, p in enumerate(group["params"])
+    }
+
+
 def group_names(
-    optimizer: torch.optim.Optimizer, names: Mapping[int, str]
+    optimizer: torch.optim.Optimizer, names: ParameterNames
 ) -> list[tuple[list[str], dict[str, Any]]]:
-    """(FQNs, options) of every parameter group; a parameter of no known model is called by its place."""
+    """(FQNs, options) of every parameter group, with the parameters of experts that other ranks have."""
+    fqn_of = names_in_groups(optimizer, names)
     groups = []
-    for g, group in enumerate(optimizer.param_groups):
-        fqns = [names.get(id(p), f"param_groups.{g}.{i}") for i, p in enumerate(group["params"])]
+    for group in optimizer.param_groups:
+        fqns = [fqn for p in group["params"] for fqn in names.on_all_ranks(fqn_of[id(p)])]
         groups.append((fqns, {k: v for k, v in group.items() if k != "params"}))
     return groups
 
 
 def capture_optimizer(
-    optimizer: torch.optim.Optimizer, names: Mapping[int, str], prefix: str = ""
+    optimizer: torch.optim.Optimizer, names: ParameterNames, prefix: str = ""
 ) -> OptimizerState:
     """The optimizer's state by parameter name. Under ZeroRedundancyOptimizer, the local partition's.
 
-    `names`: id(parameter) -> FQN. `prefix` keeps several optimizers apart.
+    `names`: of all parameters. `prefix` keeps several optimizers apart.
     """
+    fqn_of = names_in_groups(optimizer, names)
     groups = group_names(optimizer, names)
-    fqn_of = {
-        id(p): fqn
-        for group, (fqns, _) in zip(optimizer.param_groups, groups, strict=True)
-        for p, fqn in zip(group["params"], fqns, strict=True)
-    }
     inner = getattr(optimizer, "optim", None)
     kind = type(inner if isinstance(inner, torch.optim.Optimizer) else optimizer).__name__
     state = OptimizerState(

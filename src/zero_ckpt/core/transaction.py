@@ -18,6 +18,7 @@ from zero_ckpt.core import commit
 from zero_ckpt.core.agreement import Agreement, Proposal, agree, merged_tables, parse_tables
 from zero_ckpt.core.control import ControlPlane
 from zero_ckpt.core.detach import Detached, detach
+from zero_ckpt.core.experts import ExpertNotes, merged_notes
 from zero_ckpt.core.planner import SavePlan, plan_save
 from zero_ckpt.core.saving import Captured, ShardPlan, capture, plan_shards, write_shards
 from zero_ckpt.core.staging import StagingPool, reading_after
@@ -144,7 +145,9 @@ class Transaction:
             table.to_bytes() if mine else b"",
             lambda records: merged_tables(records, holders),
         )
-        return plan_save(list(zip(parse_tables(merged), holders, strict=True)))
+        tables = parse_tables(merged)
+        self._header = _with_experts(self._header, merged_notes(tables, holders))
+        return plan_save(list(zip(tables, holders, strict=True)))
 
     def _write(self, plan: SavePlan) -> commit.Vote:
         """Write this rank's files; an error becomes a vote against the commit."""
@@ -244,4 +247,15 @@ def _described(snapshot: Snapshot) -> dict[str, Any]:
         "frozen": sorted(snapshot.frozen),
         "excluded": sorted(snapshot.excluded),
         "aliases": snapshot.aliases,
+    }
+
+
+def _with_experts(header: dict[str, Any], experts: ExpertNotes) -> dict[str, Any]:
+    """The same of all ranks' experts, where ranks hold different ones."""
+    return {
+        **header,
+        "buffers": sorted({*header["buffers"], *experts.buffers}),
+        "frozen": sorted({*header["frozen"], *experts.frozen}),
+        "excluded": sorted({*header["excluded"], *experts.excluded}),
+        "aliases": {**header["aliases"], **experts.aliases},
     }

@@ -20,16 +20,15 @@ from torch import nn
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.custom import lazy_state_dict
 from zero_ckpt.core.dtensors import TORCH_DTYPES, local_tensor
+from zero_ckpt.core.naming import Naming, naming_of
 from zero_ckpt.core.objects import decode_objects
 from zero_ckpt.core.state import (
     EXTRA_STATE,
     Snapshot,
     add_value,
     by_parameter,
-    clean_name,
     python_value,
     split_state_name,
-    wrapper_prefixes,
 )
 from zero_ckpt.lightning.optimizers import STATES
 
@@ -45,28 +44,28 @@ class ModuleNames:
     tensor.
     """
 
-    prefixes: tuple[str, ...] = ()
+    naming: Naming = field(default_factory=Naming)
     buffers: frozenset[str] = frozenset()
     frozen: frozenset[str] = frozenset()
     ties: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, module: nn.Module) -> ModuleNames:
-        prefixes = tuple(wrapper_prefixes(module))
+        naming = naming_of(module)
         buffers = dict(module.named_buffers(remove_duplicate=False))
         parameters = dict(module.named_parameters(remove_duplicate=False))
         first: dict[int, str] = {}
         ties = {}
         for raw, tensor in {**parameters, **buffers}.items():
-            name = clean_name(raw, prefixes)
+            name = naming.clean(raw)
             owner = first.setdefault(id(tensor), name)
             if owner != name:
                 ties[name] = owner
         frozen = [raw for raw, p in parameters.items() if not p.requires_grad]
         return cls(
-            prefixes,
-            frozenset(clean_name(raw, prefixes) for raw in buffers),
-            frozenset(clean_name(raw, prefixes) for raw in frozen),
+            naming,
+            frozenset(naming.clean(raw) for raw in buffers),
+            frozenset(naming.clean(raw) for raw in frozen),
             ties,
         )
 
@@ -118,11 +117,11 @@ def _listed(named: Mapping[str, Any]) -> list[Any]:
 def _take_weights(
     snapshot: Snapshot, state_dict: Mapping[str, Any], names: ModuleNames | None
 ) -> None:
-    prefixes = names.prefixes if names is not None else ()
+    naming = names.naming if names is not None else Naming()
     extra: dict[str, Any] = {}
     weights: dict[str, torch.Tensor] = {}
     for raw, value in state_dict.items():
-        key = clean_name(raw, prefixes)
+        key = naming.clean(raw)
         is_extra = key.rpartition(".")[2] == EXTRA_STATE
         (weights if isinstance(value, torch.Tensor) and not is_extra else extra)[key] = value
     snapshot.objects["extra_state"] = extra
@@ -132,6 +131,7 @@ def _take_weights(
     if names is not None:
         snapshot.buffers = names.buffers & snapshot.model.keys()
         snapshot.frozen = names.frozen & snapshot.model.keys()
+        snapshot.experts = dict(naming.experts)
 
 
 def _leave_frozen(snapshot: Snapshot) -> None:

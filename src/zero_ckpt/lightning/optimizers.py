@@ -16,8 +16,9 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.lazy import LazyTensor
+from zero_ckpt.core.naming import ParameterNames
 from zero_ckpt.core.restoring import Restoration, plan_optimizer
-from zero_ckpt.core.state import group_names, local_states
+from zero_ckpt.core.state import group_names, local_states, names_in_groups
 from zero_ckpt.errors import StateMismatchError
 
 __all__ = ["STATES", "Pristine", "plan_state", "state_of"]
@@ -26,14 +27,10 @@ STATES = frozenset({"class", "state", "param_groups"})
 """Keys of a state that have a meaning here; others belong to the optimizer's own class."""
 
 
-def state_of(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[str, Any]:
+def state_of(optimizer: torch.optim.Optimizer, names: ParameterNames) -> dict[str, Any]:
     """This rank's state of an optimizer, by parameter name. References, not copies."""
+    fqn_of = names_in_groups(optimizer, names)
     groups = group_names(optimizer, names)
-    fqn_of = {
-        id(p): fqn
-        for group, (fqns, _) in zip(optimizer.param_groups, groups, strict=True)
-        for p, fqn in zip(group["params"], fqns, strict=True)
-    }
     return {
         "class": type(_inner(optimizer)).__name__,
         "state": {fqn_of[id(p)]: dict(values) for p, values in local_states(optimizer)},
@@ -72,7 +69,7 @@ class Pristine:
 def plan_state(
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
-    names: Mapping[int, str],
+    names: ParameterNames,
     rank: int,
     pristine: Pristine | None,
     *,
@@ -113,15 +110,16 @@ def _groups(state: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _matched(
     optimizer: torch.optim.Optimizer,
     state: Mapping[str, Any],
-    names: Mapping[int, str],
+    names: ParameterNames,
     numbered: bool,
 ) -> dict[int, Mapping[str, Any]]:
     """id(parameter) -> its saved state. Groups match by their order and size, as in torch."""
     live = [[id(p) for p in group["params"]] for group in optimizer.param_groups]
     saved = [list(group["params"]) for group in state["param_groups"]]
-    if [len(group) for group in live] != [len(group) for group in saved]:
+    sizes = [len(fqns) for fqns, _ in group_names(optimizer, names)]
+    if sizes != [len(group) for group in saved]:
         raise StateMismatchError(
-            f"the optimizer has {len(live)} parameter groups of {[len(g) for g in live]} "
+            f"the optimizer has {len(live)} parameter groups of {sizes} "
             f"parameters, the checkpoint {len(saved)} of {[len(g) for g in saved]}. Nothing of the "
             "optimizer was loaded. Create it as it was when it was saved."
         )

@@ -19,12 +19,12 @@ import torch
 
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.loading import load_together
+from zero_ckpt.core.naming import parameter_names
 from zero_ckpt.core.outcome import log_report
 from zero_ckpt.core.per_rank import client_state_notice, own_client_state, read_own
 from zero_ckpt.core.reader import Request, Sharing
 from zero_ckpt.core.restoring import Restoration
 from zero_ckpt.core.shares import verify_share
-from zero_ckpt.core.state import parameter_names
 from zero_ckpt.core.tags import is_tag_folder
 from zero_ckpt.errors import DisagreementError, StateMismatchError
 from zero_ckpt.lightning.base import StrategyBase

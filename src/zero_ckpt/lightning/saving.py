@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from zero_ckpt.core.naming import parameter_names
 from zero_ckpt.core.per_rank import CLIENT_STATE
-from zero_ckpt.core.state import parameter_names
 from zero_ckpt.errors import ConfigurationError, ZeroCkptError
 from zero_ckpt.lightning import paths
 from zero_ckpt.lightning.base import INTERRUPTED_TIMEOUT, StrategyBase
@@ -24,6 +24,7 @@ from zero_ckpt.lightning.gathering import gather_content
 from zero_ckpt.lightning.optimizers import state_of
 from zero_ckpt.lightning.ranks import capture_rank
 from zero_ckpt.lightning.wanted import PER_RANK
+from zero_ckpt.zero.experts import expert_lists
 
 __all__ = ["SaveMixin"]
 
@@ -101,6 +102,12 @@ class SaveMixin(StrategyBase):
                 stacklevel=3,
             )
             return
+        assert self.lightning_module is not None
+        if expert_lists(self.lightning_module):
+            raise ConfigurationError(
+                "the model has declared experts, which live on different ranks, and "
+                f"{type(self.checkpoint_io).__name__} writes from one process. Leave that plugin out."
+            )
         capture_rank(self._current_trainer(), checkpoint, self.root_device)
         content = gather_content(checkpoint, self.global_rank, self.world_size)
         if self.is_global_zero:

@@ -20,6 +20,7 @@ from zero_ckpt.lightning.copies import shard_copies
 from zero_ckpt.lightning.export import attach_export, run_export
 from zero_ckpt.lightning.restoring import RestoreMixin
 from zero_ckpt.lightning.steps import StepMixin
+from zero_ckpt.zero.experts import expert_lists
 from zero_ckpt.zero.initial import materialize
 
 __all__ = ["SetupMixin"]
@@ -42,6 +43,9 @@ class SetupMixin(RestoreMixin, StepMixin):
         else:
             self.materialize_replicated()
             super().setup(trainer)
+            assert self.lightning_module is not None
+            if expert_lists(self.lightning_module):
+                self.adapt_precision()
         if self.is_fitting:
             assert self.lightning_module is not None
             self.engine.warm([self.lightning_module], has_optimizer=True)
@@ -171,10 +175,10 @@ class SetupMixin(RestoreMixin, StepMixin):
         self._end_saves()
         self.close_checkpoint()
         self.is_set_up = False
+        self.restore_precision()
         if self.stage < 2 or self.model is None or not is_sharded(self.model):
             super().teardown()
             return
-        self.restore_precision()
         if self._start_method != "popen" and not self.interrupted:
             gather_parameters(self.model)
         assert self.cluster_environment is not None

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from zero_ckpt import zero
 from zero_ckpt.lightning.base import StrategyBase
 from zero_ckpt.lightning.data import can_resume, make_resumable
+from zero_ckpt.zero.experts import attach_experts, shared_buffers
 from zero_ckpt.zero.initial import broadcast_from_first
 
 __all__ = ["StepMixin"]
@@ -82,7 +83,7 @@ class StepMixin(StrategyBase):
             return
         if self._ddp_kwargs.get("broadcast_buffers", True):
             assert self.lightning_module is not None
-            buffers = list(dict.fromkeys(self.lightning_module.buffers()))
+            buffers = shared_buffers(self.lightning_module)
             if buffers:
                 broadcast_from_first(buffers, self._zero_mesh)
 
@@ -144,8 +145,9 @@ class StepMixin(StrategyBase):
             self._wrap_anew_when_unfrozen(self.model)
 
     def configure_ddp(self) -> None:
-        super().configure_ddp()
         assert self.model is not None
+        attach_experts(self.model)
+        super().configure_ddp()
         self._zero_trainable = sum(p.requires_grad for p in self.model.parameters())
 
     def _wrap_anew_when_unfrozen(self, wrapped: DistributedDataParallel) -> None:

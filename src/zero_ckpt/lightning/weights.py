@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.dtensors import layout_of, local_part
 from zero_ckpt.core.lazy import LazyTensor
+from zero_ckpt.core.naming import is_elsewhere, naming_of
 from zero_ckpt.core.outcome import LoadReport
 from zero_ckpt.core.reader import Request
-from zero_ckpt.core.state import clean_name, wrapper_prefixes
 
 __all__ = ["load_weights"]
 
@@ -42,12 +42,15 @@ def load_weights(
     on none. Raises what `module.load_state_dict` raises.
     """
     live = module.state_dict()
-    raw_names = _raw_names(module, live)
+    naming = naming_of(module)
+    raw_names = {naming.clean(raw): raw for raw in live}
     values: dict[str, Any] = {}
     requests: list[Request] = []
     loaded: dict[int, Any] = {}
     for key, value in state_dict.items():
-        raw = key if key in live else raw_names.get(key, key)
+        if is_elsewhere(key, naming.experts):
+            continue
+        raw = raw_names.get(key, key)
         if id(value) not in loaded:
             target = live.get(raw)
             if isinstance(value, LazyTensor):
@@ -68,12 +71,6 @@ def load_weights(
         unexpected=tuple(key for key in values if key not in live),
         excluded=tuple(key for key in values if key not in given),
     )
-
-
-def _raw_names(module: nn.Module, live: Mapping[str, Any]) -> dict[str, str]:
-    """Name without wrappers' parts -> the key of this module's state dict."""
-    prefixes = wrapper_prefixes(module)
-    return {clean_name(raw, prefixes): raw for raw in live}
 
 
 def _reading(

@@ -1,10 +1,12 @@
 """How a model becomes ZeRO-sharded, on torch's own engines. Pure torch; knows no framework and no
 file.
 
-    stage 0   DistributedDataParallel, wrapped by the caller stage 1   the same, and
-    `partition_optimizer(optimizer)` for every optimizer (and `rebind_scheduler`) stage 2
-    `shard_module(module, stage=2, mesh=mesh)`    parameters whole from forward to backward stage 3
-    `shard_module(module, stage=3, mesh=mesh)`    parameters whole only while their unit runs
+    stage 0   DistributedDataParallel, wrapped by the caller
+    stage 1   the same, and `partition_optimizer(optimizer)` for every optimizer (and `rebind_scheduler`)
+    stage 2   `shard_module(module, stage=2, mesh=mesh)`    parameters whole from forward to backward
+    stage 3   `shard_module(module, stage=3, mesh=mesh)`    parameters whole only while their unit runs
+
+Experts that live on different ranks are declared first, with `declare_experts`.
 
 Every function that communicates is collective over the mesh (or process group) that it names, and
 assumes that ranks run the same modules and backward passes in the same order. Parameters that no
@@ -14,6 +16,7 @@ rank uses are fine at every stage; parameters that only some ranks use are not.
 from __future__ import annotations
 
 from zero_ckpt.zero.clip import clip_grad_norm_, clip_grad_value_
+from zero_ckpt.zero.experts import declare_experts
 from zero_ckpt.zero.gathered import reshard
 from zero_ckpt.zero.initial import broadcast_from_first, materialize
 from zero_ckpt.zero.mesh import make_mesh
@@ -37,6 +40,7 @@ __all__ = [
     "check_optimizer",
     "clip_grad_norm_",
     "clip_grad_value_",
+    "declare_experts",
     "gradient_sync_disabled",
     "make_mesh",
     "materialize",

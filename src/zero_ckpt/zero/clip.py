@@ -1,7 +1,8 @@
 """Gradient clipping where plain tensors and DTensors on any meshes mix.
 
 A plain gradient is whole and the same on every rank; a DTensor's is spread over the mesh
-dimensions on which it is sharded and repeated over the others. Norms are taken in
+dimensions on which it is sharded and repeated over the others. Declared experts are other ones along
+their mesh dimension, and count like parts of one tensor. Norms are taken in
 float32 at least and summed in float64, so a narrow dtype does not overflow.
 """
 
@@ -17,9 +18,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from zero_ckpt.errors import ConfigurationError
+from zero_ckpt.zero.experts import expert_parameters
 from zero_ckpt.zero.initial import mesh_device
 
-Spread = tuple[DeviceMesh, tuple[int, ...]]  # a mesh, and its dimensions that hold different parts
+Spread = tuple[tuple[DeviceMesh, int], ...]  # the dimensions of meshes that hold different parts
 
 
 @torch.no_grad()
@@ -72,29 +74,31 @@ def _total_norm(params: list[torch.Tensor], norm_type: float) -> torch.Tensor:
     whole = torch.zeros((), dtype=torch.float64, device=device)
     for spread, members in _by_spread(params).items():
         part = _local_power(_local_grads(members), norm_type, device)
-        if spread is not None:
-            _reduce(part, spread, norm_type)
+        _reduce(part, spread, norm_type)
         whole = torch.maximum(whole, part) if math.isinf(norm_type) else whole + part
     return whole if math.isinf(norm_type) else whole ** (1.0 / norm_type)
 
 
-def _by_spread(params: list[torch.Tensor]) -> dict[Spread | None, list[torch.Tensor]]:
-    """Parameters by where their gradients' parts are; None: whole on every rank.
+def _by_spread(params: list[torch.Tensor]) -> dict[Spread, list[torch.Tensor]]:
+    """Parameters by where their gradients' parts are; (): whole on every rank.
 
     Grouped by parameter and not by gradient, so that ranks agree on the collectives to come even
     when some of them lack a gradient.
     """
-    groups: dict[Spread | None, list[torch.Tensor]] = defaultdict(list)
+    groups: dict[Spread, list[torch.Tensor]] = defaultdict(list)
+    experts = expert_parameters()
     for param in params:
-        groups[_spread(param)].append(param)
+        place = experts.get(param)
+        apart: Spread = () if place is None else ((place.mesh, place.dim),)
+        groups[_spread(param) + apart].append(param)
     return dict(groups)
 
 
-def _spread(tensor: torch.Tensor) -> Spread | None:
+def _spread(tensor: torch.Tensor) -> Spread:
     if not isinstance(tensor, DTensor):
-        return None
-    split = tuple(i for i, p in enumerate(tensor.placements) if not isinstance(p, Replicate))
-    return (tensor.device_mesh, split) if split else None
+        return ()
+    mesh = tensor.device_mesh
+    return tuple((mesh, i) for i, p in enumerate(tensor.placements) if not isinstance(p, Replicate))
 
 
 def _local_power(grads: list[torch.Tensor], norm_type: float, device: torch.device) -> torch.Tensor:
@@ -109,9 +113,8 @@ def _local_power(grads: list[torch.Tensor], norm_type: float, device: torch.devi
 
 
 def _reduce(part: torch.Tensor, spread: Spread, norm_type: float) -> None:
-    mesh, dimensions = spread
     operation = dist.ReduceOp.MAX if math.isinf(norm_type) else dist.ReduceOp.SUM
-    for dimension in dimensions:
+    for mesh, dimension in spread:
         dist.all_reduce(part, op=operation, group=mesh.get_group(dimension))
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch.optim import LBFGS, Optimizer
 
 from zero_ckpt.errors import ConfigurationError
+from zero_ckpt.zero.experts import expert_parameters
 
 with warnings.catch_warnings():
     # The package also defines TorchScript optimizers, which warn on import; none is used here.
@@ -65,13 +66,39 @@ def partition_optimizer(
 
 
 class PartitionedOptimizer(ZeroRedundancyOptimizer):
-    """`ZeroRedundancyOptimizer` without its restriction to one dtype.
+    """`ZeroRedundancyOptimizer` without its restriction to one dtype, and with declared experts.
 
-    That is needed only when parameters are kept in flat buckets, which they are not here.
+    That restriction is needed only when parameters are kept in flat buckets, which they are not
+    here. Experts are on their ranks alone already: each rank updates its own, and sends them to
+    nobody.
     """
+
+    _partition_parameters_cache: list[Any]
 
     def _verify_same_dense_param_type(self) -> None:
         pass
+
+    def _partition_parameters(self, params_per_rank: Any = None) -> list[list[dict[str, Any]]]:
+        is_new = not self._partition_parameters_cache
+        base: Any = super()
+        parts: list[list[dict[str, Any]]] = base._partition_parameters(params_per_rank)
+        experts = expert_parameters() if is_new else {}
+        for index, group in enumerate(self.param_groups if experts else ()):
+            for part in parts:
+                part[index]["params"] = [p for p in part[index]["params"] if p not in experts]
+            own = [p for p in group["params"] if p in experts]
+            parts[self.rank][index]["params"] += own
+        return parts
+
+    def _broadcast_params_from_rank(self, rank: int) -> list[Any]:
+        experts = expert_parameters()
+        source = dist.get_global_rank(self.process_group, rank)
+        return [
+            dist.broadcast(p.data, src=source, group=self.process_group, async_op=True)
+            for group in self._partition_parameters()[rank]
+            for p in group["params"]
+            if p not in experts
+        ]
 
 
 def _with_groups(optimizer: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:

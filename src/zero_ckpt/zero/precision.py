@@ -14,6 +14,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 
 from zero_ckpt.errors import ConfigurationError
+from zero_ckpt.zero.experts import expert_parameters
 
 # Compute dtype of each name; None where stored weights are also what computes.
 _COMPUTE_DTYPES: dict[str, torch.dtype | None] = {
@@ -115,7 +116,12 @@ def _local_grads(
 
 
 def _meshes(optimizer: torch.optim.Optimizer) -> list[DeviceMesh]:
-    """The meshes of all DTensor parameters, in their order, which is the same on every rank."""
-    return list(
-        dict.fromkeys(p.device_mesh for p in _parameters(optimizer) if isinstance(p, DTensor))
-    )
+    """The meshes of all DTensor parameters and experts, in their order, which is the same on every rank."""
+    experts = expert_parameters()
+    meshes: dict[DeviceMesh, None] = {}
+    for parameter in _parameters(optimizer):
+        if isinstance(parameter, DTensor):
+            meshes[parameter.device_mesh] = None
+        if parameter in experts:
+            meshes[experts[parameter].mesh] = None
+    return list(meshes)

@@ -2,6 +2,8 @@
 
 What FSDP2 cannot shard stays whole on every rank, with averaged gradients: scalars, empty
 parameters, integers, and trainable parameters of another dtype than most of their unit.
+
+Declared experts are units of their own, sharded over the ranks that have the same experts.
 """
 
 from __future__ import annotations
@@ -28,6 +30,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from zero_ckpt.errors import ConfigurationError
+from zero_ckpt.zero.expert_calls import require_every_call
+from zero_ckpt.zero.expert_gradients import divide_gradients
+from zero_ckpt.zero.experts import attach_experts, expert_lists, mesh_of_experts
 from zero_ckpt.zero.gathered import keep_gathered
 from zero_ckpt.zero.generic import allow_generic
 from zero_ckpt.zero.initial import (
@@ -47,7 +52,7 @@ class Sharding:
     stage: int
     root: Root
     units: tuple[str, ...]  # paths of what is gathered together, innermost first; "" is the root
-    replicated: tuple[str, ...]  # paths of parameters that every rank holds whole
+    replicated: tuple[str, ...]  # paths of parameters that every rank that has them holds whole
     # The parameter before -> the parameter in its place, for as long as the one before is alive.
     replaced: WeakTensorKeyDictionary = field(repr=False, compare=False)
 
@@ -82,6 +87,9 @@ def shard_module(
     On return parameters are new objects (DTensors) under the same names, hold what rank 0 held,
     and no tensor is on the meta device. Calling again with the same stage and root changes
     nothing.
+
+    Where several ranks have the same declared experts, each of these must be called in every forward
+    pass of `module`, with an empty input when it got no token; else that pass raises.
 
     Raises `ConfigurationError` for a wrong stage, a module that another engine has wrapped, an
     uninitialized lazy module, or meta modules that nothing can initialize.
@@ -132,12 +140,28 @@ def _validate(module: nn.Module, stage: int, root: str) -> None:
 
 def _units(module: nn.Module, wrap: WrapPolicy, root: Root) -> dict[str, nn.Module]:
     """What to call `fully_shard` on, in this order."""
-    units: dict[str, nn.Module] = {}
+    experts = _experts(module)
+    units = {path: e for path, e in experts.items() if not isinstance(e, FSDPModule)}
     if not any(isinstance(m, FSDPModule) for m in module.modules()):
-        units = resolve_units(module, wrap, root=root)
+        units |= _outside(resolve_units(module, wrap, root=root), experts)
     if root == "shard" and not isinstance(module, FSDPModule):
         units[""] = module
     return units
+
+
+def _experts(module: nn.Module) -> dict[str, nn.Module]:
+    """Every declared expert under `module`, by its path."""
+    return {
+        f"{path}.{index}" if path else str(index): expert
+        for path, experts in expert_lists(module).items()
+        for index, expert in enumerate(experts)
+    }
+
+
+def _outside(units: dict[str, nn.Module], experts: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """The units that are no part of an expert."""
+    within = {part for expert in experts.values() for part in expert.modules()}
+    return {path: unit for path, unit in units.items() if unit not in within}
 
 
 def _shard(
@@ -148,31 +172,51 @@ def _shard(
     options: dict[str, Any],
 ) -> Sharding:
     mesh: DeviceMesh = options["mesh"]
+    places = {e: mesh_of_experts(each) for each in expert_lists(module).values() for e in each}
     replaced = WeakTensorKeyDictionary()
     whole: set[nn.Parameter] = set()
     for own in [m for m in module.modules() if isinstance(m, FSDPModule)]:
         materialize(module, _members(own), mesh_device(mesh))
     for unit in units.values():
-        members = _members(unit)
-        with _tracking(members, replaced):
-            parameters = _start(module, members, mesh)
-            kept = _unshardable(parameters)
-            # torch 2.6 knows no ignored parameters, so they are named only when there are any.
-            ignored: dict[str, Any] = {"ignored_params": kept} if kept else {}
-            kept_gathered = unit is module or (stage == 2 and root == "shard")
-            allow_generic(unit)
-            fully_shard(unit, reshard_after_forward=not kept_gathered, **options, **ignored)
-        if kept_gathered:
-            keep_gathered(unit)
-        whole |= kept
+        kept_gathered = unit is module or (stage == 2 and root == "shard")
+        place = places.get(unit)
+        if place is None:
+            whole |= _shard_unit(module, unit, kept_gathered, options, replaced)
+        else:
+            # What stays whole of an expert, `attach_experts` averages where the expert is.
+            _shard_unit(module, unit, kept_gathered, {**options, "mesh": place.replicas}, replaced)
+            divide_gradients(unit, place.parts)
     if root == "replicate":
         members = _members(module)
         with _tracking(members, replaced):
             whole.update(_start(module, members, mesh))
+    require_every_call(module, expert_lists(module))
+    attach_experts(module)
     names = {p: name for name, p in module.named_parameters() if p in whole}
     average_gradients_of(module, list(names), mesh)
     _settle(module)
     return Sharding(stage, root, tuple(units), tuple(names.values()), replaced)
+
+
+def _shard_unit(
+    root: nn.Module,
+    unit: nn.Module,
+    kept_gathered: bool,
+    options: dict[str, Any],
+    replaced: WeakTensorKeyDictionary,
+) -> set[nn.Parameter]:
+    """Shard one unit under `root`; returns the parameters that stay whole."""
+    members = _members(unit)
+    with _tracking(members, replaced):
+        parameters = _start(root, members, options["mesh"])
+        whole = _unshardable(parameters)
+        # torch 2.6 knows no ignored parameters, so they are named only when there are any.
+        ignored: dict[str, Any] = {"ignored_params": whole} if whole else {}
+        allow_generic(unit)
+        fully_shard(unit, reshard_after_forward=not kept_gathered, **options, **ignored)
+    if kept_gathered:
+        keep_gathered(unit)
+    return whole
 
 
 def _settle(module: nn.Module) -> None:

@@ -7,9 +7,9 @@ are averaged.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from zero_ckpt.zero.gathered import is_kept_gathered
 
@@ -51,12 +52,7 @@ class ReplicatedGradients:
                 Variable._execution_engine.queue_callback(self._average)
             self._ready.add(index)
 
-        # Frozen parameters too: they may be unfrozen later, and torch takes no hook while frozen.
-        trainable = parameter.requires_grad
-        parameter.requires_grad_(True)
-        register: Any = parameter.register_post_accumulate_grad_hook  # untyped in torch
-        register(on_gradient)
-        parameter.requires_grad_(trainable)
+        hooked(parameter, "register_post_accumulate_grad_hook", on_gradient)
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -64,19 +60,37 @@ class ReplicatedGradients:
         ready = [self._parameters[index] for index in sorted(self._ready)]
         self._ready.clear()
         grads = [local_part(p.grad) for p in ready if p.grad is not None]
-        for bucket in buckets(grads):
-            flat = torch.cat([grad.reshape(-1) for grad in bucket])
-            flat.div_(self._mesh.size())
-            for dimension in range(self._mesh.ndim):
-                dist.all_reduce(flat, group=self._mesh.get_group(dimension))
-            for grad, mean in zip(
-                bucket, torch.split(flat, [g.numel() for g in bucket]), strict=True
-            ):
-                grad.copy_(mean.view(grad.shape))
+        average(grads, self._mesh)
+
+
+class GradientSwitch(Protocol):
+    """Reduces gradients at the end of backward passes while it is `enabled`."""
+
+    enabled: bool
+
+
+def hooked(parameter: nn.Parameter, register: str, hook: Callable[[Any], Any]) -> RemovableHandle:
+    """Register a hook, on a frozen parameter too: it may be unfrozen later, and torch takes none while it is frozen."""
+    trainable = parameter.requires_grad
+    parameter.requires_grad_(True)
+    handle: RemovableHandle = getattr(parameter, register)(hook)
+    parameter.requires_grad_(trainable)
+    return handle
+
+
+def average(grads: Sequence[torch.Tensor], mesh: DeviceMesh) -> None:
+    """Overwrite tensors with their means over the ranks of a mesh. Collective over it."""
+    for bucket in buckets(grads):
+        flat = torch.cat([grad.reshape(-1) for grad in bucket])
+        flat.div_(mesh.size())
+        for dimension in range(mesh.ndim):
+            dist.all_reduce(flat, group=mesh.get_group(dimension))
+        for grad, mean in zip(bucket, torch.split(flat, [g.numel() for g in bucket]), strict=True):
+            grad.copy_(mean.view(grad.shape))
 
 
 # Kept beside the modules, so that nothing of it shows in their attributes, state or pickles.
-_replicated: WeakKeyDictionary[nn.Module, ReplicatedGradients] = WeakKeyDictionary()
+_switches: WeakKeyDictionary[nn.Module, GradientSwitch] = WeakKeyDictionary()
 
 
 def average_gradients_of(
@@ -84,7 +98,12 @@ def average_gradients_of(
 ) -> None:
     """From now on average the gradients of these parameters of `root`, unless switched off."""
     if parameters:
-        _replicated[root] = ReplicatedGradients(parameters, mesh)
+        switch_gradients_of(root, ReplicatedGradients(parameters, mesh))
+
+
+def switch_gradients_of(module: nn.Module, switch: GradientSwitch) -> None:
+    """Let `set_gradient_sync` of `module`, or of one around it, reach `switch`."""
+    _switches[module] = switch
 
 
 def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
@@ -97,10 +116,9 @@ def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
     """
     if isinstance(module, DistributedDataParallel):
         module.require_backward_grad_sync = enabled
-        return
     for submodule in module.modules():
-        if submodule in _replicated:
-            _replicated[submodule].enabled = enabled
+        if submodule in _switches:
+            _switches[submodule].enabled = enabled
         if isinstance(submodule, FSDPModule):
             submodule.set_requires_gradient_sync(enabled, recurse=False)
             if is_kept_gathered(submodule):

@@ -16,6 +16,9 @@ __all__ = ["class_of", "options_of", "states_of"]
 
 _STEP = "step"
 
+_MARKS = ("moe", "name")
+"""What DeepSpeed gives to the groups into which it splits those of a user with experts: `True`, and `ep_size_2`."""
+
 _CLASSES = {
     "adam": "Adam",
     "adamw": "AdamW",
@@ -62,9 +65,11 @@ def _by_traits(options: set[str], states: set[str]) -> str:
     return "Lion" if "exp_avg" in states and "betas" in options else ""
 
 
-def options_of(options: Mapping[str, Any]) -> dict[str, Any]:
-    """A group's options without the count of steps, which is state."""
-    return {key: value for key, value in options.items() if key != _STEP}
+def options_of(options: Mapping[str, Any], whole: Column) -> dict[str, Any]:
+    """A group's options without the count of steps, which is state, and without marks of how experts were spread."""
+    has_experts = any("moe" in group.options for group in whole.groups)
+    others = {_STEP, *(_MARKS if has_experts else ())}
+    return {key: value for key, value in options.items() if key not in others}
 
 
 def states_of(whole: Column) -> Iterable[tuple[str, dict[str, Value]]]:

@@ -126,7 +126,7 @@ def _reading(source: Source, begin: int) -> Callable[[int, int], bytes]:
 
 def _objects(model: Mapping[str, Any], whole: Column) -> dict[str, Any]:
     """The tree that a `Checkpointer` stores, from what DeepSpeed stored."""
-    groups = [{"params": g.names, "options": options_of(g.options)} for g in whole.groups]
+    groups = [{"params": g.names, "options": options_of(g.options, whole)} for g in whole.groups]
     record = {"class": class_of(whole, model.get("ds_config")), "groups": groups}
     scheduler = model.get("lr_scheduler")
     return {
