@@ -130,7 +130,7 @@ class Holder(torch.nn.Module):
 
 
 def many_layers() -> torch.nn.Module:
-    return torch.nn.Sequential(*(torch.nn.Linear(2048, 2048, bias=False) for _ in range(12)))
+    return torch.nn.Sequential(*(torch.nn.Linear(2048, 2048, bias=False) for _ in range(20)))
 
 
 def peak_of_loading(source: Path) -> int:
@@ -144,7 +144,7 @@ def test_loading_a_model_takes_the_memory_of_one_tensor(tmp_path: Path) -> None:
     zero_ckpt.save_checkpoint(tmp_path, model, step=1)
     total = sum(parameter.nbytes for parameter in model.parameters())
     (extra,) = run_ranks(peak_of_loading, 1, tmp_path)
-    assert extra < 60 << 20 < total / 3
+    assert extra < 120 << 20 < total / 2
 
 
 def test_files_of_lazy_tensors_are_closed_when_no_tensor_is_left(sharded: Path) -> None:
