@@ -35,7 +35,7 @@ DTYPES = ["F32", "BF16", "U8", "F64", "BOOL", "F8_E5M2", "C128"]
 def small_blocks() -> Iterator[None]:
     """Blocks of one page and windows of less, so that small tensors span several. With buffers of their own."""
     with ExitStack() as changed:
-        for name in ("shard_file", "staging", "reader"):
+        for name in ("shard_file", "sources", "staging", "reader"):
             changed.enter_context(patch(f"zero_ckpt.core.{name}.BLOCK", SMALL_BLOCK))
         changed.enter_context(patch("zero_ckpt.core.staging._WINDOW", 1024))
         changed.enter_context(patch("zero_ckpt.core.reader._buffer._free", queue.SimpleQueue()))

@@ -21,7 +21,8 @@ from zero_ckpt.core.dtensors import TORCH_DTYPES
 from zero_ckpt.core.dtypes import ITEMSIZE, itemsize
 from zero_ckpt.core.manifest import FileRecord
 from zero_ckpt.core.shard_file import BLOCK, ShardReader, layout_shard, open_shard
-from zero_ckpt.core.staging import ShardWrite, Source, StagingPool
+from zero_ckpt.core.sources import Source
+from zero_ckpt.core.staging import ShardWrite, StagingPool
 from zero_ckpt.core.storage import LocalStorage, aligned_buffer
 from zero_ckpt.errors import CorruptShardError
 

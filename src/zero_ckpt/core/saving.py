@@ -25,7 +25,8 @@ from zero_ckpt.core.objects import OBJECTS, RANK_OBJECTS, encode_objects
 from zero_ckpt.core.planner import SavePlan
 from zero_ckpt.core.recovery import content_digest
 from zero_ckpt.core.shard_file import ShardLayout, layout_shard
-from zero_ckpt.core.staging import ShardWrite, Slab, Source, StagingPool, source_of, view_of
+from zero_ckpt.core.sources import Slab, Source, source_of, view_of
+from zero_ckpt.core.staging import ShardWrite, StagingPool
 from zero_ckpt.core.state import Snapshot
 from zero_ckpt.core.storage import FileWriter, Storage
 from zero_ckpt.errors import StateMismatchError

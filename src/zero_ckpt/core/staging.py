@@ -18,125 +18,17 @@ from typing import Any
 import torch
 import xxhash
 
-from zero_ckpt.core.chunks import Box, flat_range_boxes
-from zero_ckpt.core.lazy import LazyTensor
-from zero_ckpt.core.memory import copy_bytes
 from zero_ckpt.core.shard_file import BLOCK, Chunk, ShardLayout
+from zero_ckpt.core.sources import Source
 from zero_ckpt.core.storage import FileWriter, aligned_buffer, round_up
 
-__all__ = [
-    "ShardWrite",
-    "Slab",
-    "Source",
-    "StagingPool",
-    "WriteThreads",
-    "reading_after",
-    "source_of",
-]
+__all__ = ["ShardWrite", "StagingPool", "WriteThreads", "reading_after"]
 
 _WRITE_THREADS = 2
 """Writes in flight of one file: while the disk works on one, the system prepares the next."""
 
 _WINDOW = 512 << 10
 """Bytes copied before they are hashed; fits a core's second-level cache."""
-
-
-class Source:
-    """The bytes of one chunk in live memory: a tensor of the chunk's shape, any strides, any device."""
-
-    __slots__ = ("_address", "_tensor", "is_far")
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor = tensor
-        self.is_far = tensor.device.type != "cpu"
-        contiguous = tensor.device.type == "cpu" and tensor.is_contiguous()
-        lazy = tensor.is_neg() or tensor.is_conj()  # the memory holds other bits than the values
-        self._address = tensor.data_ptr() if contiguous and not lazy else 0
-
-    def copy_to(self, address: int, start: int, stop: int) -> None:
-        """Copy bytes `start .. stop` of the chunk, in row-major order, to `address`."""
-        if self._address:
-            copy_bytes(address, self._address + start, stop - start)
-        else:
-            self._gather(address, start, stop)
-
-    def _gather(self, address: int, start: int, stop: int) -> None:
-        """Through torch: for strided tensors and those on an accelerator."""
-        tensor, size = self._tensor.detach(), self._tensor.element_size()
-        memory = (ctypes.c_char * (stop - start)).from_address(address)
-        target = torch.frombuffer(memory, dtype=torch.uint8)
-        at = 0
-        for box in flat_range_boxes(tuple(tensor.shape), start // size, stop // size):
-            part = tensor[box.slices()].resolve_conj().resolve_neg().contiguous()
-            part = part.view(-1).view(torch.uint8)
-            target[at : at + part.numel()].copy_(part)
-            at += part.numel()
-
-
-class Slab:
-    """Memory that stored tensors pass through on their way to another file, one after the other."""
-
-    def __init__(self) -> None:
-        self.memory = torch.empty(0, dtype=torch.uint8)
-        self.owner: object = None
-        self.start = self.nbytes = 0
-
-    def holds(self, owner: object, at: int) -> bool:
-        return self.owner is owner and self.start <= at < self.start + self.nbytes
-
-    def take(self, owner: object, start: int, nbytes: int) -> torch.Tensor:
-        """Room for bytes `start` and following of `owner`."""
-        if not self.memory.numel():
-            self.memory = torch.empty(BLOCK, dtype=torch.uint8)
-        self.owner, self.start, self.nbytes = owner, start, nbytes
-        return self.memory[:nbytes]
-
-
-class LazySource(Source):
-    """The bytes of a stored tensor, read a slab at a time."""
-
-    __slots__ = ("_lazy", "_slab")
-
-    def __init__(self, tensor: LazyTensor, slab: Slab) -> None:
-        self._lazy, self._slab = tensor, slab
-        self.is_far = False
-
-    def copy_to(self, address: int, start: int, stop: int) -> None:
-        slab = self._slab
-        while start < stop:
-            if not slab.holds(self, start):
-                begin = start - start % BLOCK
-                self._read(begin, min(self._lazy.nbytes, begin + BLOCK))
-            offset = start - slab.start
-            count = min(stop - start, slab.nbytes - offset)
-            copy_bytes(address, slab.memory.data_ptr() + offset, count)
-            address, start = address + count, start + count
-
-    def _read(self, start: int, stop: int) -> None:
-        size = self._lazy.element_size()
-        target = self._slab.take(self, start, stop - start).view(self._lazy.dtype)
-        at = 0
-        for box in flat_range_boxes(tuple(self._lazy.shape), start // size, stop // size):
-            self._lazy.read_into(box, target[at : at + box.numel].view(box.shape))
-            at += box.numel
-
-
-@contextmanager
-def reading_after(events: Sequence[Any]) -> Iterator[None]:
-    """Inside, this thread copies from CUDA devices on streams of its own, beside the training, after `events`."""
-    with ExitStack() as streams:
-        for event in events:
-            stream = torch.cuda.Stream(event.device)  # type: ignore[no-untyped-call]
-            stream.wait_event(event)
-            streams.enter_context(torch.cuda.stream(stream))
-        yield
-
-
-def source_of(tensor: torch.Tensor, slab: Slab) -> Source:
-    """A tensor's bytes, wherever it has them."""
-    if isinstance(tensor, LazyTensor) and not tensor.is_read:
-        return LazySource(tensor, slab)
-    return Source(tensor)
 
 
 class StagingPool:
@@ -219,6 +111,17 @@ class WriteThreads:
                 self.error = error
             finally:
                 self._pool.give(buffer)
+
+
+@contextmanager
+def reading_after(events: Sequence[Any]) -> Iterator[None]:
+    """Inside, this thread copies from CUDA devices on streams of its own, beside the training, after `events`."""
+    with ExitStack() as streams:
+        for event in events:
+            stream = torch.cuda.Stream(event.device)  # type: ignore[no-untyped-call]
+            stream.wait_event(event)
+            streams.enter_context(torch.cuda.stream(stream))
+        yield
 
 
 class ShardWrite:
@@ -351,10 +254,3 @@ class _Filler:
         if self._at < stop:  # padding behind the last chunk
             ctypes.memset(address, 0, stop - self._at)
             self._at = stop
-
-
-def view_of(tensor: torch.Tensor, held: Box, wanted: Box) -> torch.Tensor:
-    """The part `wanted` of a local tensor that holds the box `held`; both in global coordinates."""
-    if held == wanted:
-        return tensor
-    return tensor[wanted.relative_to(held).slices()]

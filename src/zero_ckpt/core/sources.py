@@ -1,0 +1,108 @@
+"""Where the bytes of a chunk come from: a live tensor of any strides on any device, or a stored one not read yet."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from zero_ckpt.core.chunks import Box, flat_range_boxes
+from zero_ckpt.core.lazy import LazyTensor
+from zero_ckpt.core.memory import copy_bytes
+from zero_ckpt.core.shard_file import BLOCK
+
+__all__ = ["Slab", "Source", "source_of", "view_of"]
+
+
+class Source:
+    """The bytes of one chunk in live memory: a tensor of the chunk's shape, any strides, any device."""
+
+    __slots__ = ("_address", "_tensor", "is_far")
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor
+        self.is_far = tensor.device.type != "cpu"
+        contiguous = tensor.device.type == "cpu" and tensor.is_contiguous()
+        lazy = tensor.is_neg() or tensor.is_conj()  # the memory holds other bits than the values
+        self._address = tensor.data_ptr() if contiguous and not lazy else 0
+
+    def copy_to(self, address: int, start: int, stop: int) -> None:
+        """Copy bytes `start .. stop` of the chunk, in row-major order, to `address`."""
+        if self._address:
+            copy_bytes(address, self._address + start, stop - start)
+        else:
+            self._gather(address, start, stop)
+
+    def _gather(self, address: int, start: int, stop: int) -> None:
+        """Through torch: for strided tensors and those on an accelerator."""
+        tensor, size = self._tensor.detach(), self._tensor.element_size()
+        memory = (ctypes.c_char * (stop - start)).from_address(address)
+        target = torch.frombuffer(memory, dtype=torch.uint8)
+        at = 0
+        for box in flat_range_boxes(tuple(tensor.shape), start // size, stop // size):
+            part = tensor[box.slices()].resolve_conj().resolve_neg().contiguous()
+            part = part.view(-1).view(torch.uint8)
+            target[at : at + part.numel()].copy_(part)
+            at += part.numel()
+
+
+class Slab:
+    """Memory that stored tensors pass through on their way to another file, one after the other."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8)
+        self.owner: object = None
+        self.start = self.nbytes = 0
+
+    def holds(self, owner: object, at: int) -> bool:
+        return self.owner is owner and self.start <= at < self.start + self.nbytes
+
+    def take(self, owner: object, start: int, nbytes: int) -> torch.Tensor:
+        """Room for bytes `start` and following of `owner`."""
+        if not self.memory.numel():
+            self.memory = torch.empty(BLOCK, dtype=torch.uint8)
+        self.owner, self.start, self.nbytes = owner, start, nbytes
+        return self.memory[:nbytes]
+
+
+class LazySource(Source):
+    """The bytes of a stored tensor, read a slab at a time."""
+
+    __slots__ = ("_lazy", "_slab")
+
+    def __init__(self, tensor: LazyTensor, slab: Slab) -> None:
+        self._lazy, self._slab = tensor, slab
+        self.is_far = False
+
+    def copy_to(self, address: int, start: int, stop: int) -> None:
+        slab = self._slab
+        while start < stop:
+            if not slab.holds(self, start):
+                begin = start - start % BLOCK
+                self._read(begin, min(self._lazy.nbytes, begin + BLOCK))
+            offset = start - slab.start
+            count = min(stop - start, slab.nbytes - offset)
+            copy_bytes(address, slab.memory.data_ptr() + offset, count)
+            address, start = address + count, start + count
+
+    def _read(self, start: int, stop: int) -> None:
+        size = self._lazy.element_size()
+        target = self._slab.take(self, start, stop - start).view(self._lazy.dtype)
+        at = 0
+        for box in flat_range_boxes(tuple(self._lazy.shape), start // size, stop // size):
+            self._lazy.read_into(box, target[at : at + box.numel].view(box.shape))
+            at += box.numel
+
+
+def source_of(tensor: torch.Tensor, slab: Slab) -> Source:
+    """A tensor's bytes, wherever it has them."""
+    if isinstance(tensor, LazyTensor) and not tensor.is_read:
+        return LazySource(tensor, slab)
+    return Source(tensor)
+
+
+def view_of(tensor: torch.Tensor, held: Box, wanted: Box) -> torch.Tensor:
+    """The part `wanted` of a local tensor that holds the box `held`; both in global coordinates."""
+    if held == wanted:
+        return tensor
+    return tensor[wanted.relative_to(held).slices()]
