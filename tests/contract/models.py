@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from zero_ckpt import zero
-from zero_ckpt.core.state import innermost
+from zero_ckpt.core.naming import innermost
 from zero_ckpt.core.storage import LocalStorage
 from zero_ckpt.testing import FaultyStorage
 

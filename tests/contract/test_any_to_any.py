@@ -20,7 +20,7 @@ from zero_ckpt import (
     save_checkpoint,
     zero,
 )
-from zero_ckpt.core.state import innermost
+from zero_ckpt.core.naming import innermost
 
 PARTS = ["first", "second", "scalar", "turned", "nothing", "alone", "frozen"]
 

@@ -20,7 +20,7 @@ import zero_ckpt
 from tests.contract.models import STAGES, Net, adamw, opened, recording, shard, train, weights
 from tests.workers import run_ranks
 from zero_ckpt import Checkpointer, load_checkpoint, save_checkpoint
-from zero_ckpt.core.state import innermost
+from zero_ckpt.core.naming import innermost
 from zero_ckpt.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
