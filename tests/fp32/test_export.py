@@ -257,7 +257,7 @@ def test_a_full_disk_leaves_the_earlier_result(
 ) -> None:
     target = tmp_path / "model.safetensors"
     target.write_bytes(b"earlier")
-    monkeypatch.setattr(export, "LocalStorage", FullDisk)
+    monkeypatch.setattr(export, "AnyStorage", FullDisk)
     with pytest.raises(SaveError, match=r"model\.safetensors.*No space left.*untouched"):
         export_fp32(sharded, tmp_path)
     assert target.read_bytes() == b"earlier"
@@ -346,7 +346,7 @@ def test_whatever_operation_fails_a_reader_finds_one_whole_result_or_none(
         export_fp32(tmp_path / "old", out, max_shard_size=limit)
         with monkeypatch.context() as patch:
             storage = FaultyStorage(LocalStorage(), fail_at(number, errno.EIO), names=WRITES)
-            patch.setattr(export, "LocalStorage", lambda storage=storage: storage)
+            patch.setattr(export, "AnyStorage", lambda storage=storage: storage)
             problem = ""
             try:
                 export_fp32(tmp_path / "new", out, max_shard_size=limit)
@@ -366,7 +366,7 @@ def test_whatever_operation_fails_a_reader_finds_one_whole_result_or_none(
 
 def export_and_die(source: Path, out: Path, number: int, format: str) -> None:
     storage = FaultyStorage(LocalStorage(), kill_at(number), names=WRITES)
-    export.LocalStorage = lambda: storage  # type: ignore[assignment, misc]
+    export.AnyStorage = lambda: storage  # type: ignore[assignment, misc]
     export_fp32(source, out, format=format, max_shard_size="1MB")
 
 
@@ -437,7 +437,7 @@ def test_ranks_share_the_files_of_an_archive_export(sharded: Path, tmp_path: Pat
 
 def fail_on_rank_1(source: Path, out: Path) -> str:
     if int(os.environ["RANK"]) == 1:
-        export.LocalStorage = FullDisk  # type: ignore[misc]
+        export.AnyStorage = FullDisk  # type: ignore[misc]
         FullDisk.room = 0
     with pytest.raises(SaveError) as caught:
         export_together(source, out, {})

@@ -40,6 +40,7 @@ from zero_ckpt.errors import (
     CorruptManifestError,
     CorruptShardError,
     DisagreementError,
+    NothingSavedError,
     ZeroCkptError,
     by_name,
     to_record,
@@ -116,7 +117,7 @@ class _Session:
         failure: Exception | None = None
         with ExitStack() as unless_loaded:
             try:
-                checkpoint = unless_loaded.enter_context(self._open(folder))
+                checkpoint = unless_loaded.enter_context(Checkpoint(self._storage, folder))
                 plan, prepared = prepare(checkpoint)
                 live, fresh = map(checkpoint.plan_reads, (plan.live, plan.fresh))
             except Exception as error:
@@ -147,16 +148,6 @@ class _Session:
             self._meet("load: done", _problem(failure), _raise_torn, failure)
             unless_loaded.pop_all()
         return Loaded(checkpoint, prepared)
-
-    def _open(self, folder: str) -> Checkpoint:
-        """Rank 0 has found it; a rank that finds nothing there looks at another file system."""
-        try:
-            return Checkpoint(self._storage, folder)
-        except CheckpointNotFoundError as error:
-            raise DisagreementError(
-                f"rank 0 has found a checkpoint in {folder}, and here there is none: {error}. Nothing was loaded. "
-                "Every rank must see the same directory."
-            ) from error
 
     def _sharing(self, roles: list[str]) -> Sharing | None:
         """`roles`: those of which all ranks read the same."""
@@ -225,10 +216,16 @@ class _Session:
         if error is None:
             return {"next": False}
         kinds = {name for name, _ in filter(None, problems)}
-        if kinds - _DAMAGE - {CheckpointNotFoundError.__name__}:
+        if kinds - _DAMAGE - _GONE:
             raise error
         if self._was_replaced():
             self._candidates = None  # begin anew
+        elif isinstance(error, CheckpointNotFoundError):
+            assert self._found is not None
+            raise DisagreementError(
+                f"rank 0 has found a checkpoint in {self._found.folder}, but {error}. Nothing was loaded. Every rank "
+                "must see the same directory."
+            )
         elif self._candidates is None or not isinstance(error, CorruptCheckpointError):
             raise error
         else:
@@ -249,6 +246,8 @@ class _Session:
 _DAMAGE = {
     kind.__name__ for kind in (CorruptCheckpointError, CorruptManifestError, CorruptShardError)
 }
+
+_GONE = {kind.__name__ for kind in (CheckpointNotFoundError, NothingSavedError)}
 
 
 def _common(digests: Sequence[Mapping[str, str]]) -> list[str]:
