@@ -182,8 +182,8 @@ def test_errors_name_what_is_wrong(tmp_path: Path) -> None:
     io = ZeroCheckpointIO()
     with pytest.raises(ConfigurationError, match="storage_options"):
         io.save_checkpoint({}, tmp_path / "a", storage_options={})
-    with pytest.raises(ConfigurationError, match="s3://bucket"):
-        io.save_checkpoint(_content(1), "s3://bucket/a.ckpt")
+    with pytest.raises(ConfigurationError, match="nosuchstore://"):
+        io.save_checkpoint(_content(1), "nosuchstore://bucket/a.ckpt")
     with pytest.raises(FileNotFoundError, match=r"nothing\.ckpt"):
         io.load_checkpoint(tmp_path / "nothing.ckpt")
     (tmp_path / "foreign.ckpt").mkdir()
