@@ -6,6 +6,7 @@ import os
 import resource
 from pathlib import Path
 
+import pytest
 import torch.distributed as dist
 
 from tests.faults.jobs import Job, Raised, contents, files, step_saved, unlisted
@@ -36,6 +37,7 @@ def save_with_few_files(directory: str) -> list[Raised | None]:
     return outcomes
 
 
+@pytest.mark.slow
 def test_a_rank_that_may_open_no_more_files(tmp_path: Path) -> None:
     directory = tmp_path / "checkpoints"
     run_ranks(step_saved, WORLD, str(directory), 1)

@@ -79,6 +79,7 @@ def log_lines(run: Run) -> int:
     return sum(path.read_bytes().count(b"\n") for path in run.logs.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["sync", "async"])
 @pytest.mark.parametrize(
     "kills", [3, pytest.param(500, marks=[pytest.mark.torture, pytest.mark.timeout(7200)])]
