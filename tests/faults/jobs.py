@@ -209,6 +209,24 @@ def step_saved(directory: str, step: int, sharded: bool = False, overwrite: str 
     return Job.at(step, sharded=sharded).save(directory, **options)
 
 
+def save_again(directories: list[str], tag: str) -> list[str]:
+    """Resume from what each crash left, and save over it."""
+    loaded = []
+    for directory in directories:
+        job = Job.at(0)
+        loaded.append(job.load(directory))
+        job.advance()
+        job.save(directory, tag=tag)
+    return loaded
+
+
+def printed_dice() -> random.Random:
+    """Chance that can be had again: set ZERO_CKPT_SEED to the number that a failed test printed."""
+    seed = int(os.environ.get("ZERO_CKPT_SEED", random.randrange(1 << 32)))
+    print(f"ZERO_CKPT_SEED={seed}")
+    return random.Random(seed)
+
+
 def await_file(path: str | Path) -> None:
     """Wait for another process to have made it."""
     deadline = time.monotonic() + 60

@@ -18,7 +18,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.faults.jobs import TIMEOUT, Job, Raised, contents, files, raised, run_many, unlisted
+from tests.faults.jobs import (
+    TIMEOUT,
+    Job,
+    Raised,
+    contents,
+    files,
+    raised,
+    run_many,
+    save_again,
+    unlisted,
+)
 from tests.workers import Outcome, Ranks, run_ranks, start_ranks
 from zero_ckpt.core.control import Decide, StoreControl
 from zero_ckpt.core.engine import SyncEngine
@@ -52,17 +62,6 @@ def save_killed(directory: str, tag: str, victims: tuple[int, ...], number: int)
 
 def ignore(_: Operation) -> None:
     pass
-
-
-def save_again(directories: list[str], tag: str) -> list[str]:
-    """Resume from what each crash left, and save over it."""
-    loaded = []
-    for directory in directories:
-        job = Job.at(0)
-        loaded.append(job.load(directory))
-        job.advance()
-        job.save(directory, tag=tag)
-    return loaded
 
 
 @dataclass(frozen=True)

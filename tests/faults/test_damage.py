@@ -18,7 +18,7 @@ import torch.distributed as dist
 from tests.faults.jobs import Job, Raised, raised, step_saved, warned
 from tests.workers import run_ranks
 from zero_ckpt.core.shard_file import ShardReader
-from zero_ckpt.core.storage import LocalStorage
+from zero_ckpt.core.storage import ALIGNMENT, FileReader, LocalStorage
 from zero_ckpt.testing import FaultyStorage, Operation, fail_at
 
 WORLD = 2
@@ -255,17 +255,92 @@ def load_wide(directory: str) -> Raised:
     return error
 
 
+MODELS = [f"model-0000{rank}-of-00002.safetensors" for rank in range(WORLD)]
+
+
+def swap_ranks(folder: Path) -> None:
+    one, other = (folder / name for name in MODELS)
+    content = one.read_bytes()
+    other.replace(one)
+    other.write_bytes(content)
+
+
+def take_from(source: Path, names: list[str]) -> Callable[[Path], None]:
+    """Put another checkpoint's files, of whatever generation, in the place of this one's."""
+
+    def damage(folder: Path) -> None:
+        for name in names:
+            (found,) = source.glob(f"{name.removesuffix('.safetensors')}*.safetensors")
+            shutil.copy(found, folder / name)
+
+    return damage
+
+
+def overwrite_step2(directory: str) -> None:
+    Job.at(3, sharded=True).save(directory, tag="step2")
+
+
 def test_files_of_another_checkpoint_are_not_taken_for_this_one(
     start: Start, tmp_path: Path
 ) -> None:
-    name = "model-00000-of-00002.safetensors"
+    """Another tag's files, the same tag's of another generation, another rank's: one of them, or all."""
+    newer = tmp_path / "newer"
+    shutil.copytree(start.directory, newer)
+    run_ranks(overwrite_step2, WORLD, str(newer))
+    assert list((newer / "step2").glob("*.g2.safetensors"))
+    every = [path.name for path in (start.directory / "step2").glob("*.safetensors")]
+    damages = [swap_ranks]
+    for source in (start.directory / "step1", newer / "step2"):
+        damages += [take_from(source, MODELS[:1]), take_from(source, every)]
+    for attempts in load_damaged(start.damaged(tmp_path, damages)):
+        text = check_damage(start, attempts, {"CorruptShardError"})
+        assert "header and block table: checksum" in text or "bytes expected" in text
 
-    def swap(folder: Path) -> None:
-        shutil.copy(folder.with_name("step1") / name, folder / name)
 
-    (attempts,) = load_damaged(start.damaged(tmp_path, [swap]))
-    text = check_damage(start, attempts, {"CorruptShardError"})
-    assert "header and block table: checksum" in text
+# A disk that returns other bytes when it is asked again
+
+
+class Fickle(LocalStorage):
+    """Returns the right bytes of a block of model data once, and then others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[tuple[str, int]] = set()
+
+    def open(self, path: str) -> FileReader:
+        reader = super().open(path)
+        if "model-" not in path:
+            return reader
+        read_into, seen = reader.read_into, self.seen
+
+        def fickle(offset: int, nbytes: int, buffer: memoryview, keep: bool = False) -> None:
+            read_into(offset, nbytes, buffer, keep)
+            if offset >= ALIGNMENT and (path, offset) in seen:
+                buffer[0] ^= 1
+            seen.add((path, offset))
+
+        reader.read_into = fickle  # type: ignore[method-assign]
+        return reader
+
+
+def load_fickle(directory: str) -> tuple[Raised, bool]:
+    storage = Fickle()
+    job = Job.at(7, sharded=True, storage=storage)
+    before = job.bits()
+    error = raised(job.load, directory, tag="step2")
+    assert storage.seen
+    return error, job.bits() == before
+
+
+def test_a_disk_that_returns_other_bytes_the_second_time(start: Start) -> None:
+    """What was verified is verified again when it is read into the live state."""
+    results = run_ranks(load_fickle, WORLD, str(start.directory))
+    assert results[0][0] == results[1][0]
+    error = results[0][0]
+    assert error.kind == "CorruptShardError"
+    assert "checksum" in error.text
+    untouched = all(same for _, same in results)
+    assert untouched or "OVERWRITTEN IN PART" in error.text
 
 
 # `latest`

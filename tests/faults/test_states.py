@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 
 import pytest
 
-from tests.faults.jobs import contents
+from tests.faults.jobs import contents, printed_dice
 from tests.faults.team import ENGINES, Team
 from zero_ckpt.errors import ZeroCkptError
 from zero_ckpt.testing import FaultyStorage, RecordingStorage
@@ -127,8 +127,7 @@ def test_a_save_that_does_not_sync_is_found_out(storage: type[RecordingStorage])
     assert broken_states(recorded)[1]
 
 
-def sampled_wrong(recorded: Recorded, seed: int, draws: int) -> list[str]:
-    dice = random.Random(seed)
+def sampled_wrong(recorded: Recorded, dice: random.Random, draws: int) -> list[str]:
     broken = []
     for _ in range(draws):
         number = dice.randrange(len(recorded.moments))
@@ -144,7 +143,5 @@ def sampled_wrong(recorded: Recorded, seed: int, draws: int) -> list[str]:
 )
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_sampled_states_of_a_larger_save(name: str, draws: int, engine: str) -> None:
-    seed = int(os.environ.get("ZERO_CKPT_SEED", random.randrange(1 << 32)))
-    print(f"ZERO_CKPT_SEED={seed}")
     recorded = Recorded(RecordingStorage(), engine, 4, **SCENARIOS[name])
-    assert sampled_wrong(recorded, seed, draws) == []
+    assert sampled_wrong(recorded, printed_dice(), draws) == []

@@ -217,7 +217,7 @@ class StoreControl:
     def _await_requests(self, phase: str, timeout: float) -> None:
         ranks = range(1, self.world_size)
         watch = Watch(self._peek, timeout)
-        keys = [f"{self._prefix}/request/{rank}" for rank in ranks]
+        keys = [self._at(f"request/{rank}") for rank in ranks]
         for pause in _pauses(self.world_size):
             if self._store.check(keys):
                 return
@@ -268,20 +268,24 @@ class StoreControl:
 
     def _delete(self, key: str) -> bool:
         """Whether the key was there."""
-        return bool(self._store.delete_key(f"{self._prefix}/{key}"))
+        return bool(self._store.delete_key(self._at(key)))
+
+    def _at(self, key: str) -> str:
+        """Where a key is filed. Who a rank is holds for all names: it may die before it meets under this one."""
+        return f"zero_ckpt/{key}" if key.startswith("who/") else f"{self._prefix}/{key}"
 
     def _put(self, key: str, value: bytes) -> None:
-        self._store.set(f"{self._prefix}/{key}", value)
+        self._store.set(self._at(key), value)
 
     def _has(self, key: str) -> bool:
-        return bool(self._store.check([f"{self._prefix}/{key}"]))
+        return bool(self._store.check([self._at(key)]))
 
     def _get(self, key: str) -> bytes:
-        return bytes(self._store.get(f"{self._prefix}/{key}"))
+        return bytes(self._store.get(self._at(key)))
 
     def _peek(self, key: str) -> bytes | None:
         """A key's value if it is there. `get` would wait for one that is withdrawn at this moment."""
-        found = bytes(self._store.compare_set(f"{self._prefix}/{key}", _ABSENT, _ABSENT))
+        found = bytes(self._store.compare_set(self._at(key), _ABSENT, _ABSENT))
         return None if found == _ABSENT.encode() else found
 
 

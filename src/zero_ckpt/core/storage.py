@@ -17,6 +17,7 @@ import fcntl
 import mmap
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,7 +162,7 @@ class LocalStorage:
         self.sync(os.path.dirname(path))
 
     def get(self, path: str, limit: int) -> bytes:
-        with open(path, "rb") as file:
+        with os.fdopen(_open_regular(path), "rb") as file:
             nbytes = os.fstat(file.fileno()).st_size
             if nbytes > limit:
                 raise ValueError(
@@ -198,8 +199,8 @@ class LocalStorage:
         existing = Path(path)
         while not existing.exists():
             existing = existing.parent
-        stat = os.statvfs(existing)
-        return stat.f_bavail * stat.f_frsize
+        room = os.statvfs(existing)
+        return room.f_bavail * room.f_frsize
 
     def _make_parents(self, path: str) -> None:
         """Make the missing parents of `path`, each entry durable before anything is put below it."""
@@ -216,10 +217,22 @@ def _entries(path: str) -> Iterator[Entry]:
     with os.scandir(path) as found:
         for item in found:
             try:
-                stat = item.stat(follow_symlinks=True)
+                nbytes = item.stat(follow_symlinks=True).st_size
             except OSError:
                 continue  # removed since it was listed, or a link that leads nowhere
-            yield Entry(item.name, item.is_dir(follow_symlinks=False), stat.st_size)
+            yield Entry(item.name, item.is_dir(follow_symlinks=False), nbytes)
+
+
+def _open_regular(path: str) -> int:
+    """Open for reading what is a file, at once: opening a pipe, or reading a terminal, could wait for ever."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode):
+        return fd
+    os.close(fd)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    raise OSError(errno.EINVAL, "a pipe, a socket or a device, and no file", path)
 
 
 @contextlib.contextmanager
@@ -319,7 +332,7 @@ _WINDOW = 512 << 10
 class _LocalReader:
     def __init__(self, path: str, direct: bool) -> None:
         self._cached_fd = self._direct_fd = -1
-        self._cached_fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._cached_fd = _open_regular(path)
         try:
             self.nbytes = os.fstat(self._cached_fd).st_size
             if direct and _cached_fraction(self._cached_fd, self.nbytes) < 0.5:
