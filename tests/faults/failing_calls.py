@@ -7,6 +7,7 @@ run to run; these names stay.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import threading
 from collections import Counter
@@ -19,6 +20,9 @@ from zero_ckpt.core import storage
 
 _ON_FILES = {"close", "fsync", "ftruncate", "open", "posix_fallocate", "pwrite"}
 _ON_NAMES = {"mkdir", "replace", "rmtree", "scandir", "statvfs", "unlink"}
+
+_LEASE = re.compile(r"\.saving-[0-9a-f]+-\d+-\d+")
+"""Named anew for each save."""
 
 Call = tuple[str, str, int]
 
@@ -58,7 +62,7 @@ class FailingCalls:
         return call
 
     def _known(self, name: str, target: str) -> Call:
-        key = name, os.path.relpath(target, self._root)
+        key = name, _LEASE.sub(".saving", os.path.relpath(target, self._root))
         with self._lock:
             self._counts[key] += 1
             known = (*key, self._counts[key])

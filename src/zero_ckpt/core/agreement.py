@@ -6,7 +6,7 @@ Pure but for a look at the checkpoint directory: its free space, and the generat
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from zero_ckpt.core.layout import Table
@@ -96,8 +96,17 @@ def _rows(ranks: Sequence[int]) -> list[list[int]]:
     return rows
 
 
-def agree(storage: Storage, records: Sequence[bytes], tag_validation: str) -> Agreement:
-    """Rank 0's answer to the proposals. Raises what all ranks shall raise; writes nothing."""
+def agree(
+    storage: Storage,
+    records: Sequence[bytes],
+    tag_validation: str,
+    hold: Callable[[str], bool],
+) -> Agreement:
+    """Rank 0's answer to the proposals. Raises what all ranks shall raise.
+
+    `hold(directory)` keeps other jobs out, and is called before the first look at what they may change. It returns
+    whether files there may still be written to by a job that is not known to have ended.
+    """
     proposals = [Proposal.from_bytes(record) for record in records]
     raise_problems(p.problem for p in proposals)
     first = proposals[0]
@@ -111,7 +120,8 @@ def agree(storage: Storage, records: Sequence[bytes], tag_validation: str) -> Ag
     shared = shared if len(holders) == 1 else max(p.shared_bytes for p in proposals)
     _check_space(storage, first.directory, shared + sum(p.private_bytes for p in proposals))
     _check_place(storage, first.directory, tag)
-    generation = _next_generation(storage, f"{first.directory}/{tag}")
+    shuns = hold(first.directory)
+    generation = _next_generation(storage, f"{first.directory}/{tag}", shuns)
     return Agreement(first.directory, tag, generation, list(holders.values()), notice)
 
 
@@ -183,15 +193,26 @@ def _check_place(storage: Storage, directory: str, tag: str) -> None:
         )
 
 
-def _next_generation(storage: Storage, folder: str) -> int:
-    """1 for a new tag; one more than the committed generation when the tag is overwritten."""
+def _next_generation(storage: Storage, folder: str, shun_others: bool) -> int:
+    """1 for a new tag; one more than the committed generation when the tag is overwritten.
+
+    `shun_others`: above that of every file there, committed or not.
+    """
     try:
-        return read_manifest(storage, folder).generation + 1
+        committed = read_manifest(storage, folder).generation
     except (CorruptCheckpointError, FormatVersionError):
-        taken = [_generation_of(entry.name) for entry in storage.list(folder)]
-        return max(taken, default=0) + 1
+        committed, shun_others = 0, True
     except ZeroCkptError:
-        return 1
+        committed = 0
+    return 1 + max(committed, _highest_generation(storage, folder) if shun_others else 0)
+
+
+def _highest_generation(storage: Storage, folder: str) -> int:
+    try:
+        entries = storage.list(folder)
+    except FileNotFoundError:
+        return 0
+    return max((_generation_of(entry.name) for entry in entries), default=0)
 
 
 def _generation_of(name: str) -> int:

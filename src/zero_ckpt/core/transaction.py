@@ -19,6 +19,7 @@ from zero_ckpt.core.agreement import Agreement, Proposal, agree, merged_tables, 
 from zero_ckpt.core.control import ControlPlane
 from zero_ckpt.core.detach import Detached, detach
 from zero_ckpt.core.experts import ExpertNotes, merged_notes
+from zero_ckpt.core.lease import Lease
 from zero_ckpt.core.planner import SavePlan, plan_save
 from zero_ckpt.core.saving import Captured, ShardPlan, capture, plan_shards, write_shards
 from zero_ckpt.core.staging import StagingPool, reading_after
@@ -82,6 +83,10 @@ class Transaction:
     failure: BaseException | None = None
     _header: dict[str, Any] = field(default_factory=dict)
     _agreement: Agreement = field(init=False)
+    _lease: Lease = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._lease = Lease(self.storage)
 
     def begin(self, snapshot: Snapshot | Callable[[], Snapshot]) -> None:
         """Capture references to the live tensors, and everything else by value."""
@@ -99,6 +104,12 @@ class Transaction:
 
     def finish(self) -> tuple[str, str]:
         """Collective. Returns (folder, tag) of the committed checkpoint, or raises the same error on every rank."""
+        try:
+            return self._finish()
+        finally:
+            self._lease.release()
+
+    def _finish(self) -> tuple[str, str]:
         begin = time.perf_counter()
         plan = self._agree()
         planned = time.perf_counter()
@@ -130,10 +141,15 @@ class Transaction:
         answer = self._meet(
             "save: agree",
             proposal.to_bytes(),
-            lambda records: agree(self.storage, records, request.tag_validation).to_bytes(),
+            lambda records: agree(
+                self.storage, records, request.tag_validation, self._hold
+            ).to_bytes(),
         )
         self._agreement = Agreement.from_bytes(answer)
         return self._plan(digest)
+
+    def _hold(self, directory: str) -> bool:
+        return self._lease.acquire(directory, self._progress)
 
     def _plan(self, digest: str) -> SavePlan:
         holders, table = self._agreement.holders, self.captured.table
@@ -195,7 +211,11 @@ class Transaction:
         )
 
         def decide(records: list[bytes]) -> bytes:
-            return commit.commit(self.storage, request, records).encode()
+            try:
+                self._lease.check()
+                return commit.commit(self.storage, request, records).encode()
+            finally:
+                self._lease.release()  # before any rank returns
 
         try:
             return self._meet("save: vote", vote.to_bytes(), decide).decode()

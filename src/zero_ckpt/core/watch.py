@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Watch", "identity", "name_ranks"]
+__all__ = ["Watch", "has_died", "identity", "name_ranks"]
 
 
 class Watch:
@@ -53,7 +53,7 @@ class Watch:
 
     def _is_dead(self, rank: int) -> bool:
         who = self._peek(f"who/{rank}")
-        return who is not None and _has_died(json.loads(who))
+        return who is not None and has_died(json.loads(who))
 
     def _is_silent(self, rank: int) -> bool:
         now, beat = time.monotonic(), self._peek(f"beat/{rank}")
@@ -91,7 +91,8 @@ def _start_time(pid: int) -> str | None:
     return None if fields[0] in "ZX" else fields[19]
 
 
-def _has_died(who: list[Any]) -> bool:
+def has_died(who: list[Any]) -> bool:
+    """Whether the process of an `identity` is gone, for certain: one of another host never is."""
     boot, namespace, pid, started = who
     if not boot or not started or (boot, namespace) != _host():
         return False

@@ -1,0 +1,180 @@
+"""One job at a time saves into a checkpoint directory. Imports no torch.
+
+While a save runs, a file of its job lies in the directory, and what it holds changes every few seconds. A save that
+finds the file of another job is refused, unless that job is dead: its process is gone from this host, or the file has
+stayed as it is for `SILENCE`. Only changes count, as the waiting side sees them: clocks of different hosts do not
+matter. Each side puts its file there before it looks for others, so of two that begin together at most one goes on.
+Saves of one job do not know each other here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from typing import Any
+
+from zero_ckpt.core.storage import Storage
+from zero_ckpt.core.watch import has_died, identity
+from zero_ckpt.errors import SaveError
+
+__all__ = ["PREFIX", "RENEWAL", "SILENCE", "Lease"]
+
+PREFIX = ".saving-"
+"""How the files' names begin. Then follow the job and a number."""
+
+RENEWAL = 5.0
+"""Seconds between two changes of a lease."""
+
+SILENCE = 60.0
+"""Seconds without a change after which the job of a lease counts as dead, where its process cannot be looked up."""
+
+_LOOK = 0.25
+_LIMIT = 4096
+_JOB = uuid.uuid4().hex[:12]
+_numbers = itertools.count()
+
+
+class Lease:
+    """That of one save, held by rank 0; on other ranks it is never acquired."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._path = ""
+        self._directory = ""
+        self._since = ""
+        self._renewals = 0
+        self._released = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def acquire(self, directory: str, waiting: Callable[[], None]) -> bool:
+        """Hold `directory`, or raise `SaveError` naming the job that does. Release it in both cases.
+
+        Waits while another job may be dead, and calls `waiting` several times a second meanwhile. Returns whether one
+        is taken for dead only because it was silent: should it wake up, it writes on where it stopped.
+        """
+        self._directory = directory
+        self._path = f"{directory}/{_own_prefix()}{next(_numbers)}"
+        self._since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+        try:
+            self._put()
+        except OSError as error:
+            error.filename = directory  # the user knows no other name
+            raise
+        self._thread = threading.Thread(
+            target=self._renew_until_released, name="zero_ckpt-lease", daemon=True
+        )
+        self._thread.start()
+        others = self._of_other_jobs()
+        silent = self._outlast([path for path in others if not path.endswith(".tmp")], waiting)
+        for path in others:
+            self._storage.remove(path)
+        return silent
+
+    def check(self) -> None:
+        """Before the commit. Raises `SaveError` when another job took this one for dead and has taken over."""
+        if self._read(self._path) is None:
+            raise SaveError(
+                f"{self._directory}: this job did not run for more than {SILENCE:g} s, and another one that saves here "
+                "has taken over. Nothing was committed. Give each job a directory of its own, or stop one of them."
+            )
+
+    def release(self) -> None:
+        """Let the next one in. May be called again; never raises."""
+        if self._thread is None and not self._path:
+            return
+        self._released.set()
+        if self._thread is not None:
+            self._thread.join()  # or it might put the file back
+        with suppress(OSError):
+            self._storage.remove(self._path)
+        self._thread, self._path = None, ""
+
+    def _put(self) -> None:
+        holder = {
+            "host": socket.gethostname(),
+            "process": identity(),
+            "since": self._since,
+            "renewals": self._renewals,
+        }
+        self._storage.put(self._path, json.dumps(holder).encode())
+
+    def _renew_until_released(self) -> None:
+        while not self._released.wait(RENEWAL):
+            self._renewals += 1
+            with suppress(OSError):
+                if self._read(self._path) is not None:  # what was taken over stays so
+                    self._put()
+
+    def _of_other_jobs(self) -> list[str]:
+        return [
+            f"{self._directory}/{entry.name}"
+            for entry in self._storage.list(self._directory)
+            if entry.name.startswith(PREFIX)
+            and not entry.name.startswith(_own_prefix())
+            and not entry.is_dir
+        ]
+
+    def _outlast(self, paths: Iterable[str], waiting: Callable[[], None]) -> bool:
+        """Return when all other jobs are dead; whether there was one of which only its silence tells."""
+        found = {path: content for path in paths if (content := self._read(path)) is not None}
+        unknown = {path: content for path, content in found.items() if not _is_dead(content)}
+        begin = time.monotonic()
+        while unknown and time.monotonic() - begin < SILENCE:
+            for path, content in unknown.items():
+                if self._read(path) != content:
+                    raise _held(self._directory, path, content)
+            waiting()
+            time.sleep(_LOOK)
+        return bool(unknown)
+
+    def _read(self, path: str) -> bytes | None:
+        """What a lease holds; None when it is gone."""
+        try:
+            return self._storage.get(path, _LIMIT)
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            return b""  # longer than any of ours
+
+
+def _own_prefix() -> str:
+    """The process is a part of it: one that was forked is another job."""
+    return f"{PREFIX}{_JOB}-{os.getpid()}-"
+
+
+def _holder(content: bytes) -> dict[str, Any]:
+    """Who holds a lease; empty when it does not say so, as one that is damaged."""
+    with suppress(ValueError):
+        holder = json.loads(content)
+        if isinstance(holder, dict):
+            return holder
+    return {}
+
+
+def _process(content: bytes) -> list[Any]:
+    """The `identity` of who holds a lease; empty when it has none."""
+    match _holder(content).get("process"):
+        case [str(boot), str(namespace), int(pid), str(started)]:
+            return [boot, namespace, pid, started]
+    return []
+
+
+def _is_dead(content: bytes) -> bool:
+    process = _process(content)
+    return bool(process) and has_died(process)
+
+
+def _held(directory: str, path: str, content: bytes) -> SaveError:
+    holder, process = _holder(content), _process(content)
+    return SaveError(
+        f"{directory}: another job is saving here: process {process[2] if process else '?'} on host "
+        f"'{holder.get('host', '?')}', since {holder.get('since', '?')} ({os.path.basename(path)}). Nothing was "
+        "written; what that job has saved is intact. Give each job a directory of its own, or stop one of them."
+    )

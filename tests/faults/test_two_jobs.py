@@ -1,0 +1,128 @@
+"""Two jobs on one directory by mistake: the second is refused; a dead one keeps nobody out; never a mix."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from tests.faults.jobs import Job, Raised, await_file, contents, raised, step_saved, unlisted
+from tests.workers import run_ranks, start_ranks
+from zero_ckpt.core import lease
+from zero_ckpt.core.storage import LocalStorage
+from zero_ckpt.errors import SaveError
+from zero_ckpt.testing import FaultyStorage, Operation
+
+WORLD = 2
+
+
+def save_with_a_pause(directory: str, paused: str, go_on: str) -> str | Raised:
+    """Step 1 as `first`; stops in the middle of rank 0's first file until `go_on` is there."""
+    lease.RENEWAL = 0.2
+
+    def hook(operation: Operation) -> None:
+        if operation.name == "write" and dist.get_rank() == 0 and not Path(paused).exists():
+            Path(paused).touch()
+            await_file(go_on)
+
+    job = Job.at(1, storage=FaultyStorage(LocalStorage(), hook))
+    try:
+        return job.save(directory, tag="first")
+    except SaveError as error:
+        return Raised(type(error).__name__, str(error))
+
+
+def save_refused(directory: str, tag: str, go_on: str) -> tuple[Raised, str]:
+    """Step 2 while the other job saves, and once more when that has ended."""
+    job = Job.at(2)
+    error = raised(job.save, directory, tag=tag)
+    Path(go_on).touch()
+    await_file(f"{directory}/latest")
+    while any(name.startswith(lease.PREFIX) for name in os.listdir(directory)):
+        time.sleep(0.02)
+    dist.barrier()
+    return error, job.save(directory, tag="third")
+
+
+def save_alone(directory: str) -> None:
+    Job.at(1).save(directory, tag="first")
+    Job.at(2).save(directory, tag="second")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """What one job saves at step 1, and at step 2."""
+    root = tmp_path_factory.mktemp("alone")
+    run_ranks(save_alone, WORLD, str(root))
+    return [contents(root, "first"), contents(root, "second")]
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> tuple[str, str, str]:
+    """The directory, and files by which the jobs tell each other how far they are."""
+    return str(tmp_path / "run"), str(tmp_path / "paused"), str(tmp_path / "go on")
+
+
+@pytest.mark.parametrize("tag", ["first", "second"], ids=["the same tag", "another tag"])
+def test_the_second_job_is_refused_and_the_first_commits(
+    tag: str, places: tuple[str, str, str], alone: list[dict[str, str]]
+) -> None:
+    root, paused, go_on = places
+    with start_ranks(save_with_a_pause, WORLD, *places) as first:
+        await_file(paused)
+        pid = first.pids[0]
+        results = run_ranks(save_refused, WORLD, root, tag, go_on)
+        assert [outcome.value for outcome in first.wait()] == [f"{root}/first"] * WORLD
+    error = results[0][0]
+    assert results == [(error, f"{root}/third")] * WORLD
+    assert error.kind == "SaveError"
+    assert f"{root}: another job is saving here: process {pid} on host" in error.text
+    assert contents(root, "first") == alone[0]
+    assert contents(root, "third") == alone[1]
+    assert sorted(os.listdir(root)) == ["first", "latest", "third"]
+    assert unlisted(root, "first") == []
+
+
+def test_a_job_that_was_killed_keeps_nobody_out(
+    places: tuple[str, str, str], alone: list[dict[str, str]]
+) -> None:
+    root, paused, _ = places
+    with start_ranks(save_with_a_pause, WORLD, *places) as first:
+        await_file(paused)
+        first.kill()
+    assert any(name.startswith(lease.PREFIX) for name in os.listdir(root))
+    run_ranks(step_saved, WORLD, root, 2, False, "first")
+    assert contents(root) == alone[1]
+    assert sorted(os.listdir(root)) == ["first", "latest"]
+    assert unlisted(root, "first") == []
+
+
+def save_over(directory: str) -> str:
+    lease.SILENCE = 1.0
+    return Job.at(2).save(directory, tag="first")
+
+
+def test_a_job_that_stood_still_too_long_wakes_up_and_harms_nothing(
+    places: tuple[str, str, str], alone: list[dict[str, str]]
+) -> None:
+    """Its files are open for writing when another job takes over, saves to the same tag and commits."""
+    root, paused, go_on = places
+    with start_ranks(save_with_a_pause, WORLD, *places) as first:
+        await_file(paused)
+        for pid in first.pids:
+            os.kill(pid, signal.SIGSTOP)
+        run_ranks(save_over, WORLD, root)
+        Path(go_on).touch()
+        for pid in first.pids:
+            os.kill(pid, signal.SIGCONT)
+        errors = [outcome.value for outcome in first.wait()]
+    assert errors == [errors[0]] * WORLD
+    assert errors[0].kind == "SaveError"
+    assert "another one that saves here has taken over. Nothing was committed" in errors[0].text
+    assert contents(root) == alone[1]
+    assert sorted(os.listdir(root)) == ["first", "latest"]
+    assert unlisted(root, "first") == []
