@@ -7,13 +7,14 @@ The short form draws some of the calls; the seed is printed (`ZERO_CKPT_SEED`). 
 
 from __future__ import annotations
 
+import copy
 import os
 import select
 import shutil
 import signal
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from tests.faults.jobs import (
 )
 from tests.faults.strace import Call
 from tests.workers import Outcome, Ranks, run_ranks, start_ranks
+from zero_ckpt.core import lease
 
 WORLD = 2
 
@@ -62,7 +64,7 @@ def save_killed(
     pids: list[int] = [0] * WORLD
     dist.all_gather_object(pids, os.getpid())
     if dist.get_rank() == victims[0]:
-        strace.kill_at(call, directory)
+        strace.kill_at(_as_here(call), directory)
     elif dist.get_rank() in victims:
         threading.Thread(target=die_with, args=(pids[victims[0]],), daemon=True).start()
     try:
@@ -70,6 +72,15 @@ def save_killed(
     except Exception as error:
         return Raised(type(error).__name__, str(error))
     return None
+
+
+def _as_here(call: Call) -> Call:
+    """Leases are named anew in each process: the one that this process is about to make."""
+    if not call.path.startswith(lease.PREFIX):
+        return call
+    number = next(copy.copy(lease._numbers))
+    ending = ".tmp" if call.path.endswith(".tmp") else ""
+    return replace(call, path=f"{lease._own_prefix()}{number}{ending}")
 
 
 def die_with(pid: int) -> None:
