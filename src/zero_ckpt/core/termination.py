@@ -59,12 +59,15 @@ class TerminationGuard:
             return
         _, writing = self._pipe
         self._pipe = None
-        if signal.getsignal(signal.SIGTERM) == self._on_signal:
+        if self._is_ours():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         found = signal.set_wakeup_fd(-1)
         if found not in (writing, -1):
             signal.set_wakeup_fd(found)
         os.close(writing)  # which ends the thread; it closes the other end
+
+    def _is_ours(self) -> bool:
+        return signal.getsignal(signal.SIGTERM) == self._on_signal
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._end()
@@ -72,7 +75,8 @@ class TerminationGuard:
     def _watch(self, reading: int) -> None:
         with suppress(OSError):
             while numbers := os.read(reading, 64):
-                if signal.SIGTERM in numbers:
+                # Somebody may have taken the signal over since.
+                if signal.SIGTERM in numbers and self._is_ours():
                     self._end()
         os.close(reading)
 
