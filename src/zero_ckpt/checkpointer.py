@@ -193,9 +193,9 @@ class Checkpointer:
         module. `override_hyperparameters`: every parameter group keeps the options that it has (learning rate, weight
         decay, ...) and every scheduler its base learning rates, instead of those in the checkpoint. `missing_ok`:
         where nothing was ever saved (no such directory or tag), warn and return `(None, None)`. `weights_only=False`
-        allows pickled values in client states, whose opening can run code. `verify_first=False` reads everything once
-        instead of twice: still no unverified byte is loaded, but damage found on the way leaves the live state partly
-        overwritten, and the error says so.
+        allows pickled values in client states, whose opening can run code. `verify_first=False` leaves out the look at
+        what overwrites live tensors: still no unverified byte is loaded, but damage found on the way leaves the live
+        state partly overwritten, and the error says so.
 
         Raises the same error on every rank: `CheckpointNotFoundError`, `CorruptCheckpointError`, `StateMismatchError`
         (all missing, unexpected and misshapen keys at once), `FormatVersionError` or `UnsafeObjectError`.

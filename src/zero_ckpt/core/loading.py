@@ -73,7 +73,7 @@ def load_together(
     """Collective. `prepare` runs on every rank and only plans; it may raise, and then every rank raises the same.
 
     `verify_first` False leaves out the pass over the bytes that will overwrite live tensors: each block is verified
-    just before it is copied. That reads everything once instead of twice; damage found on the way then leaves live
+    just before it is copied. That saves a pass over the page cache; damage found on the way then leaves live
     tensors partly overwritten, and the error says so.
 
     Raises `CheckpointNotFoundError`, `CorruptCheckpointError`, `StateMismatchError`, `FormatVersionError`,
