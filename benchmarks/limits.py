@@ -8,7 +8,6 @@ trying all of them: the limit is the best that this disk shows.
 
 from __future__ import annotations
 
-import mmap
 import os
 import subprocess
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from benchmarks.measure import bytes_under, make_cold, remove_and_settle
 from benchmarks.ranks import Rank
+from zero_ckpt.core.memory import aligned_buffer
 
 BLOCK = 4096  # direct I/O: file offsets, lengths and addresses are multiples of it
 TRIAL_BYTES = 512 << 20  # per rank and trial, while the best way is looked for
@@ -105,7 +105,7 @@ class RawFiles:
     def _write_one(self, file: Path, way: Way, stream: int, size: int) -> None:
         flags = os.O_CREAT | os.O_TRUNC | os.O_WRONLY | os.O_DIRECT
         descriptor = os.open(file, flags, 0o644)
-        buffer = memoryview(self._buffers[stream])
+        buffer = self._buffers[stream]
         try:
             for offset in range(0, size, way.block):
                 _write_fully(descriptor, buffer[: min(way.block, size - offset)], offset)
@@ -115,7 +115,7 @@ class RawFiles:
 
     def _read_one(self, file: Path, way: Way, stream: int, start: int, size: int) -> None:
         descriptor = os.open(file, os.O_RDONLY | (os.O_DIRECT if way.direct else 0))
-        buffer = memoryview(self._buffers[stream])
+        buffer = self._buffers[stream]
         try:
             for offset in range(0, size, way.block):
                 part = buffer[: min(way.block, size - offset)]
@@ -150,10 +150,10 @@ def _shares(size: int, streams: int) -> list[int]:
     return [end - start for start, end in pairwise(cuts)]
 
 
-def _filled_buffer(size: int) -> mmap.mmap:
-    """Page-aligned and touched; random, so that no layer below can shorten it."""
-    buffer = mmap.mmap(-1, size)
-    buffer.write(os.urandom(size))
+def _filled_buffer(size: int) -> memoryview:
+    """Touched, on huge pages where there are any; random, so that no layer below can shorten it."""
+    buffer = aligned_buffer(size)
+    buffer[:] = os.urandom(size)
     return buffer
 
 

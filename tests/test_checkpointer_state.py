@@ -475,16 +475,16 @@ def test_many_small_tensors_in_the_client_state_are_read_block_by_block(
     state = {f"k{i}": torch.full((3,), float(i)) for i in range(500)}
     save_checkpoint(tmp_path, nn.Linear(1, 1), step=1, client_state=state)
     blocks: list[int] = []
-    real = ShardReader.read_block
+    real = ShardReader.fetch
 
-    def read_block(self: ShardReader, index: int, *args: Any) -> memoryview:
+    def fetch(self: ShardReader, index: int, *args: Any) -> memoryview | None:
         blocks.append(index)
         return real(self, index, *args)
 
-    monkeypatch.setattr(ShardReader, "read_block", read_block)
+    monkeypatch.setattr(ShardReader, "fetch", fetch)
     _, found = load_checkpoint(tmp_path, nn.Linear(1, 1))
     assert same(found, state)
-    assert len(blocks) < 10
+    assert 0 < len(blocks) < 10
 
 
 def files(folder: Path) -> dict[str, bytes]:

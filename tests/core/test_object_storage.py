@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.object_server import BUCKET, Request, S3Server
+from zero_ckpt.core.memory import ALIGNMENT, aligned_buffer
 from zero_ckpt.core.object_storage import ObjectStorage
-from zero_ckpt.core.storage import ALIGNMENT, aligned_buffer
 from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.testing.conformance import read_file, write_file
 
@@ -110,7 +110,7 @@ def test_a_part_that_never_gets_through_fails_the_file_and_leaves_nothing(
     server.fault = lambda r: kind if r.is_part and f"partNumber={part}" in r.query else ""
     writer = storage.create(PATH, LARGE)
     with pytest.raises(OSError, match="file") as caught:  # noqa: PT012
-        buffer = memoryview(aligned_buffer(4 << 20))
+        buffer = aligned_buffer(4 << 20)
         for offset in range(0, LARGE, 4 << 20):
             writer.write(offset, buffer)
         writer.finish(LARGE)
@@ -125,9 +125,9 @@ def test_an_upload_that_a_crashed_job_has_left_goes_with_the_next_of_that_name(
     crash = (
         "import os\n"
         "from zero_ckpt.core.object_storage import ObjectStorage\n"
-        "from zero_ckpt.core.storage import aligned_buffer\n"
+        "from zero_ckpt.core.memory import aligned_buffer\n"
         f"writer = ObjectStorage('s3').create({PATH!r}, {LARGE})\n"
-        f"writer.write(0, memoryview(aligned_buffer({LARGE})))\n"
+        f"writer.write(0, aligned_buffer({LARGE}))\n"
         "for future in list(writer._sent.values()): future.result()\n"
         "os._exit(1)\n"
     )

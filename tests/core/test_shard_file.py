@@ -20,10 +20,11 @@ from zero_ckpt.core.chunks import Box, full_box
 from zero_ckpt.core.dtensors import TORCH_DTYPES
 from zero_ckpt.core.dtypes import ITEMSIZE, itemsize
 from zero_ckpt.core.manifest import FileRecord
+from zero_ckpt.core.memory import aligned_buffer
 from zero_ckpt.core.shard_file import BLOCK, ShardReader, layout_shard, open_shard
 from zero_ckpt.core.sources import Source
 from zero_ckpt.core.staging import ShardWrite, StagingPool
-from zero_ckpt.core.storage import LocalStorage, aligned_buffer
+from zero_ckpt.core.storage import LocalStorage
 from zero_ckpt.errors import CorruptShardError
 
 NAME = "model-00000-of-00001.safetensors"
@@ -82,7 +83,7 @@ class InMemory:
 
 def read_all(data: bytes, record: FileRecord | None = None) -> dict[str, bytes]:
     reader = ShardReader(InMemory(data), NAME, record)
-    buffer = memoryview(aligned_buffer(BLOCK))
+    buffer = aligned_buffer(BLOCK)
     for index in range(reader.num_blocks):
         reader.read_block(index, buffer)
     return {chunk.name: reader.read_entry(chunk.key) for chunk in reader.chunks}

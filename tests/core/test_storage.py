@@ -14,7 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from zero_ckpt.core.storage import ALIGNMENT, LocalStorage, aligned_buffer, round_up
+from zero_ckpt.core.memory import ALIGNMENT, aligned_buffer, round_up
+from zero_ckpt.core.storage import LocalStorage
 
 SHM = Path("/dev/shm")
 
@@ -38,7 +39,7 @@ def write(storage: LocalStorage, path: Path, data: bytes, part: int = 2 * ALIGNM
     writer = storage.create(str(path), len(data))
     for start in range(0, len(data), part):
         piece = data[start : start + part]
-        with aligned_buffer(len(piece)) as memory, memoryview(memory) as view:
+        with aligned_buffer(len(piece)) as view:
             view[: len(piece)] = piece
             with view[: round_up(len(piece))] as rounded:
                 writer.write(start, rounded)
@@ -48,7 +49,7 @@ def write(storage: LocalStorage, path: Path, data: bytes, part: int = 2 * ALIGNM
 def read(storage: LocalStorage, path: Path, offset: int, nbytes: int, keep: bool = False) -> bytes:
     reader = storage.open(str(path))
     try:
-        view = memoryview(aligned_buffer(nbytes))
+        view = aligned_buffer(nbytes)
         reader.read_into(offset, nbytes, view, keep)
         return bytes(view[:nbytes])
     finally:
@@ -275,7 +276,7 @@ def test_several_writers_fill_one_shared_file(place: tuple[LocalStorage, Path]) 
     storage.create(str(path), 2 * ALIGNMENT).finish(2 * ALIGNMENT)
     writers = [storage.create(str(path), 0, shared=True) for _ in pages]
     for index, page in enumerate(pages):
-        view = memoryview(aligned_buffer(ALIGNMENT))
+        view = aligned_buffer(ALIGNMENT)
         view[:] = page
         writers[index].write(index * ALIGNMENT, view)
     for writer in writers:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from zero_ckpt.core.storage import LocalStorage, aligned_buffer
+from zero_ckpt.core.memory import aligned_buffer
+from zero_ckpt.core.storage import LocalStorage
 from zero_ckpt.testing import FaultyStorage, delay_at, fail_at, fail_from
 
 
@@ -21,10 +22,10 @@ def test_operations_are_counted_in_order_with_their_paths(tmp_path: Path) -> Non
     storage.put(f"{tmp_path}/a", b"x")
     storage.get(f"{tmp_path}/a", 10)
     writer = storage.create(f"{tmp_path}/b", 4096)
-    writer.write(0, memoryview(aligned_buffer(4096)))
+    writer.write(0, aligned_buffer(4096))
     writer.finish(10)
     reader = storage.open(f"{tmp_path}/b")
-    reader.read_into(0, 10, memoryview(aligned_buffer(4096)))
+    reader.read_into(0, 10, aligned_buffer(4096))
     reader.close()
     storage.list(str(tmp_path))
     storage.sync(str(tmp_path))

@@ -133,7 +133,7 @@ class _Session:
             try:
                 if verify_first:
                     live.verify(beat, shared_live)
-                fresh.fill(beat, shared_fresh)
+                fresh.fill(beat, shared_fresh, private=True)
                 plan.check()
             except Exception as error:
                 failure = error

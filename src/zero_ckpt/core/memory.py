@@ -1,4 +1,4 @@
-"""Host memory: how much there is, and copies between raw addresses.
+"""Host memory: how much there is, buffers for direct I/O, and copies between raw addresses.
 
 Knows no tensors; who copies answers for both ranges being alive and long enough.
 """
@@ -6,11 +6,28 @@ Knows no tensors; who copies answers for both ranges being alive and long enough
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["available_bytes", "copy_bytes"]
+__all__ = [
+    "ALIGNMENT",
+    "WINDOW",
+    "aligned_buffer",
+    "available_bytes",
+    "copy_bytes",
+    "prefer_huge_pages",
+    "round_up",
+]
+
+ALIGNMENT = 4096
+"""Bytes. Offsets, lengths and addresses of data I/O are multiples of it."""
+
+WINDOW = 512 << 10
+"""Bytes that are worked on at a time: they fit a core's second-level cache."""
+
+_HUGE_PAGE = 2 << 20
 
 _HELD = 64 << 10
 """Bytes. Letting other threads run during a shorter copy costs more than the copy: they contend for the interpreter."""
@@ -18,6 +35,35 @@ _HELD = 64 << 10
 _memmove_held = ctypes.PYFUNCTYPE(
     ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
 )(ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0)
+
+
+def round_up(nbytes: int, unit: int = ALIGNMENT) -> int:
+    return -(-nbytes // unit) * unit
+
+
+def aligned_buffer(nbytes: int) -> memoryview:
+    """Fresh memory of at least `nbytes`, page-aligned, a multiple of `ALIGNMENT` long.
+
+    On huge pages where the system has them: a disk is asked for one piece of memory instead of hundreds, and the memory
+    is cheap to touch. Only private memory gets them, which `mmap` does not give unless asked.
+    """
+    nbytes = max(round_up(nbytes), ALIGNMENT)
+    slack = _HUGE_PAGE if nbytes >= _HUGE_PAGE else 0
+    memory = mmap.mmap(-1, nbytes + slack, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % _HUGE_PAGE if slack else 0
+    if slack and hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel built without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(memory)[start : start + nbytes]
+
+
+def prefer_huge_pages(address: int, nbytes: int) -> None:
+    """Ask for huge pages where this memory, not touched yet, has room for whole ones. A hint: it may fail."""
+    start, stop = round_up(address, _HUGE_PAGE), (address + nbytes) // _HUGE_PAGE * _HUGE_PAGE
+    if start < stop and hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError, AttributeError):
+            madvise = ctypes.CDLL(None).madvise
+            madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_HUGEPAGE)
 
 
 def copy_bytes(target: int, source: int, nbytes: int) -> None:

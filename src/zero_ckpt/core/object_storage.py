@@ -15,8 +15,9 @@ import errno
 from contextlib import suppress
 from typing import Any
 
+from zero_ckpt.core.memory import round_up
 from zero_ckpt.core.object_writer import ObjectWriter
-from zero_ckpt.core.storage import Entry, FileReader, FileWriter, round_up
+from zero_ckpt.core.storage import Entry, FileReader, FileWriter
 from zero_ckpt.core.uploads import abort_unfinished, as_oserror
 from zero_ckpt.errors import ConfigurationError
 

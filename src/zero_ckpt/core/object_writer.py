@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
-from zero_ckpt.core.storage import round_up
+from zero_ckpt.core.memory import round_up
 from zero_ckpt.core.uploads import Upload, as_oserror, begin_upload
 
 __all__ = ["PARTS_IN_FLIGHT", "ObjectWriter"]

@@ -2,7 +2,7 @@
 
 A `Request` names a stored tensor and the box of it that a live local tensor wants. The wanted boxes are intersected
 with the stored ones, the blocks that they touch are read once each, verified, and copied to where they belong, by a few
-threads. Extra memory is `READ_THREADS` blocks, whatever the state's size.
+threads. Extra memory is `_BUFFERS` blocks, whatever the state's size.
 
 Nothing unverified reaches a target. `verify` reads the same blocks and copies nothing, so that a caller that overwrites
 live tensors can know beforehand that all is well.
@@ -13,8 +13,8 @@ from __future__ import annotations
 import ctypes
 import queue
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,17 +24,16 @@ import xxhash
 from zero_ckpt.core.chunks import Box, flat_range_boxes
 from zero_ckpt.core.dtensors import DTYPE_NAMES, TORCH_DTYPES
 from zero_ckpt.core.dtypes import itemsize
-from zero_ckpt.core.memory import copy_bytes
+from zero_ckpt.core.memory import aligned_buffer, copy_bytes
 from zero_ckpt.core.planner import Placed, needed_chunks
 from zero_ckpt.core.shard_file import BLOCK, Chunk
 from zero_ckpt.core.shards import ShardSet, StoredFile
-from zero_ckpt.core.storage import aligned_buffer
 from zero_ckpt.errors import CorruptShardError
 
 __all__ = ["ReadPlan", "Request", "Sharing", "plan_reads"]
 
-READ_THREADS = 4
-"""Blocks in flight of one rank."""
+_FETCHERS, _WORKERS, _BUFFERS = 4, 3, 6
+"""Threads that read, threads that verify and copy, and the blocks that they hold between them."""
 
 _FEW = 8
 """Parts of a block. With more of them, going through all for each window costs more than windows save."""
@@ -83,29 +82,38 @@ class Sharing:
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """One block to read. `keep`: it will be read again, by this rank or another."""
+    """One block to read. `keep`: it will be read again, by this rank or another.
+
+    `fetched` is what `fetch` returned.
+    """
 
     reader: StoredFile
     index: int
     parts: Sequence[_Part]
     keep: bool
 
-    def copy(self, buffer: memoryview) -> None:
-        """Fill the targets with a block that is verified before its first byte is copied."""
-        data = self.reader.read_block(self.index, buffer, self.keep)
-        _copy_block(data, self.index * BLOCK, self.parts)
+    def fetch(self, buffer: memoryview) -> memoryview | None:
+        return self.reader.fetch(self.index, buffer, self.keep)
 
-    def copy_again(self, buffer: memoryview) -> None:
-        """Fill the targets with a block that `look` has verified; it is verified once more on the way."""
+    def copy(self, buffer: memoryview, fetched: memoryview | None) -> None:
+        """Fill the targets with a block that is verified before its first byte is copied."""
+        if fetched is None:
+            fetched = self.reader.read_block(self.index, buffer, self.keep)
+        else:
+            self.look(buffer, fetched)
+        _copy_block(fetched, self.index * BLOCK, self.parts)
+
+    def copy_windows(self, buffer: memoryview, fetched: memoryview | None) -> None:
+        """Fill the targets piece by piece, while a piece lies in the core's cache; the block is verified at its end."""
         if len(self.parts) > _FEW:
-            self.copy(buffer)
+            self.copy(buffer, fetched)
             return
-        for start, data in self.reader.read_windows(self.index, buffer, self.keep):
+        for start, data in self.reader.windows(self.index, buffer, fetched, self.keep):
             _copy_block(data, start, self.parts)
 
-    def look(self, buffer: memoryview) -> None:
+    def look(self, buffer: memoryview, fetched: memoryview | None) -> None:
         """Verify the block, and copy nothing."""
-        for _ in self.reader.read_windows(self.index, buffer, self.keep):
+        for _ in self.reader.windows(self.index, buffer, fetched, self.keep):
             pass
 
 
@@ -136,13 +144,15 @@ class ReadPlan:
         sharing: Sharing | None = None,
         *,
         verified: bool = False,
+        private: bool = False,
     ) -> None:
         """Fill every target. Raises `CorruptShardError` or OSError; targets may then be partly filled.
 
-        `verified`: by `verify`, on this rank or another. Else no byte reaches a target before its block is verified.
+        `verified`: by `verify`, on this rank or another. `private`: nobody uses the targets when this raises. With
+        neither, no byte reaches a target before its block is verified.
         """
-        work = self._work(sharing, again=verified)
-        _run(work, _Work.copy_again if verified else _Work.copy, progress)
+        action = _Work.copy_windows if verified or private else _Work.copy
+        _run(self._work(sharing, again=verified), action, progress)
 
     def _work(
         self, sharing: Sharing | None, *, again: bool = False, divided: bool = False
@@ -217,52 +227,108 @@ def _byte_span(chunk: Chunk, overlap: Box) -> tuple[int, int]:
     return chunk.begin + first * size, chunk.begin + (last + 1) * size
 
 
-def _run(
-    blocks: Sequence[_Work],
-    action: Callable[[_Work, memoryview], None],
-    progress: Callable[[], None],
-) -> None:
+Action = Callable[[_Work, memoryview, "memoryview | None"], None]
+
+
+def _run(blocks: Sequence[_Work], action: Action, progress: Callable[[], None]) -> None:
     """Do it with all blocks on a few threads; the first error stops the rest and is raised."""
-    work = iter(blocks)
-    lock, stop = threading.Lock(), threading.Event()
-
-    def worker() -> None:
-        with torch.no_grad(), _buffer() as buffer:
-            while not stop.is_set():
-                with lock:
-                    item = next(work, None)
-                if item is None:
-                    return
-                try:
-                    action(item, buffer)
-                except BaseException:
-                    stop.set()
-                    raise
-                progress()
-
-    count = min(READ_THREADS, len(blocks))
-    if count <= 1:
-        worker()
+    if len(blocks) > 1:
+        _Pipeline(blocks, action, progress).run()
         return
-    with ThreadPoolExecutor(count, thread_name_prefix="zero_ckpt-read") as pool:
-        for future in [pool.submit(worker) for _ in range(count)]:
-            future.result()
+    for item in blocks:
+        with _buffers(1) as (buffer,):
+            action(item, buffer, item.fetch(buffer))
+        progress()
 
 
-class _buffer:
-    """A block-sized buffer, reused between reads: memory is slow the first time that it is touched."""
+class _Pipeline:
+    """Some threads fetch blocks, others work on what has come, so that a disk never waits for a processor."""
 
-    _free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
+    def __init__(
+        self, blocks: Sequence[_Work], action: Action, progress: Callable[[], None]
+    ) -> None:
+        self._todo, self._lock = iter(blocks), threading.Lock()
+        self._action, self._progress = action, progress
+        self._free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[tuple[_Work, memoryview, memoryview | None] | None]
+        self._ready = queue.SimpleQueue()
+        self._fetching = _FETCHERS
+        self._error: BaseException | None = None
+        self._stop = threading.Event()
 
-    def __enter__(self) -> memoryview:
+    def run(self) -> None:
+        """Raises the first error, when all threads have ended."""
+        names = [self._fetch] * _FETCHERS + [self._work] * _WORKERS
+        threads = [threading.Thread(target=each, name="zero_ckpt-read") for each in names]
+        with _buffers(_BUFFERS) as buffers:
+            for buffer in buffers:
+                self._free.put(buffer)
+            try:
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+            finally:  # after Ctrl-C they must not read on to the end
+                self._stop.set()
+                for thread in threads:
+                    thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _fail(self, error: BaseException) -> None:
+        self._error = self._error or error
+        self._stop.set()
+
+    def _fetch(self) -> None:
+        with torch.no_grad():
+            while True:
+                buffer = self._free.get()
+                with self._lock:
+                    item = None if self._stop.is_set() else next(self._todo, None)
+                if item is None:
+                    break
+                try:
+                    fetched = item.fetch(buffer)
+                except BaseException as error:
+                    self._fail(error)
+                    break
+                if fetched is None:
+                    self._act(item, buffer, None)
+                else:
+                    self._ready.put((item, buffer, fetched))
+        self._free.put(buffer)
+        with self._lock:
+            self._fetching -= 1
+            if not self._fetching:
+                self._ready.put(None)
+
+    def _work(self) -> None:
+        with torch.no_grad():
+            while (found := self._ready.get()) is not None:
+                self._act(*found)
+        self._ready.put(None)  # for the other workers
+
+    def _act(self, item: _Work, buffer: memoryview, fetched: memoryview | None) -> None:
         try:
-            self._view = self._free.get_nowait()
-        except queue.Empty:
-            self._view = memoryview(aligned_buffer(BLOCK))
-        return self._view
+            if not self._stop.is_set():
+                self._action(item, buffer, fetched)
+                self._progress()
+        except BaseException as error:
+            self._fail(error)
+        self._free.put(buffer)
 
-    def __exit__(self, *_: object) -> None:
-        self._free.put(self._view)
+
+@contextmanager
+def _buffers(count: int) -> Iterator[list[memoryview]]:
+    """Block-sized buffers, reused between loads."""
+    found = [_spare.pop() if _spare else aligned_buffer(BLOCK) for _ in range(count)]
+    try:
+        yield found
+    finally:
+        _spare.extend(found)
+
+
+_spare: list[memoryview] = []
 
 
 def _copy_block(data: memoryview, start: int, parts: Sequence[_Part]) -> None:

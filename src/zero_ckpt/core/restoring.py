@@ -25,6 +25,7 @@ from zero_ckpt.core.dtensors import (
     local_tensor,
 )
 from zero_ckpt.core.groups import check_same_parameters, matched_options, take_options
+from zero_ckpt.core.memory import prefer_huge_pages
 from zero_ckpt.core.naming import ParameterNames, is_elsewhere
 from zero_ckpt.core.objects import decode_objects
 from zero_ckpt.core.planner import Placed
@@ -320,12 +321,12 @@ class _StateBuilder:
         parameter = self._parameter
         if kind:
             device = parameter.device if kind == "entry" else torch.device("cpu")
-            return torch.empty(placed.shape, dtype=dtype, device=device)
+            return _new(placed.shape, dtype, device)
         dtype = self._following(dtype, name)
         if isinstance(parameter, DTensor) and self._is_sharded(placed, name):
             return _empty_dtensor(placed, dtype, parameter)
         device = torch.device("cpu") if name == "step" and self._cpu_step else parameter.device
-        return torch.empty(placed.shape, dtype=dtype, device=device)
+        return _new(placed.shape, dtype, device)
 
     def _following(self, stored: torch.dtype, name: str) -> torch.dtype:
         """The stored dtype, or the live parameter's for state that was of its parameter's dtype."""
@@ -337,15 +338,22 @@ class _StateBuilder:
         return live
 
 
+def _new(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    if device.type == "cpu":
+        prefer_huge_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
+
+
 def _empty_dtensor(placed: Placed, dtype: torch.dtype, like: DTensor) -> DTensor:
     """On the mesh of `like`; split as it is where shapes are equal, else along the dimensions that were split."""
     device = local_tensor(like).device
     if placed.shape == like.shape:
-        local = torch.empty(local_tensor(like).shape, dtype=dtype, device=device)
+        local = _new(local_tensor(like).shape, dtype, device)
         return dtensor_from(local, placed.shape, like.device_mesh, like.placements)
     placements = tuple(_split(p, placed) for p in like.placements)
     part = local_shape(placed.shape, like.device_mesh, placements)
-    local = torch.empty(part, dtype=dtype, device=device)
+    local = _new(part, dtype, device)
     return dtensor_from(local, placed.shape, like.device_mesh, placements)
 
 

@@ -25,7 +25,8 @@ from zero_ckpt.core.chunks import Box
 from zero_ckpt.core.dtypes import ITEMSIZE, itemsize, stored_dtype, stored_shape
 from zero_ckpt.core.layout import MAX_DIMS
 from zero_ckpt.core.manifest import FORMAT_VERSION, FileRecord
-from zero_ckpt.core.storage import ALIGNMENT, FileReader, Storage, aligned_buffer, round_up
+from zero_ckpt.core.memory import ALIGNMENT, WINDOW, aligned_buffer, round_up
+from zero_ckpt.core.storage import FileReader, Storage
 from zero_ckpt.errors import CorruptShardError
 
 __all__ = [
@@ -92,9 +93,11 @@ def layout_shard(
 ) -> ShardLayout:
     """Lay out (key, dtype, global shape, box) chunks.
 
-    Order: widest dtype first, so that every chunk is aligned to its element; else as given.
+    Order: widest dtype first, so that every chunk is aligned to its element; of one width, whole tensors before parts
+    of tensors: what every rank has, such as an optimizer's `step` of each parameter, other ranks will read from here,
+    and they should find it in few blocks. Else as given.
     """
-    items = sorted(chunks, key=lambda item: -itemsize(item[1]))
+    items = sorted(chunks, key=lambda item: (-itemsize(item[1]), item[3].shape != item[2]))
     counts: dict[str, int] = {}
     for key, *_ in items:
         counts[key] = counts.get(key, 0) + 1
@@ -208,47 +211,63 @@ class ShardReader:
 
     def read_block(self, index: int, buffer: memoryview, keep: bool = False) -> memoryview:
         """Block `index` of the data, verified, in `buffer` (aligned, at least `BLOCK` long)."""
-        start, nbytes = index * BLOCK, self.block_bytes(index)
-        for _ in self._hashed(index, lambda at: buffer[at - start :], keep):
+        fetched = self.fetch(index, buffer, keep)
+        for _ in self._hashed(index, lambda at: buffer[at:], fetched, keep):
             pass
+        return buffer[: self.block_bytes(index)]
+
+    def fetch(self, index: int, buffer: memoryview, keep: bool = False) -> memoryview | None:
+        """Block `index` in `buffer`, not verified, where every read is a journey; None where `windows` reads it."""
+        start, nbytes = self.data_start + index * BLOCK, self.block_bytes(index)
+        if self._file.expect(start, nbytes, keep) < nbytes:
+            return None
+        self._fetch(index, 0, nbytes, buffer, keep)
         return buffer[:nbytes]
 
-    def read_windows(
-        self, index: int, buffer: memoryview, keep: bool = False
+    def windows(
+        self, index: int, buffer: memoryview, fetched: memoryview | None, keep: bool = False
     ) -> Iterator[tuple[int, memoryview]]:
-        """Block `index` piece by piece, each in the start of `buffer`: (its first byte in the data section, bytes).
+        """Block `index` in pieces that fit a core's cache: (first byte in the data section, bytes).
 
-        Cheaper than `read_block` where the bytes lie in memory. But only after the last piece is the block known to be
-        as it was saved: for bytes that were verified before, or that are only looked at.
+        `fetched`: what `fetch` returned. If None, each piece is read into the start of `buffer`, which is cheaper than
+        to read the block first. Only after the last piece is the block known to be as it was saved: this is for bytes
+        that were verified before, that are only looked at, or that nobody uses when this raises `CorruptShardError`.
         """
-        return self._hashed(index, lambda _: buffer, keep)
+        return self._hashed(index, lambda _: buffer, fetched, keep)
 
     def _hashed(
-        self, index: int, memory: Callable[[int], memoryview], keep: bool
+        self,
+        index: int,
+        memory: Callable[[int], memoryview],
+        fetched: memoryview | None,
+        keep: bool,
     ) -> Iterator[tuple[int, memoryview]]:
-        """A block as the file likes to be read: bytes `at` and following in `memory(at)`. Raises at the end."""
-        start, stop = index * BLOCK, index * BLOCK + self.block_bytes(index)
-        window = self._file.expect(self.data_start + start, stop - start, keep)
-        hasher = xxhash.xxh3_64()
-        for at in range(start, stop, window):
-            nbytes, buffer = min(window, stop - at), memory(at)
-            try:
-                self._file.read_into(self.data_start + at, nbytes, buffer, keep)
-            except (EOFError, OSError) as error:
-                raise CorruptShardError(
-                    f"{self.name}: block {index}: {_reason(error)}. {REMEDY}"
-                ) from error
-            hasher.update(buffer[:nbytes])
-            yield at, buffer[:nbytes]
+        """A block window by window, read into `memory(offset in the block)` unless fetched. Raises at the end."""
+        stop, hasher = self.block_bytes(index), xxhash.xxh3_64()
+        for at in range(0, stop, WINDOW):
+            nbytes = min(WINDOW, stop - at)
+            piece = memory(at)[:nbytes] if fetched is None else fetched[at : at + nbytes]
+            if fetched is None:
+                self._fetch(index, at, nbytes, memory(at), keep)
+            hasher.update(piece)
+            yield index * BLOCK + at, piece
         if hasher.intdigest() != self._table[index]:
             raise CorruptShardError(self._damage(index, hasher.intdigest()))
+
+    def _fetch(self, index: int, at: int, nbytes: int, buffer: memoryview, keep: bool) -> None:
+        try:
+            self._file.read_into(self.data_start + index * BLOCK + at, nbytes, buffer, keep)
+        except (EOFError, OSError) as error:
+            raise CorruptShardError(
+                f"{self.name}: block {index}: {_reason(error)}. {REMEDY}"
+            ) from error
 
     def read_entry(self, key: str) -> bytes:
         """All bytes of the chunk `key`, verified. For small entries: it copies, and keeps them in memory."""
         chunk = next((c for c in self.chunks if c.key == key), None)
         if chunk is None:
             raise CorruptShardError(f"{self.name}: no entry '{key}', which its objects name")
-        buffer = memoryview(aligned_buffer(BLOCK))
+        buffer = aligned_buffer(BLOCK)
         parts = []
         for index in range(chunk.begin // BLOCK, -(-chunk.end // BLOCK)):
             data = self.read_block(index, buffer)
@@ -285,7 +304,7 @@ class ShardReader:
     def _read(self, offset: int, nbytes: int) -> bytes:
         """Any range. Shard files align only blocks, so this reads from the aligned offset before."""
         start = offset - offset % ALIGNMENT
-        with aligned_buffer(offset - start + nbytes) as memory, memoryview(memory) as buffer:
+        with aligned_buffer(offset - start + nbytes) as buffer:
             try:
                 self._file.read_into(start, offset - start + nbytes, buffer)
             except (EOFError, OSError) as error:

@@ -34,10 +34,16 @@ class StoredFile(Protocol):
     def read_block(self, index: int, buffer: memoryview, keep: bool = False) -> memoryview:
         """Block `index`, of `BLOCK` bytes but for the last, in `buffer`. Raises `CorruptShardError`."""
 
-    def read_windows(
-        self, index: int, buffer: memoryview, keep: bool = False
+    def fetch(self, index: int, buffer: memoryview, keep: bool = False) -> memoryview | None:
+        """The block in `buffer`, not verified; or None when `windows` reads it itself, which is cheaper then."""
+
+    def windows(
+        self, index: int, buffer: memoryview, fetched: memoryview | None, keep: bool = False
     ) -> Iterator[tuple[int, memoryview]]:
-        """Block `index` in pieces (first byte in the data section, bytes), verified when the last one is taken."""
+        """The block, which was `fetched` or not, in pieces (first byte in the data section, bytes).
+
+        It is verified when the last one has been taken.
+        """
 
     def read_entry(self, key: str) -> bytes:
         """All bytes of a small chunk."""

@@ -8,7 +8,6 @@ state's size. Small pieces are hashed while they still lie in the processor's ca
 from __future__ import annotations
 
 import ctypes
-import mmap
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -18,17 +17,15 @@ from typing import Any
 import torch
 import xxhash
 
+from zero_ckpt.core.memory import WINDOW, aligned_buffer, round_up
 from zero_ckpt.core.shard_file import BLOCK, Chunk, ShardLayout
 from zero_ckpt.core.sources import Source
-from zero_ckpt.core.storage import FileWriter, aligned_buffer, round_up
+from zero_ckpt.core.storage import FileWriter
 
 __all__ = ["ShardWrite", "StagingPool", "WriteThreads", "reading_after"]
 
 _WRITE_THREADS = 2
 """Writes in flight of one file: while the disk works on one, the system prepares the next."""
-
-_WINDOW = 512 << 10
-"""Bytes copied before they are hashed; fits a core's second-level cache."""
 
 
 class StagingPool:
@@ -36,7 +33,7 @@ class StagingPool:
 
     def __init__(self, count: int = 6, pinned: bool = False) -> None:
         self._free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
-        self._memory: list[mmap.mmap] = []
+        self._memory: list[memoryview] = []
         self._pinned, self._growing = pinned, threading.Lock()
         self.grow(count)
 
@@ -61,7 +58,7 @@ class StagingPool:
             runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
             torch.cuda.check_error(runtime.cudaHostRegister(_address(memory), BLOCK, 0))
         self._memory.append(memory)
-        self._free.put(memoryview(memory))
+        self._free.put(memory)
 
     def take(self) -> memoryview:
         return self._free.get()
@@ -148,7 +145,7 @@ class ShardWrite:
 
     def changed(self, layout: ShardLayout, sources: Sequence[Source]) -> list[str]:
         """Tensors in blocks that are not any more what was staged: names of at most a few."""
-        filler, buffer = _Filler(layout, sources), memoryview(aligned_buffer(BLOCK))
+        filler, buffer = _Filler(layout, sources), aligned_buffer(BLOCK)
         found: dict[str, None] = {}
         for start in range(0, layout.data_bytes, BLOCK):
             nbytes = min(BLOCK, layout.data_bytes - start)
@@ -226,7 +223,7 @@ class _Filler:
         self._index = 0
         self._at = 0
         # From an accelerator a copy is a journey: few long ones.
-        self._window = BLOCK if any(source.is_far for source in sources) else _WINDOW
+        self._window = BLOCK if any(source.is_far for source in sources) else WINDOW
 
     def fill(self, buffer: memoryview, nbytes: int) -> int:
         """Fill the first `nbytes` of `buffer` with the next bytes of the data; return their XXH3-64."""

@@ -23,38 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-__all__ = [
-    "ALIGNMENT",
-    "Entry",
-    "FileReader",
-    "FileWriter",
-    "LocalStorage",
-    "Storage",
-    "aligned_buffer",
-    "round_up",
-]
+from zero_ckpt.core.memory import WINDOW, round_up
 
-ALIGNMENT = 4096
-"""Bytes. Offsets, lengths and addresses of data I/O are multiples of it."""
-
-
-_HUGE_PAGE = 2 << 20
-
-
-def round_up(nbytes: int, unit: int = ALIGNMENT) -> int:
-    return -(-nbytes // unit) * unit
-
-
-def aligned_buffer(nbytes: int) -> mmap.mmap:
-    """Anonymous memory of at least `nbytes`, page-aligned, a multiple of `ALIGNMENT` long.
-
-    On huge pages where the system has them: direct I/O pins every page of a buffer, and few large ones cost little.
-    """
-    memory = mmap.mmap(-1, max(round_up(nbytes), ALIGNMENT))
-    if len(memory) >= _HUGE_PAGE and hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel built without them
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory
+__all__ = ["Entry", "FileReader", "FileWriter", "LocalStorage", "Storage"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,10 +296,6 @@ def _reserve(fd: int, nbytes: int) -> None:
             raise
 
 
-_WINDOW = 512 << 10
-"""Bytes. Fits a core's second-level cache."""
-
-
 class _LocalReader:
     def __init__(self, path: str, direct: bool) -> None:
         self._cached_fd = self._direct_fd = -1
@@ -347,11 +314,11 @@ class _LocalReader:
 
     def expect(self, offset: int, nbytes: int, keep: bool = False) -> int:
         if self._direct_fd < 0:
-            return _WINDOW
+            return WINDOW
         if not keep:
             return round_up(nbytes)
-        os.posix_fadvise(self._cached_fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
-        return _WINDOW
+        _read_ahead(self._cached_fd, offset, nbytes)
+        return WINDOW
 
     def read_into(self, offset: int, nbytes: int, buffer: memoryview, keep: bool = False) -> None:
         fd = self._cached_fd if keep or self._direct_fd < 0 else self._direct_fd
@@ -378,6 +345,25 @@ class _LocalReader:
     def __del__(self) -> None:
         """A lazy tensor may have opened the file again after its checkpoint was closed."""
         self.close()
+
+
+_POPULATE_READ = 22  # Linux 5.14
+
+
+def _read_ahead(fd: int, offset: int, nbytes: int) -> None:
+    """Bring these bytes into the page cache, in huge pages where the file system can. It is only a hint, and may fail.
+
+    Read through a mapping that may have huge pages, the disk is asked for one piece of memory instead of hundreds.
+    """
+    try:
+        mapping = mmap.mmap(
+            fd, nbytes, access=mmap.ACCESS_COPY, offset=offset
+        )  # ctypes wants it writable
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), _POPULATE_READ)
+    except (OSError, ValueError, AttributeError):
+        os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
 
 _SAMPLES, _SAMPLE_PAGES = 64, 8

@@ -13,8 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 from zero_ckpt.core.foreign import ForeignManifest
 from zero_ckpt.core.manifest import FileRecord, Manifest
+from zero_ckpt.core.memory import aligned_buffer
 from zero_ckpt.core.shard_file import BLOCK, REMEDY, ShardReader, open_shard
-from zero_ckpt.core.storage import Storage, aligned_buffer
+from zero_ckpt.core.storage import Storage
 from zero_ckpt.errors import CorruptShardError
 
 __all__ = ["Verifier"]
@@ -36,7 +37,7 @@ class Verifier:
         self._stop = threading.Event()
         self._buffers: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
         for _ in range(READ_THREADS):
-            self._buffers.put(memoryview(aligned_buffer(BLOCK)))
+            self._buffers.put(aligned_buffer(BLOCK))
         self._pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="zero_ckpt-verify")
 
     def __enter__(self) -> Verifier:

@@ -15,10 +15,10 @@ import torch
 from zero_ckpt.core.chunks import flat_range_boxes
 from zero_ckpt.core.dtensors import TORCH_DTYPES
 from zero_ckpt.core.dtypes import itemsize
+from zero_ckpt.core.memory import aligned_buffer
 from zero_ckpt.core.reader import Request, plan_reads
 from zero_ckpt.core.shard_file import BLOCK
 from zero_ckpt.core.shards import ShardSet, StoredFile
-from zero_ckpt.core.storage import aligned_buffer
 from zero_ckpt.fp32.layout import FileLayout, Slot
 
 __all__ = ["Assembler", "BlockCache"]
@@ -46,7 +46,7 @@ class BlockCache:
 
     def _buffer(self) -> memoryview:
         if len(self._kept) < self._count:
-            return memoryview(aligned_buffer(BLOCK))
+            return aligned_buffer(BLOCK)
         return self._kept.popitem(last=False)[1][2]
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from zero_ckpt.core.dtypes import NATIVE, itemsize
-from zero_ckpt.core.storage import ALIGNMENT, round_up
+from zero_ckpt.core.memory import ALIGNMENT, round_up
 from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.fp32.selection import OutTensor
 

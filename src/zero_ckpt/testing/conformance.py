@@ -20,7 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from zero_ckpt.core.storage import ALIGNMENT, FileReader, Storage, aligned_buffer, round_up
+from zero_ckpt.core.memory import ALIGNMENT, aligned_buffer, round_up
+from zero_ckpt.core.storage import FileReader, Storage
 
 __all__ = ["StorageConformance", "read_file", "write_file"]
 
@@ -30,7 +31,7 @@ SIZES = [0, 1, ALIGNMENT - 1, ALIGNMENT, ALIGNMENT + 1, 50_001]
 def write_file(storage: Storage, path: str, data: bytes, part: int = 2 * ALIGNMENT) -> None:
     """Write a file in aligned parts, from two threads, the last part first."""
     writer = storage.create(path, len(data))
-    with memoryview(aligned_buffer(len(data))) as buffer, ThreadPoolExecutor(2) as pool:
+    with aligned_buffer(len(data)) as buffer, ThreadPoolExecutor(2) as pool:
         buffer[: len(data)] = data
         starts = range(0, round_up(len(data)), part)
         parts = [(s, buffer[s : min(s + part, round_up(len(data)))]) for s in reversed(starts)]
@@ -43,7 +44,7 @@ def write_file(storage: Storage, path: str, data: bytes, part: int = 2 * ALIGNME
 def read_file(reader: FileReader, offset: int, nbytes: int) -> bytes:
     """The range that one read gives."""
     assert reader.expect(offset, nbytes) % ALIGNMENT == 0
-    buffer = memoryview(aligned_buffer(nbytes))
+    buffer = aligned_buffer(nbytes)
     reader.read_into(offset, nbytes, buffer)
     return bytes(buffer[:nbytes])
 
@@ -82,7 +83,7 @@ class StorageConformance:
 
     def test_an_aborted_file_is_gone(self, storage: Storage, root: str) -> None:
         writer = storage.create(f"{root}/file", ALIGNMENT)
-        writer.write(0, memoryview(aligned_buffer(ALIGNMENT)))
+        writer.write(0, aligned_buffer(ALIGNMENT))
         writer.abort()
         writer.abort()
         with pytest.raises(FileNotFoundError):

@@ -14,7 +14,8 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from zero_ckpt.core.storage import ALIGNMENT, Entry, FileReader, FileWriter, Storage
+from zero_ckpt.core.memory import ALIGNMENT
+from zero_ckpt.core.storage import Entry, FileReader, FileWriter, Storage
 
 __all__ = [
     "OPERATIONS",

@@ -22,7 +22,8 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from zero_ckpt.core.storage import Entry, FileReader, FileWriter, round_up
+from zero_ckpt.core.memory import round_up
+from zero_ckpt.core.storage import Entry, FileReader, FileWriter
 
 __all__ = ["Inode", "Moment", "RecordingStorage"]
 

@@ -13,8 +13,9 @@ from math import prod
 from typing import Protocol
 
 from zero_ckpt.core.dtypes import itemsize
+from zero_ckpt.core.memory import aligned_buffer, round_up
 from zero_ckpt.core.shard_file import BLOCK
-from zero_ckpt.core.storage import FileReader, aligned_buffer, round_up
+from zero_ckpt.core.storage import FileReader
 from zero_ckpt.core.storage import Storage as Files
 from zero_ckpt.errors import CorruptShardError
 from zero_ckpt.interop.deepspeed.tensors import Storage, StoredTensor
@@ -277,7 +278,7 @@ def read_bytes(source: Source, begin: int, nbytes: int) -> bytes:
     """Any bytes of a source."""
     if isinstance(source, _Path):
         return source.range(begin, nbytes)
-    buffer, found = memoryview(aligned_buffer(BLOCK)), bytearray()
+    buffer, found = aligned_buffer(BLOCK), bytearray()
     while len(found) < nbytes:
         at = begin + len(found)
         data = source.read_block(at // BLOCK, buffer)

@@ -86,10 +86,12 @@ class StateFile:
     def read_block(self, index: int, buffer: memoryview, keep: bool = False) -> memoryview:
         return self._source.read_block(index, buffer, keep)
 
-    def read_windows(
-        self, index: int, buffer: memoryview, keep: bool = False
+    fetch = read_block
+
+    def windows(
+        self, index: int, buffer: memoryview, fetched: memoryview | None, keep: bool = False
     ) -> Iterator[tuple[int, memoryview]]:
-        yield index * BLOCK, self.read_block(index, buffer, keep)
+        yield index * BLOCK, self.read_block(index, buffer, keep) if fetched is None else fetched
 
     def read_entry(self, key: str) -> bytes:
         if key == f"{OBJECTS}.json":

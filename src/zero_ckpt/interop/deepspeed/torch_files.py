@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zero_ckpt.core.dtypes import itemsize
-from zero_ckpt.core.storage import ALIGNMENT, FileReader, aligned_buffer
+from zero_ckpt.core.memory import ALIGNMENT, aligned_buffer
+from zero_ckpt.core.storage import FileReader
 from zero_ckpt.core.storage import Storage as Files
 from zero_ckpt.errors import CorruptShardError, UnsafeObjectError
 from zero_ckpt.interop.deepspeed.pickle_machine import load_pickle
@@ -87,7 +88,7 @@ def read_range(file: FileReader, offset: int, nbytes: int) -> bytes:
     if offset < 0 or offset + nbytes > file.nbytes:
         raise EOFError(f"bytes {offset}-{offset + nbytes} expected, the file ends at {file.nbytes}")
     start = offset - offset % ALIGNMENT
-    with aligned_buffer(offset - start + nbytes) as memory, memoryview(memory) as buffer:
+    with aligned_buffer(offset - start + nbytes) as buffer:
         file.read_into(start, offset - start + nbytes, buffer, True)
         return bytes(buffer[offset - start : offset - start + nbytes])
 
