@@ -236,7 +236,7 @@ def _run(blocks: Sequence[_Work], action: Action, progress: Callable[[], None]) 
         _Pipeline(blocks, action, progress).run()
         return
     for item in blocks:
-        with _buffers(1) as (buffer,):
+        with torch.no_grad(), _buffers(1) as (buffer,):
             action(item, buffer, item.fetch(buffer))
         progress()
 
@@ -280,22 +280,21 @@ class _Pipeline:
         self._stop.set()
 
     def _fetch(self) -> None:
-        with torch.no_grad():
-            while True:
-                buffer = self._free.get()
-                with self._lock:
-                    item = None if self._stop.is_set() else next(self._todo, None)
-                if item is None:
-                    break
-                try:
-                    fetched = item.fetch(buffer)
-                except BaseException as error:
-                    self._fail(error)
-                    break
-                if fetched is None:
-                    self._act(item, buffer, None)
-                else:
-                    self._ready.put((item, buffer, fetched))
+        while True:
+            buffer = self._free.get()
+            with self._lock:
+                item = None if self._stop.is_set() else next(self._todo, None)
+            if item is None:
+                break
+            try:
+                fetched = item.fetch(buffer)
+            except BaseException as error:
+                self._fail(error)
+                break
+            if fetched is None:
+                self._act(item, buffer, None)
+            else:
+                self._ready.put((item, buffer, fetched))
         self._free.put(buffer)
         with self._lock:
             self._fetching -= 1
@@ -303,15 +302,15 @@ class _Pipeline:
                 self._ready.put(None)
 
     def _work(self) -> None:
-        with torch.no_grad():
-            while (found := self._ready.get()) is not None:
-                self._act(*found)
+        while (found := self._ready.get()) is not None:
+            self._act(*found)
         self._ready.put(None)  # for the other workers
 
     def _act(self, item: _Work, buffer: memoryview, fetched: memoryview | None) -> None:
         try:
             if not self._stop.is_set():
-                self._action(item, buffer, fetched)
+                with torch.no_grad():
+                    self._action(item, buffer, fetched)
                 self._progress()
         except BaseException as error:
             self._fail(error)
