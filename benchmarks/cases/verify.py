@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from benchmarks.measure import bytes_under, files_under, make_cold, remove_and_s
 from benchmarks.ranks import Measured, Rank
 from benchmarks.table import Row, at_least, faster
 from benchmarks.workload import build_large
+from zero_ckpt.core.memory import aligned_buffer
 
 RANKS = 2
 STREAMS = 4
@@ -79,8 +79,8 @@ def _read_part(file: Path, offset: int) -> None:
 _own = threading.local()
 
 
-def _buffer() -> mmap.mmap:
+def _buffer() -> memoryview:
     """This thread's: direct I/O needs aligned memory, and new memory is slow."""
     if not hasattr(_own, "buffer"):
-        _own.buffer = mmap.mmap(-1, PART)
+        _own.buffer = aligned_buffer(PART)
     return _own.buffer

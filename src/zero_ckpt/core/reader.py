@@ -104,16 +104,24 @@ class _Work:
         _copy_block(fetched, self.index * BLOCK, self.parts)
 
     def copy_windows(self, buffer: memoryview, fetched: memoryview | None) -> None:
-        """Fill the targets piece by piece, while a piece lies in the core's cache; the block is verified at its end."""
+        """Fill the targets piece by piece, or let the pieces be read into them; the block is verified at its end."""
         if len(self.parts) > _FEW:
             self.copy(buffer, fetched)
             return
-        for start, data in self.reader.windows(self.index, buffer, fetched, self.keep):
-            _copy_block(data, start, self.parts)
+        home: memoryview | None = None
+
+        def memory(start: int, nbytes: int) -> memoryview:
+            nonlocal home
+            home = _home(self.parts, start, nbytes)
+            return buffer if home is None else home
+
+        for start, data in self.reader.windows(self.index, memory, fetched, self.keep):
+            if home is None:
+                _copy_block(data, start, self.parts)
 
     def look(self, buffer: memoryview, fetched: memoryview | None) -> None:
         """Verify the block, and copy nothing."""
-        for _ in self.reader.windows(self.index, buffer, fetched, self.keep):
+        for _ in self.reader.windows(self.index, lambda *_: buffer, fetched, self.keep):
             pass
 
 
@@ -344,6 +352,17 @@ def _copy_block(data: memoryview, start: int, parts: Sequence[_Part]) -> None:
             copy_bytes(target + begin - first, address + begin - start, end - begin)
         else:
             _copy_strided(data[begin - start : end - start], begin, part)
+
+
+def _home(parts: Sequence[_Part], start: int, nbytes: int) -> memoryview | None:
+    """The memory of the one target to which these bytes of the data section go as they are, if there is one."""
+    for part in parts:
+        first, last = _byte_span(part.chunk, part.overlap)
+        if first <= start and start + nbytes <= last and (address := _direct_address(part)):
+            return memoryview((ctypes.c_char * nbytes).from_address(address + start - first)).cast(
+                "B"
+            )
+    return None
 
 
 def _direct_address(part: _Part) -> int:

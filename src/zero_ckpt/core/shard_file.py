@@ -211,8 +211,8 @@ class ShardReader:
 
     def read_block(self, index: int, buffer: memoryview, keep: bool = False) -> memoryview:
         """Block `index` of the data, verified, in `buffer` (aligned, at least `BLOCK` long)."""
-        fetched = self.fetch(index, buffer, keep)
-        for _ in self._hashed(index, lambda at: buffer[at:], fetched, keep):
+        fetched, begin = self.fetch(index, buffer, keep), index * BLOCK
+        for _ in self.windows(index, lambda start, _: buffer[start - begin :], fetched, keep):
             pass
         return buffer[: self.block_bytes(index)]
 
@@ -225,32 +225,29 @@ class ShardReader:
         return buffer[:nbytes]
 
     def windows(
-        self, index: int, buffer: memoryview, fetched: memoryview | None, keep: bool = False
+        self,
+        index: int,
+        memory: Callable[[int, int], memoryview],
+        fetched: memoryview | None,
+        keep: bool = False,
     ) -> Iterator[tuple[int, memoryview]]:
         """Block `index` in pieces that fit a core's cache: (first byte in the data section, bytes).
 
-        `fetched`: what `fetch` returned. If None, each piece is read into the start of `buffer`, which is cheaper than
-        to read the block first. Only after the last piece is the block known to be as it was saved: this is for bytes
-        that were verified before, that are only looked at, or that nobody uses when this raises `CorruptShardError`.
+        `fetched`: what `fetch` returned. If None, a piece is read into `memory(first byte, number of bytes)`, which is
+        cheaper than to read the block first. Only after the last piece is the block known to be as it was saved: this
+        is for bytes that were verified before, that are only looked at, or that nobody uses when this raises
+        `CorruptShardError`.
         """
-        return self._hashed(index, lambda _: buffer, fetched, keep)
-
-    def _hashed(
-        self,
-        index: int,
-        memory: Callable[[int], memoryview],
-        fetched: memoryview | None,
-        keep: bool,
-    ) -> Iterator[tuple[int, memoryview]]:
-        """A block window by window, read into `memory(offset in the block)` unless fetched. Raises at the end."""
-        stop, hasher = self.block_bytes(index), xxhash.xxh3_64()
+        begin, stop, hasher = index * BLOCK, self.block_bytes(index), xxhash.xxh3_64()
         for at in range(0, stop, WINDOW):
             nbytes = min(WINDOW, stop - at)
-            piece = memory(at)[:nbytes] if fetched is None else fetched[at : at + nbytes]
             if fetched is None:
-                self._fetch(index, at, nbytes, memory(at), keep)
+                piece = memory(begin + at, nbytes)[:nbytes]
+                self._fetch(index, at, nbytes, piece, keep)
+            else:
+                piece = fetched[at : at + nbytes]
             hasher.update(piece)
-            yield index * BLOCK + at, piece
+            yield begin + at, piece
         if hasher.intdigest() != self._table[index]:
             raise CorruptShardError(self._damage(index, hasher.intdigest()))
 

@@ -7,7 +7,7 @@ block by block; so is a file of another system's (see `foreign`), as far as that
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from zero_ckpt.core.chunks import Box
@@ -38,11 +38,15 @@ class StoredFile(Protocol):
         """The block in `buffer`, not verified; or None when `windows` reads it itself, which is cheaper then."""
 
     def windows(
-        self, index: int, buffer: memoryview, fetched: memoryview | None, keep: bool = False
+        self,
+        index: int,
+        memory: Callable[[int, int], memoryview],
+        fetched: memoryview | None,
+        keep: bool = False,
     ) -> Iterator[tuple[int, memoryview]]:
-        """The block, which was `fetched` or not, in pieces (first byte in the data section, bytes).
+        """The block, which was `fetched` or is read into `memory(first byte in the data section, number of bytes)`.
 
-        It is verified when the last one has been taken.
+        In pieces (first byte, bytes); it is verified when the last one has been taken.
         """
 
     def read_entry(self, key: str) -> bytes:

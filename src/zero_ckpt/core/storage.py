@@ -58,7 +58,7 @@ class FileReader(Protocol):
         """Told before these bytes are read: returns how many of them to ask for at once, a multiple of `ALIGNMENT`.
 
         Few where they come through this machine's memory, so that they can be worked on while a core's cache holds
-        them; all where every read is a journey.
+        them, and then they may be read into any memory. All where every read is a journey.
         """
 
     def read_into(self, offset: int, nbytes: int, buffer: memoryview, keep: bool = False) -> None:

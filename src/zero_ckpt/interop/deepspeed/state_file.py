@@ -89,9 +89,14 @@ class StateFile:
     fetch = read_block
 
     def windows(
-        self, index: int, buffer: memoryview, fetched: memoryview | None, keep: bool = False
+        self,
+        index: int,
+        memory: Callable[[int, int], memoryview],
+        fetched: memoryview | None,
+        keep: bool = False,
     ) -> Iterator[tuple[int, memoryview]]:
-        yield index * BLOCK, self.read_block(index, buffer, keep) if fetched is None else fetched
+        assert fetched is not None  # `fetch` always reads
+        yield index * BLOCK, fetched
 
     def read_entry(self, key: str) -> bytes:
         if key == f"{OBJECTS}.json":
