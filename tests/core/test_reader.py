@@ -218,6 +218,28 @@ def test_what_was_damaged_since_it_was_verified_is_found_as_it_is_copied(far: bo
                 plan.fill(lambda: None, verified=True)
 
 
+def test_what_every_rank_reads_lies_in_few_blocks() -> None:
+    """Such as an optimizer's step of each parameter, between large tensors of which each rank reads its own part."""
+    mesh = Mesh((RANKS,), tuple(range(RANKS)))
+    tensors = {}
+    for i in range(20):
+        tensors[f"t{i}.exp_avg"] = Layout("F32", (RANKS, SMALL_BLOCK), mesh, ("S0",))
+        tensors[f"t{i}.step"] = Layout("F32", ())
+    with small_blocks():
+        storage, manifest = save(tensors)
+        with Checkpoint(storage, "/t", manifest) as checkpoint:
+            requests = []
+            for key, layout in tensors.items():
+                box = Box((3, 0), (1, SMALL_BLOCK)) if layout.shape else None
+                target = torch.empty(box.shape if box else ())
+                requests.append(checkpoint.request("model", key, target, box))
+            plan = checkpoint.plan_reads(requests)
+            own = manifest.file_of("model", 3)
+            others = [f for f in plan.files if not f.reader.name.endswith(own)]
+            assert len(others) <= 2
+            assert sum(len(f.blocks) for f in others) <= 2
+
+
 class Failing:
     """A storage whose n-th block cannot be read, and that counts."""
 

@@ -162,6 +162,8 @@ def test_any_layout_reads_back_as_it_was(data: st.DataObject, dtypes: dict[str, 
     reader = ShardReader(InMemory(file), NAME, None)
     assert reader.chunks == layout.chunks
     assert {(c.key, c.dtype, c.shape, c.box) for c in layout.chunks} == set(items)
+    places = [(-itemsize(c.dtype), c.box.shape != c.shape) for c in layout.chunks]
+    assert places == sorted(places)  # wide before narrow, whole before parts
     for chunk in layout.chunks:
         assert chunk.begin % itemsize(chunk.dtype) == 0
         assert reader.find(chunk.key, chunk.box) == chunk
