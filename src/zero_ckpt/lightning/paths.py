@@ -13,15 +13,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from zero_ckpt.core.finding import list_tags
 from zero_ckpt.core.places import AnyStorage, absolute, is_url
+from zero_ckpt.core.retention import remove_tag
 from zero_ckpt.core.storage import Storage
-from zero_ckpt.core.tags import (
-    LATEST_NAME,
-    check_tag,
-    list_tags,
-    read_latest,
-    remove_tag,
-)
+from zero_ckpt.core.tags import LATEST_NAME, check_tag, read_latest
 from zero_ckpt.errors import CheckpointNotFoundError
 
 __all__ = ["is_checkpoint_folder", "make_way", "making_way", "remove", "split"]
