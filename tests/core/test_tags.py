@@ -16,9 +16,9 @@ from zero_ckpt.core.finding import (
     list_tags,
     locate,
 )
+from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.core.manifest import FileRecord, Manifest, shard_name
 from zero_ckpt.core.retention import prune, remove_tag
-from zero_ckpt.core.storage import LocalStorage
 from zero_ckpt.core.tag_folder import read_manifest
 from zero_ckpt.core.tags import check_tag, read_latest
 from zero_ckpt.errors import (

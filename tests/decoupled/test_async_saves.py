@@ -20,7 +20,7 @@ from tests.decoupled.jobs import STAGES, Gate, Run, same, storage
 from tests.workers import run_ranks, start_ranks
 from zero_ckpt import AsyncSave, Checkpointer
 from zero_ckpt.core.finding import list_tags
-from zero_ckpt.core.storage import LocalStorage
+from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.core.tags import read_latest
 from zero_ckpt.errors import ConfigurationError, RankTimeoutError, SaveError, StateMismatchError
 from zero_ckpt.testing.faults import Operation
