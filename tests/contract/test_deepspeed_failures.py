@@ -23,7 +23,7 @@ from zero_ckpt import (
     load_checkpoint,
     save_checkpoint,
 )
-from zero_ckpt.core.storage import LocalStorage
+from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.errors import DisagreementError, SaveError
 from zero_ckpt.testing import FaultyStorage, fail_at
 

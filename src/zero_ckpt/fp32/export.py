@@ -19,8 +19,8 @@ from typing import Any
 
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.control import DEFAULT_TIMEOUT, ControlPlane, LocalControl
+from zero_ckpt.core.finding import fallback_notice, find_checkpoint
 from zero_ckpt.core.places import AnyStorage, absolute
-from zero_ckpt.core.tags import fallback_notice, find_checkpoint
 from zero_ckpt.errors import DisagreementError, SaveError, ZeroCkptError, by_name
 from zero_ckpt.fp32.contents import Contents, Options
 from zero_ckpt.fp32.lanes import Progress, ShareWriter, lanes_of, shared_files
