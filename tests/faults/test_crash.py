@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -173,7 +174,7 @@ def save_own(directory: str, step: int) -> str:
     ).path
 
 
-def die_in_meeting(directory: str, phase: str, when: str, victim: int) -> Raised | str:
+def die_in_meeting(phase: str, when: str, victim: int, call: Callable[[], str]) -> Raised | str:
     meet = StoreControl.meet
 
     def deadly(
@@ -195,9 +196,13 @@ def die_in_meeting(directory: str, phase: str, when: str, victim: int) -> Raised
 
     StoreControl.meet = deadly  # type: ignore[method-assign]
     try:
-        return save_own(directory, 2)
+        return call()
     except RankTimeoutError as error:
         return Raised(type(error).__name__, str(error))
+
+
+def save_dying(directory: str, *death: Any) -> Raised | str:
+    return die_in_meeting(*death, lambda: save_own(directory, 2))
 
 
 PHASES = ["save: agree", "save: tables", "save: vote"]
@@ -213,7 +218,7 @@ def test_a_kill_around_any_meeting_of_a_save(tmp_path: Path) -> None:
     starts: list[Callable[[], Ranks]] = []
     for directory, case in zip(directories, CASES, strict=True):
         shutil.copytree(start, directory)
-        starts.append(partial(start_ranks, die_in_meeting, WORLD, str(directory), *case))
+        starts.append(partial(start_ranks, save_dying, WORLD, str(directory), *case))
     results = zip(CASES, directories, run_many(starts), strict=True)
     for (phase, when, victim), directory, outcomes in results:
         survivor = outcomes[1 - victim]
@@ -277,3 +282,40 @@ def test_a_kill_at_reads_all_through_a_load(tmp_path: Path) -> None:
         assert ("OVERWRITTEN IN PART" in error.text) is (told == "in part")
         seen.add(told)
     assert seen == {"untouched", "in part"}
+
+
+def load_dying(directory: str, *death: Any) -> tuple[Raised | str, bool]:
+    job = Job.at(2)
+    before = job.bits()
+    found = die_in_meeting(*death, lambda: job.load(directory))
+    return found, job.bits() == before
+
+
+LOAD_PHASES = ["load: open", "load: planned", "load: verified", "load: done"]
+
+
+@pytest.mark.slow
+def test_a_kill_around_any_meeting_of_a_load(tmp_path: Path) -> None:
+    """`after` is what it is for a save. Whoever survives changed nothing, or says that it did, or has loaded all."""
+    run_ranks(save_step, WORLD, str(tmp_path))
+    cases = [(p, w, v) for p in LOAD_PHASES for w in ("before", "after") for v in (0, 1)]
+    starts: list[Callable[[], Ranks]] = [
+        partial(start_ranks, load_dying, WORLD, str(tmp_path), *case) for case in cases
+    ]
+    for case, outcomes in zip(cases, run_many(starts), strict=True):
+        phase, when, victim = case
+        survivor = outcomes[1 - victim]
+        assert outcomes[victim].exit_code == -signal.SIGKILL
+        assert survivor.status == "returned", (case, survivor.describe())
+        found, untouched = survivor.value
+        if case == ("load: done", "after", 1):
+            assert found == "step1"
+            continue
+        assert isinstance(found, Raised), case
+        # Who has its answer dies before the next meeting.
+        answered = when == "after" and victim == 1
+        last = LOAD_PHASES[LOAD_PHASES.index(phase) + answered]
+        assert found.text.startswith(f"{last}: rank {victim} died. "), (case, found)
+        assert untouched is (last != "load: done"), case
+        assert ("OVERWRITTEN IN PART" in found.text) is (last == "load: done"), case
+        assert ("Nothing was loaded" in found.text) is untouched, case

@@ -3,7 +3,7 @@
 Messages travel through the rendezvous store that every torch process group already has, polled, never blocking in it.
 So nothing here is a collective of a process group: it may run on any thread and in any order with training traffic, a
 rank that never comes is named instead of hanging the others, and a failed meeting leaves nothing behind that could
-disturb the next one.
+disturb the next one. A store that does not answer for `timeout` seconds is given up on, too.
 
 A rank counts as lost when it has died on this host, or has neither arrived nor made progress (`beat`) for `timeout`
 seconds. So the time limit bounds silence, not the length of a save on a slow disk.
@@ -18,8 +18,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import Any, Protocol
 
+from zero_ckpt.core.line import Line
 from zero_ckpt.core.watch import Watch, identity, name_ranks
 from zero_ckpt.errors import (
     DisagreementError,
@@ -114,10 +116,15 @@ def control_for_process_group(name: str = "main") -> ControlPlane:
     store = process_group_store()
     if store is None:
         return LocalControl()
+    return StoreControl(store, dist.get_rank(), dist.get_world_size(), name, connect=True)
+
+
+def _connected_anew(store: Any) -> Any:
+    """The store over a connection of our own, since others may block in theirs; itself where it has no such thing."""
     with suppress(AttributeError, RuntimeError):
-        store = store.clone()  # a connection of our own: others may block in theirs
+        store = store.clone()
         store.set_timeout(_STORE_TIMEOUT)
-    return StoreControl(store, dist.get_rank(), dist.get_world_size(), name)
+    return store
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,17 +143,26 @@ class StoreControl:
     A request carries a random nonce that its answer is filed under, so answers never meet the wrong call. Deleting a
     request is what decides whose it is: rank 0 claims it so, and a rank that gave up withdraws it so. What was
     withdrawn is never decided on.
+
+    Every call to the store is made on its `Line`, where it cannot stop this rank.
     """
 
-    def __init__(self, store: Any, rank: int, world_size: int, name: str = "main") -> None:
+    def __init__(
+        self, store: Any, rank: int, world_size: int, name: str = "main", *, connect: bool = False
+    ) -> None:
+        self._line = Line()
         self._store = store
         self.rank = rank
         self.world_size = world_size
         self._prefix = f"zero_ckpt/{name}"
         self._last_beat = 0.0
         self._beats = 0
+        patience = _STORE_TIMEOUT.total_seconds()
         with self._reaching_store("start"):
-            self._put(f"who/{rank}", json.dumps(identity()).encode())
+            if connect:
+                (self._store,) = self._line.ask([lambda: _connected_anew(store)], patience)
+            who = json.dumps(identity()).encode()
+            self._line.ask([lambda: self._put(f"who/{rank}", who)], patience)
 
     def meet(self, phase: str, record: bytes, decide: Decide, timeout: float) -> bytes:
         if self.rank == 0:
@@ -158,8 +174,8 @@ class StoreControl:
         if now - self._last_beat >= _BEAT_INTERVAL:
             self._last_beat = now
             self._beats += 1
-            with suppress(RuntimeError):
-                self._put(f"beat/{self.rank}", str(self._beats).encode())
+            beats = str(self._beats).encode()
+            self._line.tell(lambda: self._put(f"beat/{self.rank}", beats))
 
     @contextmanager
     def _reaching_store(self, phase: str, *, decided: bool = False) -> Iterator[None]:
@@ -181,35 +197,36 @@ class StoreControl:
                 try:
                     self._await_requests(phase, timeout)
                 finally:
-                    requests += filter(None, map(self._claim, range(1, self.world_size)))
+                    requests += self._claim_all(timeout)
             self._check_requests(phase, requests)
             answer = decide([record, *(request.record for request in requests)])
         except BaseException as error:
             told = _shared(phase, error)
             with suppress(RuntimeError):
-                self._answer(requests, b"-" + json.dumps([type(told).__name__, str(told)]).encode())
+                text = json.dumps([type(told).__name__, str(told)]).encode()
+                self._answer(requests, b"-" + text, timeout)
             if told is error or not isinstance(error, Exception):
                 raise
             raise told from error
         with self._reaching_store(phase, decided=True):
-            self._answer(requests, b"+" + answer)
+            self._answer(requests, b"+" + answer, timeout)
         return answer
 
     def _follow(self, phase: str, record: bytes, timeout: float) -> bytes:
         nonce = uuid.uuid4().hex
         header = json.dumps([nonce, phase]).encode()
+        request = header + b"\n" + record
         with self._reaching_store(phase):
-            self._put(f"request/{self.rank}", header + b"\n" + record)
+            self._line.ask([lambda: self._put(f"request/{self.rank}", request)], timeout)
         with self._reaching_store(phase, decided=True):
             try:
                 self._await_answer(nonce, phase, timeout)
             except BaseException:
-                with suppress(RuntimeError):
-                    self._withdraw()
+                self._withdraw_at_last(timeout)
                 raise
-            answer = self._get(f"answer/{nonce}")
+            (answer,) = self._line.ask([lambda: self._get(f"answer/{nonce}")], timeout)
         with suppress(RuntimeError):
-            self._delete(f"answer/{nonce}")
+            self._line.ask([lambda: self._delete(f"answer/{nonce}")], timeout)
         if answer[:1] == b"+":
             return answer[1:]
         raise by_name(*json.loads(answer[1:]))
@@ -218,24 +235,40 @@ class StoreControl:
         ranks = range(1, self.world_size)
         watch = Watch(self._peek, timeout)
         keys = [self._at(f"request/{rank}") for rank in ranks]
+
+        def lost_ranks() -> str:
+            return watch.lost(r for r in ranks if not self._has(f"request/{r}"))
+
         for pause in _pauses(self.world_size):
-            if self._store.check(keys):
+            if all(self._line.ask([lambda: self._store.check(keys)], timeout)):
                 return
             if watch.is_due():
-                if lost := watch.lost(r for r in ranks if not self._has(f"request/{r}")):
+                if lost := self._line.ask([lost_ranks], timeout)[0]:
                     raise _lost(phase, lost)
                 self.beat()
             time.sleep(pause)
 
     def _await_answer(self, nonce: str, phase: str, timeout: float) -> None:
         watch = Watch(self._peek, timeout)
+
+        def is_there() -> bool:
+            return self._has(f"answer/{nonce}")
+
         for pause in _pauses(self.world_size):
-            if self._has(f"answer/{nonce}"):
+            if all(self._line.ask([is_there], timeout)):
                 return
-            # Rank 0 may have answered and left since the look above, so a lost rank 0 needs another look.
-            if watch.is_due() and (lost := watch.lost([0])) and not self._has(f"answer/{nonce}"):
-                raise _lost(phase, lost, outcome_unknown=not self._withdraw())
+            if watch.is_due():
+                # Rank 0 may have answered and left since the look above, so a lost rank 0 needs another look.
+                (lost,) = self._line.ask([lambda: watch.lost([0])], timeout)
+                if lost and not all(self._line.ask([is_there], timeout)):
+                    (withdrawn,) = self._line.ask([self._withdraw], timeout)
+                    raise _lost(phase, lost, outcome_unknown=not withdrawn)
             time.sleep(pause)
+
+    def _claim_all(self, patience: float) -> list[_Request]:
+        """The requests of all ranks that have left one."""
+        claims = [partial(self._claim, rank) for rank in range(1, self.world_size)]
+        return list(filter(None, self._line.ask(claims, patience)))
 
     def _claim(self, rank: int) -> _Request | None:
         """A rank's request, which it cannot withdraw any more; None when there is none."""
@@ -251,6 +284,13 @@ class StoreControl:
         """Whether this rank's request was still there, so that rank 0 will never decide on it."""
         return self._delete(f"request/{self.rank}")
 
+    def _withdraw_at_last(self, patience: float) -> None:
+        """Now, or from a store that does not answer before anything else when it does."""
+        try:
+            self._line.ask([self._withdraw], patience)
+        except RuntimeError:
+            self._line.tell(self._withdraw)
+
     def _check_requests(self, phase: str, requests: Sequence[_Request]) -> None:
         for request in requests:
             if request.phase != phase:
@@ -262,9 +302,9 @@ class StoreControl:
             gone = set(range(1, self.world_size)) - {request.rank for request in requests}
             raise _lost(phase, f"{name_ranks(sorted(gone))} gave up waiting for rank 0")
 
-    def _answer(self, requests: Iterable[_Request], answer: bytes) -> None:
-        for request in requests:
-            self._put(f"answer/{request.nonce}", answer)
+    def _answer(self, requests: Iterable[_Request], answer: bytes, patience: float) -> None:
+        puts = [partial(self._put, f"answer/{request.nonce}", answer) for request in requests]
+        self._line.ask(puts, patience)
 
     def _delete(self, key: str) -> bool:
         """Whether the key was there."""

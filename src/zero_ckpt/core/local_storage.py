@@ -13,7 +13,7 @@ import fcntl
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from zero_ckpt.core.memory import WINDOW, round_up
@@ -40,7 +40,8 @@ class LocalStorage:
     def put(self, path: str, data: bytes) -> None:
         self._make_parents(path)
         temporary = f"{path}.tmp"
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        # A link is not followed: what it names is not ours to empty.
+        fd = _open_to_write(temporary, os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW)
         try:
             try:
                 with _naming(path):
@@ -119,14 +120,32 @@ def _entries(path: str) -> Iterator[Entry]:
 
 def _open_regular(path: str) -> int:
     """Open for reading what is a file, at once: opening a pipe, or reading a terminal, could wait for ever."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    return _only_regular(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), path)
+
+
+def _open_to_write(path: str, flags: int) -> int:
+    """Open for writing what is a file, or is to be one, at once."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK | flags, 0o666)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a pipe that nobody reads, or a socket
+            raise _no_file(path) from error
+        raise
+    return _only_regular(fd, path)
+
+
+def _only_regular(fd: int, path: str) -> int:
     mode = os.fstat(fd).st_mode
     if stat.S_ISREG(mode):
         return fd
     os.close(fd)
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-    raise OSError(errno.EINVAL, "a pipe, a socket or a device, and no file", path)
+    raise _no_file(path)
+
+
+def _no_file(path: str) -> OSError:
+    return OSError(errno.ENOTSUP, "a pipe, a socket or a device, and no file", path)
 
 
 @contextlib.contextmanager
@@ -152,7 +171,7 @@ class _LocalWriter:
     def __init__(self, path: str, nbytes: int, direct: bool, shared: bool) -> None:
         self._path = path
         new = 0 if shared else os.O_CREAT | os.O_TRUNC
-        self._fd, self._direct = _open_direct(path, os.O_WRONLY | os.O_CLOEXEC | new, direct)
+        self._fd, self._direct = _open_direct(_open_to_write, path, new, direct)
         try:
             if not shared:
                 with _naming(path):
@@ -192,15 +211,17 @@ class _LocalWriter:
             os.close(fd)
 
 
-def _open_direct(path: str, flags: int, direct: bool) -> tuple[int, bool]:
+def _open_direct(
+    opened: Callable[[str, int], int], path: str, flags: int, direct: bool
+) -> tuple[int, bool]:
     """(descriptor, whether it is direct): file systems without `O_DIRECT` refuse it here with EINVAL."""
     if direct:
         try:
-            return os.open(path, flags | os.O_DIRECT, 0o666), True
+            return opened(path, flags | os.O_DIRECT), True
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-    return os.open(path, flags, 0o666), False
+    return opened(path, flags), False
 
 
 def _clear_direct(fd: int) -> None:
@@ -226,7 +247,7 @@ class _LocalReader:
         try:
             self.nbytes = os.fstat(self._cached_fd).st_size
             if direct and cached_fraction(self._cached_fd, self.nbytes) < 0.5:
-                fd, is_direct = _open_direct(path, os.O_RDONLY | os.O_CLOEXEC, True)
+                fd, is_direct = _open_direct(os.open, path, os.O_RDONLY | os.O_CLOEXEC, True)
                 if is_direct:
                     self._direct_fd = fd
                 else:
