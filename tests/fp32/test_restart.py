@@ -16,7 +16,7 @@ from torch import nn
 import zero_ckpt
 from tests.workers import start_ranks
 from zero_ckpt.core.control import control_for_process_group
-from zero_ckpt.core.storage import LocalStorage
+from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.errors import RankTimeoutError, SaveError
 from zero_ckpt.fp32 import convert_zero_checkpoint_to_fp32_state_dict, export, export_fp32, lanes
 from zero_ckpt.interop.universal import convert_to_universal
