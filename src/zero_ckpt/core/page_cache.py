@@ -20,13 +20,14 @@ def read_ahead(fd: int, offset: int, nbytes: int) -> None:
     Read through a mapping that may have huge pages, the disk is asked for one piece of memory instead of hundreds.
     """
     try:
-        mapping = mmap.mmap(
-            fd, nbytes, access=mmap.ACCESS_COPY, offset=offset
-        )  # ctypes wants it writable
+        # Copy-on-write, since ctypes takes addresses of writable memory only. Nothing is written.
+        mapping = mmap.mmap(fd, nbytes, access=mmap.ACCESS_COPY, offset=offset)
         mapping.madvise(mmap.MADV_HUGEPAGE)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), _POPULATE_READ)
+        address = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(mapping)))
+        brought = ctypes.CDLL(None).madvise(address, ctypes.c_size_t(nbytes), _POPULATE_READ) == 0
     except (OSError, ValueError, AttributeError):
+        brought = False
+    if not brought:
         os.posix_fadvise(fd, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
 
