@@ -50,7 +50,8 @@ def export_fp32(
     """Write the full state dict of a checkpoint to `output`; returns the paths of the files, an index file last.
 
     `checkpoint_dir`, `tag`: as for `get_fp32_state_dict_from_zero_checkpoint`, whose tensors these are.
-    `output`: a folder, or a file with the suffix of a format. An earlier result of that name is replaced at the end.
+    `output`: a folder, or a file with the suffix of a format; a path or a URL. An earlier result of that name is
+    replaced at the end.
     `format`: `safetensors` (`model.safetensors`), `bin` (`pytorch_model.bin`, for `torch.load`) or `ckpt`
     (`model.ckpt`, for Lightning's `load_from_checkpoint`); None: by the suffix, else `safetensors`.
     `max_shard_size`: bytes, or a text like `5GB`; more than that becomes several files and a Hugging Face index.
@@ -193,10 +194,7 @@ class _Export:
         assert self._contents is not None
         assert self._journal is not None
         journal = self._journal
-        finished = {
-            name: None if name in journal.in_place else journal.path(name)
-            for name in self._contents.names
-        }
+        finished = {name: journal.finished(name) for name in self._contents.names}
         try:
             paths = self._output.publish(self._storage, finished, self._contents.index)
             journal.clear()

@@ -40,15 +40,15 @@ WORTHWHILE_BLOCKS = 4
 def lanes_of(
     contents: Contents, world_size: int, finished: Collection[int] = ()
 ) -> list[list[Lane]]:
-    """The lanes of each rank. Ranks do not know each other's checksums: they divide such files, not their bytes.
+    """The lanes of each rank. `finished`: files that nobody has to write.
 
-    `finished`: files that nobody has to write.
+    Files are divided, not their bytes, where an object has one writer, or ranks do not know each other's checksums.
     """
     sizes = [
         0 if file in finished else contents.layout(file).nbytes
         for file in range(len(contents.names))
     ]
-    if contents.has_checksums and world_size > 1:
+    if contents.has_one_writer or (contents.has_checksums and world_size > 1):
         files = [file for file in range(len(sizes)) if file not in finished]
         return [[[(f, 0, sizes[f]) for f in files[r::world_size]]] for r in range(world_size)]
     count = LANES if world_size == 1 else 1

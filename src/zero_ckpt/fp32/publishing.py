@@ -13,9 +13,8 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
-from zero_ckpt.core.places import local
+from zero_ckpt.core.places import absolute, is_url, move
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.errors import ConfigurationError
 
@@ -27,6 +26,8 @@ FORMATS = {
     "ckpt": ("model", ".ckpt"),
 }
 """Format -> name of its file in a folder."""
+
+_INDEX_LIMIT = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ class Output:
         `finished`: name -> where the file lies; None for one that is in place. `index`: for several files.
         """
         names = list(finished)
-        old = self._old_files()
+        old = self._old_files(storage)
         index_path = f"{self.folder}/{self.index_name}"
         if old & set(names) and len(names) > 1:
             # New files take the names of old ones: without its index the old set is no result, so none is ever mixed.
@@ -71,7 +72,7 @@ class Output:
             storage.sync(self.folder)
         for name, path in finished.items():
             if path is not None:
-                os.replace(path, f"{self.folder}/{name}")
+                move(storage, path, f"{self.folder}/{name}")
         storage.sync(self.folder)
         if index is not None:
             storage.put(index_path, (json.dumps(index, indent=2) + "\n").encode())
@@ -83,13 +84,14 @@ class Output:
         paths = [f"{self.folder}/{name}" for name in names]
         return paths if index is None else [*paths, index_path]
 
-    def _old_files(self) -> set[str]:
+    def _old_files(self, storage: Storage) -> set[str]:
         """Names of the earlier result's files: the single one, and those that the index lists."""
-        found = set(self.names(1)) & set(os.listdir(self.folder))
+        there = {entry.name for entry in storage.list(self.folder)}
+        found = set(self.names(1)) & there
         shard = re.compile(rf"{re.escape(self.stem)}-\d{{5,}}-of-\d{{5,}}{re.escape(self.suffix)}")
         with suppress(OSError, ValueError, AttributeError, KeyError):
-            listed = json.loads(Path(self.folder, self.index_name).read_text())["weight_map"]
-            found |= {name for name in listed.values() if shard.fullmatch(name)}
+            index = json.loads(storage.get(f"{self.folder}/{self.index_name}", _INDEX_LIMIT))
+            found |= {name for name in index["weight_map"].values() if shard.fullmatch(name)}
         return found
 
 
@@ -97,14 +99,16 @@ def output_of(path: str | os.PathLike[str], format: str | None) -> Output:
     """A path with the suffix of a format is a file's, any other a folder's. Raises `ConfigurationError`."""
     if format is not None and format not in FORMATS:
         raise ConfigurationError(f"format is one of {', '.join(FORMATS)}; found {format!r}")
-    target = Path(local(path, "full weights"))
+    target = absolute(path)
+    folder, _, name = target.rpartition("/")
+    stem, suffix = os.path.splitext(name)
     suffixes = {suffix: name for name, (_, suffix) in FORMATS.items()}
-    if target.is_dir() or target.suffix not in suffixes:
+    if suffix not in suffixes or (not is_url(target) and os.path.isdir(target)):
         kind = format or "safetensors"
-        return Output(str(target), *FORMATS[kind], kind)
-    kind = suffixes[target.suffix]
+        return Output(target, *FORMATS[kind], kind)
+    kind = suffixes[suffix]
     if format is not None and format != kind:
         raise ConfigurationError(
-            f"{target}: a file named *{target.suffix} in format {format!r}; use '{FORMATS[format][1]}' or a folder"
+            f"{target}: a file named *{suffix} in format {format!r}; use '{FORMATS[format][1]}' or a folder"
         )
-    return Output(str(target.parent), target.stem, target.suffix, kind)
+    return Output(folder or "/", stem, suffix, kind)
