@@ -110,8 +110,11 @@ def test_wherever_an_export_dies_the_next_writes_what_was_not_finished_and_gives
     wanted = content(tmp_path / "whole")
     assert len(wanted) == 5
     rewritten = []
+    earlier = save(tmp_path / "earlier", 8, seed=3)
     for number in range(0, 1000, every):
         out = tmp_path / "out"
+        export_fp32(earlier, out, format=format, max_shard_size=3 * limit(8))
+        assert len(content(out)) == 3
         with dead_from(lambda operation, number=number: operation.number == number):  # type: ignore[misc]
             try:
                 export_fp32(source, out, **options)
@@ -119,7 +122,7 @@ def test_wherever_an_export_dies_the_next_writes_what_was_not_finished_and_gives
                 pass
             else:
                 break
-        finished = finished_in(out) if out.exists() else set()
+        finished = finished_in(out)
         with watched() as storage:
             export_fp32(source, out, **options)
         assert content(out) == wanted, number

@@ -196,8 +196,9 @@ class _Export:
         journal = self._journal
         finished = {name: journal.finished(name) for name in self._contents.names}
         try:
-            paths = self._output.publish(self._storage, finished, self._contents.index)
-            journal.clear()
+            old = journal.replace(self._output.old_files(self._storage))
+            paths = self._output.publish(self._storage, finished, self._contents.index, old)
+            journal.clear(all_of_it=True)
             return {"paths": paths}
         except OSError as error:
             raise SaveError(

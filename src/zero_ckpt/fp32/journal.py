@@ -45,6 +45,25 @@ class Journal:
         """Where this run writes file `name`."""
         return self._path(name, self.nonce)
 
+    def replace(self, old: set[str]) -> set[str]:
+        """Remember names of files that will be replaced; returns also those that earlier runs were about to replace.
+
+        Between a new index and the removal of the last old file nothing else knows of them.
+        """
+        found = set(old)
+        for entry, _ in self._hidden():
+            if entry.endswith(".replaced"):
+                with suppress(OSError, ValueError, TypeError):
+                    names = json.loads(
+                        self.storage.get(f"{self.output.folder}/{entry}", _NOTE_LIMIT)
+                    )
+                    found.update(name for name in names if self.output.owns(name))
+        if found:
+            stem = self._stem(f"{self.output.stem}{self.output.suffix}", self.nonce)
+            path = f"{stem}.{uuid.uuid4().hex[:8]}.replaced"
+            self.storage.put(path, json.dumps(sorted(found)).encode())
+        return found
+
     def finished(self, name: str) -> str | None:
         """Where a finished file lies; None for one that is in place."""
         return self.taken.get(name, self.path(name))
@@ -72,9 +91,19 @@ class Journal:
         self.clear(lambda name, nonce: kept.get(name) == nonce)
         return [file for file, name in enumerate(names) if name in kept]
 
-    def clear(self, keep: Callable[[str, str], bool] = lambda name, nonce: False) -> None:
-        """Remove hidden files of exports to this output, but for those with this key that `keep(name, nonce)`."""
+    def clear(
+        self,
+        keep: Callable[[str, str], bool] = lambda name, nonce: False,
+        *,
+        all_of_it: bool = False,
+    ) -> None:
+        """Remove hidden files of exports to this output, but for those with this key that `keep(name, nonce)`.
+
+        What was to be replaced is forgotten only with `all_of_it`, once that is done.
+        """
         for entry, (name, key, nonce) in list(self._hidden()):
+            if entry.endswith(".replaced") and not all_of_it:
+                continue
             if key != self.key or not keep(name, nonce):
                 self.storage.remove(f"{self.output.folder}/{entry}")
 
@@ -138,7 +167,7 @@ class Journal:
         stem, suffix = re.escape(self.output.stem), re.escape(self.output.suffix)
         pattern = re.compile(
             rf"\.({stem}(?:-\d{{5,}}-of-\d{{5,}})?{suffix})\.(?:([0-9a-f]{{16}})\.)?([0-9a-f]{{8}})"
-            r"\.(?:partial|[0-9a-f]{8}\.written(?:\.tmp)?)"
+            r"\.(?:partial|[0-9a-f]{8}\.(?:written|replaced)(?:\.tmp)?)"
         )
         with suppress(FileNotFoundError):
             for entry in self.storage.list(self.output.folder):

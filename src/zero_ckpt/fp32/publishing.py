@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -53,20 +53,26 @@ class Output:
     def index_name(self) -> str:
         return f"{self.stem}{self.suffix}.index.json"
 
+    def owns(self, name: str) -> bool:
+        """Whether a result could have a file of this name."""
+        stem, suffix = re.escape(self.stem), re.escape(self.suffix)
+        return bool(re.fullmatch(rf"{stem}(-\d{{5,}}-of-\d{{5,}})?{suffix}", name))
+
     def publish(
         self,
         storage: Storage,
         finished: Mapping[str, str | None],
         index: Mapping[str, object] | None,
+        old: Collection[str],
     ) -> list[str]:
         """Put finished files in place of what was there; returns all paths.
 
-        `finished`: name -> where the file lies; None for one that is in place. `index`: for several files.
+        `finished`: name -> where the file lies; None for one that is in place. `index`: for several files. `old`: names
+        of files that are replaced.
         """
         names = list(finished)
-        old = self._old_files(storage)
         index_path = f"{self.folder}/{self.index_name}"
-        if old & set(names) and len(names) > 1:
+        if set(old) & set(names) and len(names) > 1:
             # New files take the names of old ones: without its index the old set is no result, so none is ever mixed.
             storage.remove(index_path)
             storage.sync(self.folder)
@@ -78,20 +84,19 @@ class Output:
             storage.put(index_path, (json.dumps(index, indent=2) + "\n").encode())
         else:
             storage.remove(index_path)
-        for name in old - set(names):
+        for name in set(old) - set(names):
             storage.remove(f"{self.folder}/{name}")
         storage.sync(self.folder)
         paths = [f"{self.folder}/{name}" for name in names]
         return paths if index is None else [*paths, index_path]
 
-    def _old_files(self, storage: Storage) -> set[str]:
+    def old_files(self, storage: Storage) -> set[str]:
         """Names of the earlier result's files: the single one, and those that the index lists."""
         there = {entry.name for entry in storage.list(self.folder)}
         found = set(self.names(1)) & there
-        shard = re.compile(rf"{re.escape(self.stem)}-\d{{5,}}-of-\d{{5,}}{re.escape(self.suffix)}")
         with suppress(OSError, ValueError, AttributeError, KeyError):
             index = json.loads(storage.get(f"{self.folder}/{self.index_name}", _INDEX_LIMIT))
-            found |= {name for name in index["weight_map"].values() if shard.fullmatch(name)}
+            found |= {name for name in index["weight_map"].values() if self.owns(name)}
         return found
 
 
