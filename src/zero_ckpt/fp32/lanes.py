@@ -102,18 +102,18 @@ class ShareWriter:
         for file, begin, end in lane:
             layout, name = self._contents.layout(file), self._contents.names[file]
             path, is_shared = self._journal.path(name), file in shared
-            created = self._storage.create(path, layout.nbytes, shared=is_shared)
-            writer = NotedWriter(created, layout.nbytes)
+            writer = self._storage.create(path, layout.nbytes, shared=is_shared)
+            noted = NotedWriter(writer, layout.nbytes) if len(self._contents.names) > 1 else None
             try:
                 assembler = Assembler(self._contents.checkpoint.shards, cache, layout)
                 sums = self._checksums[file]
-                left = write_range(writer, assembler, sums, begin, end, pool, meter.add)
+                left = write_range(noted or writer, assembler, sums, begin, end, pool, meter.add)
                 writer.finish(layout.nbytes)
             except BaseException:
                 writer.abort()
                 raise
-            if len(self._contents.names) > 1:
-                self._journal.note(name, writer.sums)
+            if noted is not None:
+                self._journal.note(name, noted.sums)
             waiting += [(file, start, min(start + WINDOW, end)) for start in left]
         return waiting
 
