@@ -16,6 +16,7 @@ from tests.faults.jobs import SHORT, Job, Raised, contents, raised, warned
 from tests.object_server import BUCKET, Request, S3Server
 from tests.workers import run_ranks
 from zero_ckpt.cli import main
+from zero_ckpt.core.control import control_for_process_group
 from zero_ckpt.core.places import AnyStorage, absolute
 from zero_ckpt.core.retention import remove_tag
 from zero_ckpt.errors import CheckpointNotFoundError, ConfigurationError, CorruptShardError
@@ -58,6 +59,11 @@ def save_and_overwrite(directory: str, **options: Any) -> list[str]:
 
 def bits_at(step: int) -> str:
     return Job.at(step, sharded=True).bits()
+
+
+def exported(folder: str) -> list[str]:
+    """Names of what lies in a folder."""
+    return [entry.name for entry in storage.list(folder)]
 
 
 def load_elsewhere(directory: str) -> str:
@@ -173,10 +179,34 @@ def test_every_command_takes_a_url(
         "model/first.weight"
     )
     assert (tmp_path / "fp32" / "model.safetensors").exists()
-    assert main(["export", RUN, f"{RUN}/fp32"]) == 2
-    assert "mounted file system only" in capsys.readouterr().err
+    assert main(["export", RUN, f"{RUN}/fp32"]) == 0
+    assert f"{RUN}/fp32/model.safetensors" in capsys.readouterr().out
     assert main(["ls", f"{RUN}/nothing/there"]) == 2
     assert "no such checkpoint directory" in capsys.readouterr().err
+
+
+def export_together(source: str, out: str) -> list[str]:
+    control = control_for_process_group()
+    return zero_ckpt.export_fp32(source, out, format="bin", max_shard_size="20MB", control=control)
+
+
+def test_ranks_share_the_files_of_an_export_and_large_ones_go_up_in_parts(
+    server: S3Server, tmp_path: Path
+) -> None:
+    model = torch.nn.ModuleList(torch.nn.Linear(2000, 2000) for _ in range(2))
+    zero_ckpt.save_checkpoint(tmp_path / "source", model, step=1)
+    found = run_ranks(export_together, WORLD, str(tmp_path / "source"), f"{RUN}/fp32")
+    names = [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+    names.append("pytorch_model.bin.index.json")
+    assert found == [[f"{RUN}/fp32/{name}" for name in names]] * WORLD
+    assert exported(f"{RUN}/fp32") == names
+    assert sum(request.is_part for request in server.requests) >= 4
+    zero_ckpt.export_fp32(
+        tmp_path / "source", tmp_path / "out", format="bin", max_shard_size="20MB"
+    )
+    for name in names:
+        data = storage.get(f"{RUN}/fp32/{name}", 1 << 30)
+        assert data == (tmp_path / "out" / name).read_bytes()
 
 
 def test_retention_and_removal_take_the_manifest_first(server: S3Server) -> None:
@@ -207,7 +237,7 @@ def train_with_lightning(directory: str, cwd: str) -> int:
 
     def trainer(epochs: int) -> Any:
         return pl.Trainer(
-            strategy=zero_ckpt.lightning.ZeroStrategy(export=False),
+            strategy=zero_ckpt.lightning.ZeroStrategy(),
             accelerator="cpu",
             devices=WORLD,
             max_epochs=epochs,
@@ -229,7 +259,8 @@ def train_with_lightning(directory: str, cwd: str) -> int:
 def test_lightning_trains_and_resumes_from_a_url(server: S3Server, tmp_path: Path) -> None:
     assert run_ranks(train_with_lightning, WORLD, RUN, str(tmp_path)) == [9, 9]
     tags = [entry.name for entry in storage.list(f"{RUN}/checkpoints") if entry.is_dir]
-    assert tags == ["epoch=2-step=9.ckpt", "last.ckpt"]
+    assert tags == ["epoch=2-step=9.ckpt", "fp32", "last.ckpt"]
+    assert exported(f"{RUN}/checkpoints/fp32") == ["model.safetensors"]
     assert contents(f"{RUN}/checkpoints/last.ckpt")["objects"]
     assert list(tmp_path.iterdir()) == []
 
@@ -241,7 +272,7 @@ def save_with_accelerate(directory: str, cwd: str) -> list[Any]:
 
     os.chdir(cwd)
     accelerator = Accelerator(cpu=True)
-    zero_ckpt.accelerate.attach(accelerator, export=False)
+    zero_ckpt.accelerate.attach(accelerator)
     model = torch.nn.Linear(3, 2)
     model, optimizer = accelerator.prepare(model, torch.optim.Adam(model.parameters()))
     model(torch.ones(1, 3)).sum().backward()
@@ -252,12 +283,15 @@ def save_with_accelerate(directory: str, cwd: str) -> list[Any]:
     with torch.no_grad():
         weight.zero_()
     told += [accelerator.load_state(directory), weight.tolist() == before]
-    return [*told, accelerator.load_state(f"{directory}/global_step1")]
+    told.append(accelerator.load_state(f"{directory}/global_step1"))
+    accelerator.end_training()
+    return told
 
 
 def test_accelerate_saves_to_and_loads_from_a_url(server: S3Server, tmp_path: Path) -> None:
     told = run_ranks(save_with_accelerate, WORLD, RUN, str(tmp_path))
     assert told == [[RUN, "kept", True, "kept"]] * WORLD
+    assert exported(f"{RUN}/fp32") == ["model.safetensors"]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -17,6 +17,8 @@ from safetensors.torch import load_file
 from tests.accelerate.harness import Net, assert_same, batches, impatient, make, on_ranks, train
 from tests.lightning.harness import whole
 from zero_ckpt.accelerate import attach
+from zero_ckpt.accelerate.huggingface import save_configuration
+from zero_ckpt.core.places import AnyStorage
 
 
 def weights_of(made: Any) -> dict[str, torch.Tensor]:
@@ -171,3 +173,23 @@ def hugging_face(out: str, stage: int, dtype: str) -> dict[str, torch.Tensor]:
     weights = weights_of([accelerator])
     accelerator.end_training()
     return weights
+
+
+class Configuration:
+    """As Hugging Face's: saves itself into a folder on a disk."""
+
+    dtype: Any = None
+
+    def save_pretrained(self, folder: str) -> None:
+        Path(folder, "config.json").write_text(str(self.dtype))
+
+
+@pytest.mark.parametrize(("name", "written"), [("fp32", True), ("weights.bin", False)])
+def test_a_configuration_goes_beside_weights_in_an_object_store(name: str, written: bool) -> None:
+    model = torch.nn.Linear(2, 2)
+    model.config = Configuration()  # type: ignore[assignment]
+    url = f"memory://configurations/{name}"
+    assert save_configuration(model, url, "fp32") == written
+    if written:
+        assert AnyStorage().get(f"{url}/config.json", 100) == b"torch.float32"
+    assert model.config.dtype is None

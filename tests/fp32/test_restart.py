@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import zero_ckpt
-from tests.workers import start_ranks
+from tests.workers import run_ranks, start_ranks
 from zero_ckpt.core.control import control_for_process_group
 from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.errors import RankTimeoutError, SaveError
@@ -110,8 +110,11 @@ def test_wherever_an_export_dies_the_next_writes_what_was_not_finished_and_gives
     wanted = content(tmp_path / "whole")
     assert len(wanted) == 5
     rewritten = []
+    earlier = save(tmp_path / "earlier", 8, seed=3)
     for number in range(0, 1000, every):
         out = tmp_path / "out"
+        export_fp32(earlier, out, format=format, max_shard_size=3 * limit(8))
+        assert len(content(out)) == 3
         with dead_from(lambda operation, number=number: operation.number == number):  # type: ignore[misc]
             try:
                 export_fp32(source, out, **options)
@@ -119,7 +122,7 @@ def test_wherever_an_export_dies_the_next_writes_what_was_not_finished_and_gives
                 pass
             else:
                 break
-        finished = finished_in(out) if out.exists() else set()
+        finished = finished_in(out)
         with watched() as storage:
             export_fp32(source, out, **options)
         assert content(out) == wanted, number
@@ -251,6 +254,39 @@ def test_deepspeed_s_files_count_with_the_time_of_their_last_change(tmp_path: Pa
     with watched() as storage:
         export_fp32(source, out, **OPTIONS)
     assert len(written(storage)) == 4
+
+
+def test_a_source_that_changes_meanwhile_gives_no_mixture(tmp_path: Path) -> None:
+    convert_to_universal(save(tmp_path / "ours", 8), tmp_path / "source")
+    weights = next((tmp_path / "source").glob("**/3.weight/fp32.pt"))
+
+    def hook(operation: Operation) -> None:
+        if operation.name == "finish" and "-00002-of-" in operation.path:
+            weights.write_bytes(weights.read_bytes())
+
+    with watched(hook), pytest.raises(SaveError, match="replaced or changed while it was exported"):
+        export_fp32(tmp_path / "source", tmp_path / "out", **OPTIONS)
+    assert os.listdir(tmp_path / "out") == []
+    tag = weights.parents[2]
+    export_fp32(tmp_path / "source", tag, **OPTIONS)  # its own files are none of the source's
+    assert len(list(tag.glob("model-*"))) == 4
+
+
+def look_elsewhere(source: Path, other: Path, out: Path) -> str:
+    if os.environ["RANK"] == "1":
+        opened = export.Checkpoint
+        export.Checkpoint = lambda storage, _: opened(storage, str(other / "t"))  # type: ignore[assignment, misc]
+    with pytest.raises(SaveError) as caught:
+        export_fp32(source, out, control=control_for_process_group(), timeout=20.0)
+    return str(caught.value)
+
+
+def test_ranks_that_see_different_checkpoints_give_no_mixture(tmp_path: Path) -> None:
+    source, other = save(tmp_path / "source", 8), save(tmp_path / "other", 8, seed=1)
+    for error in run_ranks(look_elsewhere, 2, source, other, tmp_path / "out"):
+        assert "rank 1: " in error
+        assert "ranks see different checkpoints" in error
+    assert os.listdir(tmp_path / "out") == []
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "note", "remove"])

@@ -15,7 +15,7 @@ from zero_ckpt.accelerate.huggingface import save_configuration
 from zero_ckpt.accelerate.saving import SaveMixin
 from zero_ckpt.core.control import ControlPlane, LocalControl
 from zero_ckpt.core.handle import SaveHandle
-from zero_ckpt.core.places import local
+from zero_ckpt.core.places import absolute
 from zero_ckpt.core.retention import remove_tag
 from zero_ckpt.core.state import Snapshot, capture_models
 from zero_ckpt.core.tag_folder import read_manifest
@@ -82,7 +82,7 @@ class EndMixin(SaveMixin):
 
     def _zero_export_live(self, path: str, control: ControlPlane) -> None:
         """Nothing was saved: commit the weights alone, in the export's folder, for as long as it takes."""
-        folder = local(path, "full weights")
+        folder = absolute(path)
         models = self.zero_models()
 
         def weights() -> Snapshot:

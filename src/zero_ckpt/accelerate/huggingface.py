@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import os
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
@@ -14,6 +16,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from zero_ckpt.accelerate.base import innermost
 from zero_ckpt.core.dtensors import TORCH_DTYPES
+from zero_ckpt.core.places import AnyStorage, absolute, is_url
+from zero_ckpt.fp32.publishing import output_of
 from zero_ckpt.fp32.selection import DTYPES
 
 __all__ = ["save_configuration"]
@@ -24,20 +28,33 @@ def save_configuration(model: nn.Module, path: str | os.PathLike[str], dtype: st
     file. `dtype`: of the exported weights, as `export_fp32` takes it; the configuration states it, too.
     """
     inner: Any = innermost(model)
-    own = getattr(inner, "config", None)
-    if not hasattr(own, "save_pretrained") or not os.path.isdir(path):
+    folder = absolute(path)
+    if not hasattr(getattr(inner, "config", None), "save_pretrained"):
         return False
-    config: Any = copy.deepcopy(own)
+    if output_of(folder, None).folder != folder:
+        return False
+    if not is_url(folder):
+        _write(inner, folder, dtype)
+        return True
+    storage = AnyStorage()
+    with TemporaryDirectory() as local_folder:
+        _write(inner, local_folder, dtype)
+        for name in os.listdir(local_folder):
+            storage.put(f"{folder}/{name}", Path(local_folder, name).read_bytes())
+    return True
+
+
+def _write(inner: Any, folder: str, dtype: str) -> None:
+    config: Any = copy.deepcopy(inner.config)
     written = DTYPES[dtype]
     if written is not None:
         name = "dtype" if hasattr(config, "dtype") else "torch_dtype"
         setattr(config, name, TORCH_DTYPES[written])
     config.architectures = [_class_name(inner)]
-    config.save_pretrained(os.fspath(path))
+    config.save_pretrained(folder)
     generation: Any = getattr(inner, "generation_config", None)
     if hasattr(generation, "save_pretrained"):
-        generation.save_pretrained(os.fspath(path))
-    return True
+        generation.save_pretrained(folder)
 
 
 def _class_name(model: nn.Module) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import time
 
 from zero_ckpt.cli.notices import find_source, for_people
 from zero_ckpt.cli.progress import Progress
 from zero_ckpt.cli.text import json_text, printable, size_text, table
+from zero_ckpt.core.places import AnyStorage
 
 SUMMARY = "collapse a checkpoint into full fp32 weights"
 DESCRIPTION = """\
@@ -24,7 +24,9 @@ EXAMPLES = """\
 
 def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="a tag's folder, or a checkpoint directory")
-    parser.add_argument("output", metavar="OUT", help="folder, or file with a format's suffix")
+    parser.add_argument(
+        "output", metavar="OUT", help="folder, or file with a format's suffix; may be a URL"
+    )
     parser.add_argument(
         "--format",
         choices=["safetensors", "bin", "ckpt"],
@@ -56,6 +58,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _size(path: str) -> int:
+    file = AnyStorage().open(path)
+    file.close()
+    return file.nbytes
+
+
 def run(options: argparse.Namespace) -> int:
     begin = time.monotonic()
     source = find_source("export", options.path)
@@ -74,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
             weights_only=not options.allow_pickle,
             progress=progress.set,
         )
-    sizes = {path: os.path.getsize(path) for path in paths}
+    sizes = {path: _size(path) for path in paths}
     if options.json:
         files = [{"path": path, "nbytes": nbytes} for path, nbytes in sizes.items()]
         print(json_text({"checkpoint": source, "files": files}))

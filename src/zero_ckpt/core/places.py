@@ -14,7 +14,7 @@ from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.core.storage import Entry, FileReader, FileWriter, Storage
 from zero_ckpt.errors import ConfigurationError
 
-__all__ = ["AnyStorage", "absolute", "expanded", "is_url", "local", "resolved"]
+__all__ = ["AnyStorage", "absolute", "expanded", "is_url", "local", "move", "resolved"]
 
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 _BROKEN_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)")
@@ -65,6 +65,21 @@ def local(path: str | os.PathLike[str], what: str) -> str:
             f"{text}: {what} can be written to a mounted file system only. Give a local path, and copy the result."
         )
     return text
+
+
+def move(storage: Storage, path: str, target: str) -> None:
+    """Give a finished file another name in its storage, in place of what had it: at once, and whole.
+
+    An object store copies it for that, on its own side.
+    """
+    if not is_url(target):
+        os.replace(path, target)
+        return
+    from zero_ckpt.core.object_storage import ObjectStorage
+
+    remote = storage.at(target) if isinstance(storage, AnyStorage) else storage
+    assert isinstance(remote, ObjectStorage)
+    remote.move(path, target)
 
 
 class AnyStorage:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from zero_ckpt.core.checkpoint import Checkpoint
+from zero_ckpt.core.places import is_url
 from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.fp32.layout import (
     FileLayout,
@@ -69,6 +70,11 @@ class Contents:
     def has_checksums(self) -> bool:
         """Whether a file holds sums of all its bytes, as an archive does."""
         return self._format != "safetensors"
+
+    @property
+    def has_one_writer(self) -> bool:
+        """Whether a file must come from one lane, as an object does."""
+        return is_url(self._options.output.folder)
 
     @property
     def num_sources(self) -> int:

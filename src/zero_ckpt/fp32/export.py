@@ -50,7 +50,8 @@ def export_fp32(
     """Write the full state dict of a checkpoint to `output`; returns the paths of the files, an index file last.
 
     `checkpoint_dir`, `tag`: as for `get_fp32_state_dict_from_zero_checkpoint`, whose tensors these are.
-    `output`: a folder, or a file with the suffix of a format. An earlier result of that name is replaced at the end.
+    `output`: a folder, or a file with the suffix of a format; a path or a URL. An earlier result of that name is
+    replaced at the end.
     `format`: `safetensors` (`model.safetensors`), `bin` (`pytorch_model.bin`, for `torch.load`) or `ckpt`
     (`model.ckpt`, for Lightning's `load_from_checkpoint`); None: by the suffix, else `safetensors`.
     `max_shard_size`: bytes, or a text like `5GB`; more than that becomes several files and a Hugging Face index.
@@ -94,6 +95,7 @@ class _Export:
         self._storage = AnyStorage()
         self._contents: Contents | None = None
         self._journal: Journal | None = None
+        self._is_unchanged: Callable[[], bool] = lambda: True
 
     def run(self, path: str, tag: str | None) -> list[str]:
         try:
@@ -150,6 +152,7 @@ class _Export:
         path, tag, _ = asked[0]
         found = find_checkpoint(self._storage, path, tag)
         state = source_state(found.folder, found.manifest)
+        self._is_unchanged = lambda: source_state(found.folder, found.manifest) == state
         contents = self._open(found.folder)
         sizes = [contents.layout(file).nbytes for file in range(len(contents.names))]
         key, nonce = export_key(contents, self._options, state), uuid.uuid4().hex[:8]
@@ -167,6 +170,7 @@ class _Export:
         notices = [fallback_notice(found.problems, found.folder)] if found.problems else []
         return {
             "folder": found.folder,
+            "state": state,
             "key": key,
             "nonce": nonce,
             "kept": kept,
@@ -174,6 +178,9 @@ class _Export:
         }
 
     def _write(self, contents: Contents, start: dict[str, Any]) -> None:
+        is_known = self._control.rank > 0 and start["state"] is not None
+        if is_known and export_key(contents, self._options, start["state"]) != start["key"]:
+            raise _replaced(start["folder"])
         journal = Journal(self._storage, self._output, start["key"], start["nonce"])
         lanes = lanes_of(contents, self._control.world_size, start["kept"])
         writer = ShareWriter(self._storage, contents, journal, self._advance)
@@ -192,14 +199,14 @@ class _Export:
             raise by_name(name, text if same else f"rank {rank}: {text}")
         assert self._contents is not None
         assert self._journal is not None
+        if not self._is_unchanged():
+            raise _replaced(self._contents.checkpoint.path)
         journal = self._journal
-        finished = {
-            name: None if name in journal.in_place else journal.path(name)
-            for name in self._contents.names
-        }
+        finished = {name: journal.finished(name) for name in self._contents.names}
         try:
-            paths = self._output.publish(self._storage, finished, self._contents.index)
-            journal.clear()
+            old = journal.replace(self._output.old_files(self._storage))
+            paths = self._output.publish(self._storage, finished, self._contents.index, old)
+            journal.clear(all_of_it=True)
             return {"paths": paths}
         except OSError as error:
             raise SaveError(
@@ -223,6 +230,13 @@ def _problem(error: Exception, output: Output) -> list[str]:
     if not isinstance(error, ZeroCkptError):
         error = _as_save_error(error, output)
     return [type(error).__name__, str(error)]
+
+
+def _replaced(folder: str) -> SaveError:
+    return SaveError(
+        f"{folder}: it was replaced or changed while it was exported, or ranks see different checkpoints there. "
+        "Nothing was put in place, and an earlier result is untouched: export again."
+    )
 
 
 def _as_save_error(error: Exception, output: Output) -> SaveError:

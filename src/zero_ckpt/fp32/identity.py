@@ -18,27 +18,28 @@ from zero_ckpt.fp32.writing import WINDOW
 __all__ = ["export_key", "source_state"]
 
 
-def source_state(folder: str, manifest: Manifest) -> str:
+def source_state(folder: str, manifest: Manifest) -> str | None:
     """What tells a tag folder from itself with other content. Ask before its files are opened.
 
-    Our manifest holds checksums of all data. Another system's does not: there every file counts, with its identity and
-    the time of its last change, which no program can set. Where those are not known no two states are the same.
+    Our manifest holds checksums of all data. Another system's does not: there every `.pt` file counts, with its
+    identity and the time of its last change, which no program can set. None where those are not known.
     """
     if not isinstance(manifest, ForeignManifest):
         return ""
     if is_url(folder):
-        return uuid.uuid4().hex
+        return None
     found = []
     for path, folders, names in os.walk(folder):
         folders.sort()
-        for name in sorted(names):
+        for name in sorted(name for name in names if name.endswith(".pt")):
             state = os.stat(f"{path}/{name}")
             found.append((path, name, state.st_dev, state.st_ino, state.st_size, state.st_ctime_ns))
     return xxhash.xxh3_128_hexdigest(json.dumps(found).encode())
 
 
-def export_key(contents: Contents, options: Options, state: str) -> str:
-    """16 hexadecimal digits. `state`: of the source."""
+def export_key(contents: Contents, options: Options, state: str | None) -> str:
+    """16 hexadecimal digits. `state`: of the source; when it is not known no two keys are the same."""
+    state = uuid.uuid4().hex if state is None else state
     manifest = contents.checkpoint.manifest
     hasher = xxhash.xxh3_64()
     own = b"" if isinstance(manifest, ForeignManifest) else manifest.to_bytes()

@@ -10,7 +10,6 @@ finds is removed. As a run never writes to a name with another's nonce, two of t
 from __future__ import annotations
 
 import json
-import os
 import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,17 +33,40 @@ Sums = dict[int, int]
 
 @dataclass(slots=True)
 class Journal:
-    """Of one run. `in_place`: files that an earlier run with this key had put in place already."""
+    """Of one run. `taken`: files of earlier runs -> where each lies; None for one that is in place already."""
 
     storage: Storage
     output: Output
     key: str
     nonce: str
-    in_place: set[str] = field(default_factory=set)
+    taken: dict[str, str | None] = field(default_factory=dict)
 
     def path(self, name: str) -> str:
         """Where this run writes file `name`."""
         return self._path(name, self.nonce)
+
+    def replace(self, old: set[str]) -> set[str]:
+        """Remember names of files that will be replaced; returns also those that earlier runs were about to replace.
+
+        Between a new index and the removal of the last old file nothing else knows of them.
+        """
+        found = set(old)
+        for entry, _ in self._hidden():
+            if entry.endswith(".replaced"):
+                with suppress(OSError, ValueError, TypeError):
+                    names = json.loads(
+                        self.storage.get(f"{self.output.folder}/{entry}", _NOTE_LIMIT)
+                    )
+                    found.update(name for name in names if self.output.owns(name))
+        if found:
+            stem = self._stem(f"{self.output.stem}{self.output.suffix}", self.nonce)
+            path = f"{stem}.{uuid.uuid4().hex[:8]}.replaced"
+            self.storage.put(path, json.dumps(sorted(found)).encode())
+        return found
+
+    def finished(self, name: str) -> str | None:
+        """Where a finished file lies; None for one that is in place."""
+        return self.taken.get(name, self.path(name))
 
     def note(self, name: str, sums: Mapping[int, int]) -> None:
         """These windows of a file are durable."""
@@ -61,23 +83,29 @@ class Journal:
         this output left is removed.
         """
         noted = self._noted()
-        kept = [
-            file
-            for file, name in enumerate(names)
-            if any(
-                self._take(name, sizes[file], nonce, sums, alive)
-                for nonce, sums in noted.get(name, {}).items()
-            )
-        ]
-        self.clear(lambda name, nonce: nonce == self.nonce)
-        return kept
+        kept: dict[str, str] = {}
+        for name, nbytes in zip(names, sizes, strict=True):
+            for nonce, sums in noted.get(name, {}).items():
+                if name not in kept and self._take(name, nbytes, nonce, sums, alive):
+                    kept[name] = nonce
+        self.clear(lambda name, nonce: kept.get(name) == nonce)
+        return [file for file, name in enumerate(names) if name in kept]
 
-    def clear(self, keep: Callable[[str, str], bool] = lambda name, nonce: False) -> None:
-        """Remove hidden files of exports to this output, but for those with this key that `keep(name, nonce)`."""
+    def clear(
+        self,
+        keep: Callable[[str, str], bool] = lambda name, nonce: False,
+        *,
+        all_of_it: bool = False,
+    ) -> None:
+        """Remove hidden files of exports to this output, but for those with this key that `keep(name, nonce)`.
+
+        What was to be replaced is forgotten only with `all_of_it`, once that is done.
+        """
         for entry, (name, key, nonce) in list(self._hidden()):
+            if entry.endswith(".replaced") and not all_of_it:
+                continue
             if key != self.key or not keep(name, nonce):
-                with suppress(FileNotFoundError):
-                    os.unlink(f"{self.output.folder}/{entry}")
+                self.storage.remove(f"{self.output.folder}/{entry}")
 
     def clear_unfinished(self, sizes: Mapping[str, int]) -> None:
         """After an interruption: keep what the next run can take over. `sizes`: of the files, by name."""
@@ -93,17 +121,12 @@ class Journal:
     ) -> bool:
         if not _covers(sums, nbytes):
             return False
-        placed, hidden = f"{self.output.folder}/{name}", self._path(name, nonce)
-        if self._holds(placed, nbytes, sums, alive):
-            self.note(name, sums)
-            self.in_place.add(name)
-            return True
-        if self._holds(hidden, nbytes, sums, alive):
-            self.note(name, sums)
-            with suppress(FileNotFoundError):  # another run has been faster
-                os.replace(hidden, self.path(name))
-                return True
-        return False
+        hidden = self._path(name, nonce)
+        if self._holds(f"{self.output.folder}/{name}", nbytes, sums, alive):
+            self.taken[name] = None
+        elif self._holds(hidden, nbytes, sums, alive):
+            self.taken[name] = hidden
+        return name in self.taken
 
     def _holds(self, path: str, nbytes: int, sums: Sums, alive: Callable[[], None]) -> bool:
         """Whether there is a file with these checksums."""
@@ -144,12 +167,12 @@ class Journal:
         stem, suffix = re.escape(self.output.stem), re.escape(self.output.suffix)
         pattern = re.compile(
             rf"\.({stem}(?:-\d{{5,}}-of-\d{{5,}})?{suffix})\.(?:([0-9a-f]{{16}})\.)?([0-9a-f]{{8}})"
-            r"\.(?:partial|[0-9a-f]{8}\.written(?:\.tmp)?)"
+            r"\.(?:partial|[0-9a-f]{8}\.(?:written|replaced)(?:\.tmp)?)"
         )
-        with suppress(FileNotFoundError, NotADirectoryError):
-            for entry in sorted(os.listdir(self.output.folder)):
-                if match := pattern.fullmatch(entry):
-                    yield entry, (match[1], match[2] or "", match[3])
+        with suppress(FileNotFoundError):
+            for entry in self.storage.list(self.output.folder):
+                if match := pattern.fullmatch(entry.name):
+                    yield entry.name, (match[1], match[2] or "", match[3])
 
     def _stem(self, name: str, nonce: str) -> str:
         return f"{self.output.folder}/.{name}.{self.key}.{nonce}"

@@ -40,15 +40,15 @@ WORTHWHILE_BLOCKS = 4
 def lanes_of(
     contents: Contents, world_size: int, finished: Collection[int] = ()
 ) -> list[list[Lane]]:
-    """The lanes of each rank. Ranks do not know each other's checksums: they divide such files, not their bytes.
+    """The lanes of each rank. `finished`: files that nobody has to write.
 
-    `finished`: files that nobody has to write.
+    Files are divided, not their bytes, where an object has one writer, or ranks do not know each other's checksums.
     """
     sizes = [
         0 if file in finished else contents.layout(file).nbytes
         for file in range(len(contents.names))
     ]
-    if contents.has_checksums and world_size > 1:
+    if contents.has_one_writer or (contents.has_checksums and world_size > 1):
         files = [file for file in range(len(sizes)) if file not in finished]
         return [[[(f, 0, sizes[f]) for f in files[r::world_size]]] for r in range(world_size)]
     count = LANES if world_size == 1 else 1
@@ -102,18 +102,18 @@ class ShareWriter:
         for file, begin, end in lane:
             layout, name = self._contents.layout(file), self._contents.names[file]
             path, is_shared = self._journal.path(name), file in shared
-            created = self._storage.create(path, layout.nbytes, shared=is_shared)
-            writer = NotedWriter(created, layout.nbytes)
+            writer = self._storage.create(path, layout.nbytes, shared=is_shared)
+            noted = NotedWriter(writer, layout.nbytes) if len(self._contents.names) > 1 else None
             try:
                 assembler = Assembler(self._contents.checkpoint.shards, cache, layout)
                 sums = self._checksums[file]
-                left = write_range(writer, assembler, sums, begin, end, pool, meter.add)
+                left = write_range(noted or writer, assembler, sums, begin, end, pool, meter.add)
                 writer.finish(layout.nbytes)
             except BaseException:
                 writer.abort()
                 raise
-            if len(self._contents.names) > 1:
-                self._journal.note(name, writer.sums)
+            if noted is not None:
+                self._journal.note(name, noted.sums)
             waiting += [(file, start, min(start + WINDOW, end)) for start in left]
         return waiting
 

@@ -10,12 +10,11 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
-from zero_ckpt.core.places import local
+from zero_ckpt.core.places import absolute, is_url, move
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.errors import ConfigurationError
 
@@ -27,6 +26,8 @@ FORMATS = {
     "ckpt": ("model", ".ckpt"),
 }
 """Format -> name of its file in a folder."""
+
+_INDEX_LIMIT = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,44 +53,50 @@ class Output:
     def index_name(self) -> str:
         return f"{self.stem}{self.suffix}.index.json"
 
+    def owns(self, name: str) -> bool:
+        """Whether a result could have a file of this name."""
+        stem, suffix = re.escape(self.stem), re.escape(self.suffix)
+        return bool(re.fullmatch(rf"{stem}(-\d{{5,}}-of-\d{{5,}})?{suffix}", name))
+
     def publish(
         self,
         storage: Storage,
         finished: Mapping[str, str | None],
         index: Mapping[str, object] | None,
+        old: Collection[str],
     ) -> list[str]:
         """Put finished files in place of what was there; returns all paths.
 
-        `finished`: name -> where the file lies; None for one that is in place. `index`: for several files.
+        `finished`: name -> where the file lies; None for one that is in place. `index`: for several files. `old`: names
+        of files that are replaced.
         """
         names = list(finished)
-        old = self._old_files()
         index_path = f"{self.folder}/{self.index_name}"
-        if old & set(names) and len(names) > 1:
+        if set(old) & set(names) and len(names) > 1:
             # New files take the names of old ones: without its index the old set is no result, so none is ever mixed.
             storage.remove(index_path)
             storage.sync(self.folder)
         for name, path in finished.items():
             if path is not None:
-                os.replace(path, f"{self.folder}/{name}")
+                move(storage, path, f"{self.folder}/{name}")
         storage.sync(self.folder)
         if index is not None:
             storage.put(index_path, (json.dumps(index, indent=2) + "\n").encode())
         else:
             storage.remove(index_path)
-        for name in old - set(names):
+        for name in set(old) - set(names):
             storage.remove(f"{self.folder}/{name}")
         storage.sync(self.folder)
         paths = [f"{self.folder}/{name}" for name in names]
         return paths if index is None else [*paths, index_path]
 
-    def _old_files(self) -> set[str]:
+    def old_files(self, storage: Storage) -> set[str]:
         """Names of the earlier result's files: the single one, and those that the index lists."""
-        found = set(self.names(1)) & set(os.listdir(self.folder))
-        shard = re.compile(rf"{re.escape(self.stem)}-\d{{5,}}-of-\d{{5,}}{re.escape(self.suffix)}")
+        there = {entry.name for entry in storage.list(self.folder)}
+        found = set(self.names(1)) & there
         with suppress(OSError, ValueError, AttributeError, KeyError):
-            listed = json.loads(Path(self.folder, self.index_name).read_text())["weight_map"]
-            found |= {name for name in listed.values() if shard.fullmatch(name)}
+            index = json.loads(storage.get(f"{self.folder}/{self.index_name}", _INDEX_LIMIT))
+            found |= {name for name in index["weight_map"].values() if self.owns(name)}
         return found
 
 
@@ -97,14 +104,16 @@ def output_of(path: str | os.PathLike[str], format: str | None) -> Output:
     """A path with the suffix of a format is a file's, any other a folder's. Raises `ConfigurationError`."""
     if format is not None and format not in FORMATS:
         raise ConfigurationError(f"format is one of {', '.join(FORMATS)}; found {format!r}")
-    target = Path(local(path, "full weights"))
+    target = absolute(path)
+    folder, _, name = target.rpartition("/")
+    stem, suffix = os.path.splitext(name)
     suffixes = {suffix: name for name, (_, suffix) in FORMATS.items()}
-    if target.is_dir() or target.suffix not in suffixes:
+    if suffix not in suffixes or (not is_url(target) and os.path.isdir(target)):
         kind = format or "safetensors"
-        return Output(str(target), *FORMATS[kind], kind)
-    kind = suffixes[target.suffix]
+        return Output(target, *FORMATS[kind], kind)
+    kind = suffixes[suffix]
     if format is not None and format != kind:
         raise ConfigurationError(
-            f"{target}: a file named *{target.suffix} in format {format!r}; use '{FORMATS[format][1]}' or a folder"
+            f"{target}: a file named *{suffix} in format {format!r}; use '{FORMATS[format][1]}' or a folder"
         )
-    return Output(str(target.parent), target.stem, target.suffix, kind)
+    return Output(folder or "/", stem, suffix, kind)
