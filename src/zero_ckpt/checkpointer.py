@@ -12,7 +12,6 @@ or without ZeroRedundancyOptimizer, nothing at all). The process groups of the t
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, Union
 
@@ -29,6 +28,7 @@ from zero_ckpt.core.custom import CustomLoad
 from zero_ckpt.core.decoupled import AsyncSave, make_engine
 from zero_ckpt.core.handle import SaveHandle
 from zero_ckpt.core.loading import load_together
+from zero_ckpt.core.notices import warn_user
 from zero_ckpt.core.outcome import LoadResult, log_report, report_of
 from zero_ckpt.core.per_rank import (
     CLIENT_STATE,
@@ -223,7 +223,7 @@ class Checkpointer:
         except NothingSavedError as error:
             if not missing_ok:
                 raise
-            warnings.warn(f"NOTHING WAS LOADED, everything stays as it is: {error}", stacklevel=2)
+            warn_user(f"NOTHING WAS LOADED, everything stays as it is: {error}")
             return LoadResult(None, None)
         with loaded.checkpoint as checkpoint:
             if wanted.optimizers:
@@ -232,7 +232,7 @@ class Checkpointer:
             log_report(result.report, checkpoint.path)
             if self._engine.control.rank == 0:
                 for notice in plan.notices:
-                    warnings.warn(notice, stacklevel=2)
+                    warn_user(notice)
             return result
 
     def _prepare(
