@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from zero_ckpt.core import rng
 from zero_ckpt.core.agreement import check_tag_validation
-from zero_ckpt.core.binding import bound_names, named, prefix_of
+from zero_ckpt.core.binding import bound_names, check_kinds, named, prefix_of
 from zero_ckpt.core.bound import Wanted, plan_training, plan_weights
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.custom import CustomLoad
@@ -74,6 +74,7 @@ class Checkpointer:
         self.models: dict[str, nn.Module] = named(model, "models")
         self.optimizers: dict[str, torch.optim.Optimizer] = named(optimizer, "optimizers")
         self.lr_schedulers: dict[str, Any] = named(lr_scheduler, "schedulers")
+        check_kinds(self.models, self.optimizers, self.lr_schedulers)
         if keep_last is not None and keep_last < 1:
             raise ConfigurationError(f"keep_last must be at least 1 or None, found {keep_last}")
         self._zero_stage, self._keep_last = zero_stage, keep_last
