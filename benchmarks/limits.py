@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from benchmarks.measure import bytes_under, make_cold, remove_and_settle
+from benchmarks.measure import bytes_under, make_cold, remove_and_settle, sync
 from benchmarks.ranks import Rank
 from zero_ckpt.core.memory import aligned_buffer
 
@@ -66,7 +66,7 @@ class RawFiles:
         self._each(
             way, lambda i: self._write_one(directory / f"{self.rank.rank}-{i}", way, i, shares[i])
         )
-        _sync_directory(directory)
+        sync(directory)
 
     def read(self, file: Path, way: Way, size: int | None = None) -> None:
         """Reads the first `size` bytes (default: all) of `file`, a part of it in each stream."""
@@ -128,12 +128,8 @@ class RawFiles:
 def copy_durably(source: Path, target: Path) -> None:
     """`cp source target` and fsync of the file and its folder."""
     subprocess.run(["cp", os.fspath(source), os.fspath(target)], check=True)
-    descriptor = os.open(target, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    _sync_directory(target.parent)
+    sync(target)
+    sync(target.parent)
     if bytes_under(target) != bytes_under(source):
         raise OSError(f"{target}: its length differs from {source}")
 
@@ -160,11 +156,3 @@ def _filled_buffer(size: int) -> memoryview:
 def _write_fully(descriptor: int, part: memoryview, offset: int) -> None:
     if os.pwrite(descriptor, part, offset) != len(part):
         raise OSError(f"short raw write of {len(part)} bytes at {offset}")
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

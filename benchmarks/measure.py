@@ -75,6 +75,15 @@ def bytes_under(path: Path) -> int:
     return sum(file.stat().st_size for file in files_under(path))
 
 
+def sync(path: Path) -> None:
+    """Makes a file's bytes, or a folder's entries, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def make_cold(path: Path) -> None:
     """Removes the pages of all files under `path` from the page cache (writing them back first)."""
     for file in files_under(path):

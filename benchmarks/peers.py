@@ -6,14 +6,13 @@ DCP loads into the live tensors, and its writer's thread count is the fastest of
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from benchmarks.measure import remove_and_settle
+from benchmarks.measure import remove_and_settle, sync
 from benchmarks.ranks import Rank
 
 THREAD_COUNTS = (1, 2, 4)
@@ -44,7 +43,7 @@ def best_thread_count(rank: Rank, state: Tensors, directory: Path, trials: int =
 def dcp_collapse(directory: Path, output: Path) -> None:
     """One process, offline: a DCP checkpoint into one durable torch.save file."""
     dcp_to_torch_save(directory, output)
-    _sync(output)
+    sync(output)
 
 
 def torch_save(locals_: Tensors, directory: Path, rank: int) -> None:
@@ -52,7 +51,7 @@ def torch_save(locals_: Tensors, directory: Path, rank: int) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / f"rank{rank}.pt"
     torch.save(locals_, file)
-    _sync(file)
+    sync(file)
 
 
 def torch_load(locals_: Tensors, directory: Path, rank: int) -> None:
@@ -60,11 +59,3 @@ def torch_load(locals_: Tensors, directory: Path, rank: int) -> None:
     loaded = torch.load(directory / f"rank{rank}.pt", weights_only=True)
     for name, tensor in locals_.items():
         tensor.copy_(loaded[name])
-
-
-def _sync(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -521,6 +521,15 @@ def test_a_tag_can_be_overwritten_and_keeps_one_generation(tmp_path: Path) -> No
     assert model.w.tolist() == [3, 3]
 
 
+def test_objects_in_each_others_place_are_refused() -> None:
+    net = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(net.parameters())
+    with pytest.raises(ConfigurationError, match=r"model: found SGD.* The order is model, optim"):
+        Checkpointer(optimizer, net)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="optimizer: found StepLR"):
+        Checkpointer(net, [torch.optim.lr_scheduler.StepLR(optimizer, 1)])  # type: ignore[list-item]
+
+
 def test_keep_last_removes_the_oldest_committed_checkpoints(tmp_path: Path) -> None:
     model = Holder(w=torch.zeros(2))
     (tmp_path / "global_step99").mkdir()

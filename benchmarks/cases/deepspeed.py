@@ -36,6 +36,7 @@ from benchmarks.measure import (
     peak_memory,
     remove_and_settle,
     rotated,
+    sync,
 )
 from benchmarks.ranks import Measured, Rank
 from benchmarks.table import Row, at_least, bounded, faster
@@ -173,7 +174,7 @@ def _savings(rank: Rank, engine: Any) -> list[Contestant]:
     def synced(directory: Path) -> None:
         _save(engine, directory)
         for file in [*files_under(directory), directory / TAG, directory][rank.rank :: RANKS]:
-            _sync(file)
+            sync(file)
 
     found = []
     for name, save in (("save theirs", lambda path: _save(engine, path)), ("save synced", synced)):
@@ -198,14 +199,6 @@ def _loading(
     return Contestant(
         name, lambda _turn: engine.load_checkpoint(str(directory), tag=TAG), prepare=prepare
     )
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ---- the collapse, in one process

@@ -12,7 +12,6 @@ or without ZeroRedundancyOptimizer, nothing at all). The process groups of the t
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, Union
 
@@ -22,13 +21,14 @@ from torch.distributed.tensor import DTensor
 
 from zero_ckpt.core import rng
 from zero_ckpt.core.agreement import check_tag_validation
-from zero_ckpt.core.binding import bound_names, named, prefix_of
+from zero_ckpt.core.binding import bound_names, check_kinds, named, prefix_of
 from zero_ckpt.core.bound import Wanted, plan_training, plan_weights
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.custom import CustomLoad
 from zero_ckpt.core.decoupled import AsyncSave, make_engine
 from zero_ckpt.core.handle import SaveHandle
 from zero_ckpt.core.loading import load_together
+from zero_ckpt.core.notices import warn_user
 from zero_ckpt.core.outcome import LoadResult, log_report, report_of
 from zero_ckpt.core.per_rank import (
     CLIENT_STATE,
@@ -74,6 +74,7 @@ class Checkpointer:
         self.models: dict[str, nn.Module] = named(model, "models")
         self.optimizers: dict[str, torch.optim.Optimizer] = named(optimizer, "optimizers")
         self.lr_schedulers: dict[str, Any] = named(lr_scheduler, "schedulers")
+        check_kinds(self.models, self.optimizers, self.lr_schedulers)
         if keep_last is not None and keep_last < 1:
             raise ConfigurationError(f"keep_last must be at least 1 or None, found {keep_last}")
         self._zero_stage, self._keep_last = zero_stage, keep_last
@@ -223,7 +224,7 @@ class Checkpointer:
         except NothingSavedError as error:
             if not missing_ok:
                 raise
-            warnings.warn(f"NOTHING WAS LOADED, everything stays as it is: {error}", stacklevel=2)
+            warn_user(f"NOTHING WAS LOADED, everything stays as it is: {error}")
             return LoadResult(None, None)
         with loaded.checkpoint as checkpoint:
             if wanted.optimizers:
@@ -232,7 +233,7 @@ class Checkpointer:
             log_report(result.report, checkpoint.path)
             if self._engine.control.rank == 0:
                 for notice in plan.notices:
-                    warnings.warn(notice, stacklevel=2)
+                    warn_user(notice)
             return result
 
     def _prepare(

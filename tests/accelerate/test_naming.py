@@ -174,8 +174,9 @@ def mixed(root: str) -> None:
 
 
 def test_whose_folder_it_is(tmp_path: Path) -> None:
-    assert is_accelerates(str(tmp_path))
+    assert not is_accelerates(str(tmp_path))  # the core says that nothing was saved there
     (tmp_path / "random_states_0.pkl").touch()
+    assert is_accelerates(str(tmp_path))
     (tmp_path / "pytorch_model").mkdir()
     (tmp_path / "pytorch_model" / "model-00000-of-00001.safetensors").touch()
     assert not is_accelerates(str(tmp_path))  # nothing that Accelerate would find, a tag that we do

@@ -12,6 +12,7 @@ from zero_ckpt.cli.progress import Progress
 from zero_ckpt.cli.text import (
     age_text,
     count_text,
+    duration_text,
     iso_time,
     listing,
     printable,
@@ -19,6 +20,23 @@ from zero_ckpt.cli.text import (
     size_text,
     table,
 )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0, "0 ms"),
+        (0.0031, "3 ms"),
+        (0.0994, "99 ms"),
+        (0.0996, "0.10 s"),
+        (9.99, "9.99 s"),
+        (9.999, "10.0 s"),
+        (99.9, "99.9 s"),
+        (310.4, "310 s"),
+    ],
+)
+def test_durations_have_two_or_three_digits(seconds: float, text: str) -> None:
+    assert duration_text(seconds) == text
 
 
 @pytest.mark.parametrize(

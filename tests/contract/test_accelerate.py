@@ -98,6 +98,8 @@ def _loads(directory: str) -> None:
     train(made, batches(1))
     with pytest.warns(UserWarning, match="NOTHING WAS LOADED"):
         assert accelerator.load_state(f"{directory}/gone", missing_ok=True) is None
+    with pytest.warns(UserWarning, match="NOTHING WAS LOADED"):  # a folder made beforehand
+        assert accelerator.load_state(directory, missing_ok=True) is None
     accelerator.save_state(directory, client_state=[3])
     with pytest.warns(UserWarning, match="no such checkpoint"):
         assert accelerator.load_state(directory, tag="gone", missing_ok=True) is None

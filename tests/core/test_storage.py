@@ -270,6 +270,20 @@ def test_free_bytes_of_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
     )
 
 
+def test_a_shared_file_outlives_a_writer_that_gives_up(place: tuple[LocalStorage, Path]) -> None:
+    """Else the others would fail because of it, with an error that tells nothing of the cause."""
+    storage, folder = place
+    path, page = folder / "shared", os.urandom(ALIGNMENT)
+    storage.create(str(path), len(page)).finish(len(page))
+    storage.create(str(path), 0, shared=True).abort()
+    writer = storage.create(str(path), 0, shared=True)
+    view = aligned_buffer(ALIGNMENT)
+    view[:] = page
+    writer.write(0, view)
+    writer.finish(len(page))
+    assert path.read_bytes() == page
+
+
 def test_several_writers_fill_one_shared_file(place: tuple[LocalStorage, Path]) -> None:
     storage, folder = place
     path, pages = folder / "shared", [os.urandom(ALIGNMENT) for _ in range(2)]

@@ -164,3 +164,9 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     save_by_io(tmp_path, Standalone(5), width=5)
     with pytest.raises(ConfigurationError, match="no LightningModule"):
         load_module(nn.Linear, tmp_path / "x.ckpt")  # type: ignore[type-var]
+
+
+def test_what_is_no_class_of_modules_is_refused(tmp_path: Path) -> None:
+    for given in (nn.Linear, Model()):
+        with pytest.raises(ConfigurationError, match="expected a LightningModule class, found"):
+            load_module(given, tmp_path)  # type: ignore[arg-type,type-var]

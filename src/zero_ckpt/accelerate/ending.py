@@ -8,13 +8,13 @@ checkpoints are intact.
 from __future__ import annotations
 
 import os
-import warnings
 from typing import Any
 
 from zero_ckpt.accelerate.huggingface import save_configuration
 from zero_ckpt.accelerate.saving import SaveMixin
 from zero_ckpt.core.control import ControlPlane, LocalControl
 from zero_ckpt.core.handle import SaveHandle
+from zero_ckpt.core.notices import warn_user
 from zero_ckpt.core.places import absolute
 from zero_ckpt.core.retention import remove_tag
 from zero_ckpt.core.state import Snapshot, capture_models
@@ -54,9 +54,8 @@ class EndMixin(SaveMixin):
                 self._zero_export()
             except Exception as error:
                 if self.is_main_process:
-                    warnings.warn(
-                        f"the fp32 export failed; training and checkpoints are not affected: {error}",
-                        stacklevel=2,
+                    warn_user(
+                        f"the fp32 export failed; training and checkpoints are not affected: {error}"
                     )
         self.zero_stop_counting()
         super().end_training()

@@ -10,7 +10,6 @@ State dicts that hooks see hold live tensors: of a sharded model, this rank's pa
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +20,7 @@ from torch import nn
 
 from zero_ckpt.accelerate.base import ZeroBase, innermost
 from zero_ckpt.core.naming import naming_of
+from zero_ckpt.core.notices import warn_user
 from zero_ckpt.core.state import EXTRA_STATE, ModelState
 
 __all__ = ["Edits", "Offered", "apply_edits", "run_load_hooks", "run_save_hooks"]
@@ -80,10 +80,9 @@ def _compare(
     left = _what_became_of(given, offered.weights)
     added = len(offered.weights) - sum(own is not None for own in left)
     if added and accelerator.is_main_process:
-        warnings.warn(
+        warn_user(
             f"hooks have added {added} state dicts that belong to no prepared model; they are not stored. Write them "
-            "into output_dir, or register their owner for checkpointing.",
-            stacklevel=2,
+            "into output_dir, or register their owner for checkpointing."
         )
     seen: set[str] = set()
     for model, own, was in zip(accelerator._models, left, before, strict=False):

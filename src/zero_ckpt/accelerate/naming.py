@@ -29,17 +29,17 @@ _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model_fsdp")
 
 
 def is_accelerates(directory: str) -> bool:
-    """Whether Accelerate's own code is to read this folder: it holds nothing that the core opens.
+    """Whether Accelerate's own code is to read this folder: it has written there, and nothing that the core opens.
 
     What Accelerate has completed is its own, also where its FSDP's format is one that the core opens; but not what its
     DeepSpeed wrote, whose weights its other code does not find. Accelerate writes to no object store.
     """
     if is_url(directory) or _is_committed(directory):
         return False
-    if not is_tag_folder(_storage, directory) and not list_tags(_storage, directory):
-        return True
     has_weights = any(name.startswith(_WEIGHTS) for name in os.listdir(directory))
-    return has_weights and _is_complete(directory)
+    if is_tag_folder(_storage, directory) or list_tags(_storage, directory):
+        return has_weights and _is_complete(directory)
+    return has_weights or _is_complete(directory)
 
 
 def _is_complete(directory: str) -> bool:

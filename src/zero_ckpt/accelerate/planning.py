@@ -6,7 +6,6 @@ Nothing here changes anything before the plan that it makes is installed.
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,6 +21,7 @@ from zero_ckpt.core import rng
 from zero_ckpt.core.binding import bound_names
 from zero_ckpt.core.bound import Wanted, plan_training, plan_weights
 from zero_ckpt.core.checkpoint import Checkpoint
+from zero_ckpt.core.notices import warn_user
 from zero_ckpt.core.outcome import LoadResult, report_of
 from zero_ckpt.core.per_rank import client_state_notice, own_client_state, read_own
 from zero_ckpt.core.restoring import Restoration
@@ -190,4 +190,4 @@ class PlanMixin(ZeroBase):
 
     def _zero_warn(self, text: str) -> None:
         if self.zero_control.rank == 0:
-            warnings.warn(text, stacklevel=4)
+            warn_user(text)

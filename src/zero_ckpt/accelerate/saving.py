@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from zero_ckpt.accelerate.hooks import Edits, Offered, run_save_hooks
 from zero_ckpt.accelerate.meeting import together
 from zero_ckpt.accelerate.naming import directory_for_save, retire
 from zero_ckpt.core.agreement import place_notice
+from zero_ckpt.core.notices import warn_user
 from zero_ckpt.core.per_rank import CLIENT_STATE
 from zero_ckpt.core.places import absolute, expanded, is_url
 from zero_ckpt.core.state import Snapshot
@@ -95,7 +95,7 @@ class SaveMixin(ZeroBase):
             self._zero_retire(directory)
             self.project_configuration.iteration += 1
         if place.notice:
-            warnings.warn(place.notice, stacklevel=2)
+            warn_user(place.notice)
         return directory if is_url(directory) else Path(directory)
 
     def _zero_save_place(self, output_dir: Any, tag: str) -> _Place:
@@ -160,7 +160,7 @@ class SaveMixin(ZeroBase):
         def act(committed: bool) -> None:
             notice = retire(os.path.dirname(directory), limit, directory) if committed else ""
             if notice:
-                warnings.warn(notice, stacklevel=3)
+                warn_user(notice)
 
         self.zero_engine.after_saves(act)
 
@@ -174,7 +174,6 @@ class SaveMixin(ZeroBase):
         if not self._zero_runtime.warned:
             self._zero_runtime.warned = True
             if self.is_main_process:
-                warnings.warn(
-                    f"under {self.distributed_type.value} zero_ckpt leaves saving and loading to Accelerate's own code",
-                    stacklevel=3,
+                warn_user(
+                    f"under {self.distributed_type.value} zero_ckpt leaves saving and loading to Accelerate's own code"
                 )

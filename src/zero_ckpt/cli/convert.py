@@ -6,7 +6,7 @@ import argparse
 import time
 
 from zero_ckpt.cli.notices import find_source, for_people
-from zero_ckpt.cli.text import json_text, printable, size_text
+from zero_ckpt.cli.text import duration_text, json_text, printable, size_text
 from zero_ckpt.core.places import AnyStorage
 from zero_ckpt.core.storage import Storage
 
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     seconds = time.monotonic() - begin
     print(f"{printable(folder)}  {size_text(nbytes)}")
-    print(f"\nfrom {printable(source)}, in {seconds:.1f} s")
+    print(f"\nfrom {printable(source)}, in {duration_text(seconds)}")
     return 0
 
 

@@ -7,7 +7,7 @@ import time
 
 from zero_ckpt.cli.notices import find_source, for_people
 from zero_ckpt.cli.progress import Progress
-from zero_ckpt.cli.text import json_text, printable, size_text, table
+from zero_ckpt.cli.text import duration_text, json_text, printable, size_text, table
 from zero_ckpt.core.places import AnyStorage
 
 SUMMARY = "collapse a checkpoint into full fp32 weights"
@@ -90,5 +90,5 @@ def run(options: argparse.Namespace) -> int:
     rows = [[printable(path), size_text(nbytes)] for path, nbytes in sizes.items()]
     print("\n".join(table(("FILE", "SIZE"), rows, right="SIZE")))
     seconds = time.monotonic() - begin
-    print(f"\nfrom {printable(source)}, in {seconds:.1f} s")
+    print(f"\nfrom {printable(source)}, in {duration_text(seconds)}")
     return 0

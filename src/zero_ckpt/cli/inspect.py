@@ -12,6 +12,7 @@ from zero_ckpt.cli.groups import Group, group_names
 from zero_ckpt.cli.text import (
     age_text,
     count_text,
+    duration_text,
     iso_time,
     json_text,
     listing,
@@ -46,6 +47,7 @@ EXAMPLES = """\
 MAX_NAMES = 6
 """Tied or left-out names that are shown, unless all are asked for."""
 
+_PHASES = ("plan", "stage", "write", "fsync", "commit")
 _TITLES = {"model": "MODEL", "optim": "OPTIMIZER STATE", "state": "TENSORS OF THE OBJECTS"}
 
 
@@ -117,7 +119,7 @@ def _summary(m: Manifest, limit: int | None) -> Iterator[str]:
         "world size": str(m.world_size),
         "size": f"{size_text(m.nbytes)} in {plural(len(m.files), 'file')}",
         "written by": ", ".join(f"{name} {version}" for name, version in m.versions.items()),
-        "save took": ", ".join(f"{name} {s:.2f} s" for name, s in m.timings.items()),
+        "save took": ", ".join(f"{name} {duration_text(m.timings[name])}" for name in _phases(m)),
         "generation": f"{m.generation} (the tag was overwritten)" if m.generation > 1 else "",
         "tied": listing(tied, limit),
         "left out": listing(m.excluded, limit),
@@ -126,6 +128,12 @@ def _summary(m: Manifest, limit: int | None) -> Iterator[str]:
     for name, text in rows.items():
         if text:
             yield f"{name:<12}{printable(text)}"
+
+
+def _phases(m: Manifest) -> list[str]:
+    """Names of the phases that were timed, in their order."""
+    known = {name: index for index, name in enumerate(_PHASES)}
+    return sorted(m.timings, key=lambda name: known.get(name, len(known)))
 
 
 def _file_lines(m: Manifest, full: bool) -> list[str]:

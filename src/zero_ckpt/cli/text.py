@@ -11,6 +11,7 @@ from typing import Any
 __all__ = [
     "age_text",
     "count_text",
+    "duration_text",
     "iso_time",
     "json_text",
     "listing",
@@ -37,6 +38,13 @@ def size_text(nbytes: float) -> str:
 def count_text(number: int) -> str:
     """`950`, `12.3 k`, `250.1 M`, `70.6 G`."""
     return size_text(number).removesuffix("B").rstrip()
+
+
+def duration_text(seconds: float) -> str:
+    """`3 ms`, `0.25 s`, `12.3 s`, `310 s`."""
+    if seconds < 0.0995:
+        return f"{1000 * seconds:.0f} ms"
+    return f"{seconds:.{2 if seconds < 9.995 else 1 if seconds < 99.95 else 0}f} s"
 
 
 def plural(number: int, noun: str) -> str:

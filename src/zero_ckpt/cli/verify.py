@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zero_ckpt.cli.progress import Progress
-from zero_ckpt.cli.text import json_text, plural, printable, size_text
+from zero_ckpt.cli.text import duration_text, json_text, plural, printable, size_text
 from zero_ckpt.core.finding import NOT_COMMITTED, TagInfo, list_tags, locate, no_checkpoint
 from zero_ckpt.core.manifest import Manifest
 from zero_ckpt.core.places import AnyStorage, absolute
@@ -137,7 +137,7 @@ def _lines(shown: str, report: Report) -> list[str]:
 
 
 def _summary(reports: Sequence[Report], faults: Sequence[str], nbytes: int, seconds: float) -> str:
-    speed = f"{size_text(nbytes)} in {seconds:.1f} s"
+    speed = f"{size_text(nbytes)} in {duration_text(seconds)}"
     speed += f", {size_text(nbytes / seconds)}/s" if seconds > 1 else ""
     bad = sum(bool(report.damage) for report in reports)
     if not bad and not faults:

@@ -15,7 +15,14 @@ from zero_ckpt.core.naming import ParameterNames, naming_of, parameter_names
 from zero_ckpt.core.state import EXTRA_STATE
 from zero_ckpt.errors import ConfigurationError, StateMismatchError
 
-__all__ = ["bound_names", "check_same_names", "named", "prefix_of", "set_extra_state"]
+__all__ = [
+    "bound_names",
+    "check_kinds",
+    "check_same_names",
+    "named",
+    "prefix_of",
+    "set_extra_state",
+]
 
 
 def named(given: Any, what: str) -> dict[str, Any]:
@@ -35,6 +42,24 @@ def named(given: Any, what: str) -> dict[str, Any]:
     if isinstance(given, (list, tuple)):
         return {"": given[0]} if len(given) == 1 else {str(i): x for i, x in enumerate(given)}
     return {"": given}
+
+
+def check_kinds(
+    models: Mapping[str, Any], optimizers: Mapping[str, Any], schedulers: Mapping[str, Any]
+) -> None:
+    """Raises `ConfigurationError` for arguments in each other's place."""
+    kinds = (
+        ("model", models, "named_parameters"),
+        ("optimizer", optimizers, "param_groups"),
+        ("lr_scheduler", schedulers, "state_dict"),
+    )
+    for what, given, attribute in kinds:
+        for value in given.values():
+            if not hasattr(value, attribute):
+                raise ConfigurationError(
+                    f"{what}: found {type(value).__name__}, which has no {attribute}. The order is model, optimizer, "
+                    "lr_scheduler; each is one object, a list of them, or a dict by name."
+                )
 
 
 def prefix_of(name: str) -> str:

@@ -7,7 +7,6 @@ read. Nothing here communicates: each rank opens for itself, and `loading` makes
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from zero_ckpt.core.finding import fallback_notice, find_checkpoint
 from zero_ckpt.core.foreign import problem_of
 from zero_ckpt.core.lazy import LazyTensor
 from zero_ckpt.core.manifest import Manifest
+from zero_ckpt.core.notices import warn_user
 from zero_ckpt.core.objects import OBJECTS, RANK_OBJECTS, decode_objects
 from zero_ckpt.core.places import AnyStorage, absolute
 from zero_ckpt.core.planner import Placed
@@ -162,5 +162,5 @@ def open_checkpoint(
     storage = storage or AnyStorage()
     found = find_checkpoint(storage, absolute(path), tag)
     if found.problems:
-        warnings.warn(fallback_notice(found.problems, found.folder), stacklevel=2)
+        warn_user(fallback_notice(found.problems, found.folder))
     return Checkpoint(storage, found.folder, found.manifest)

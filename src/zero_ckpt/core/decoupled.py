@@ -24,10 +24,11 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from zero_ckpt.core.control import ControlPlane
 from zero_ckpt.core.dtensors import local_tensor
-from zero_ckpt.core.engine import SyncEngine, is_on_cuda, warn_about
+from zero_ckpt.core.engine import SyncEngine, is_on_cuda
 from zero_ckpt.core.flight import Flight
 from zero_ckpt.core.handle import SaveHandle, Skipped
 from zero_ckpt.core.memory import available_bytes
+from zero_ckpt.core.notices import warn_user
 from zero_ckpt.core.saving import Captured, ShardPlan
 from zero_ckpt.core.shard_file import BLOCK
 from zero_ckpt.core.staging import StagingPool
@@ -189,8 +190,9 @@ class AsyncEngine(SyncEngine):
         untold = [flight for flight in settled if flight.is_untold]
         for flight in untold:
             flight.told()
-        warn_about(text for flight in settled for text in flight.notices)
-        warn_about(str(flight.error) for flight in untold if flight.is_given_up)
+        notices = [text for flight in settled for text in flight.notices]
+        for text in [*notices, *(str(flight.error) for flight in untold if flight.is_given_up)]:
+            warn_user(text)
         for flight in untold:
             if flight.error is not None and not flight.is_given_up:
                 raise flight.error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,6 +18,7 @@ from zero_ckpt.core.control import (
     process_group_store,
 )
 from zero_ckpt.core.handle import Committed, SaveHandle
+from zero_ckpt.core.notices import warn_user
 from zero_ckpt.core.places import AnyStorage, absolute
 from zero_ckpt.core.saving import Captured, ShardPlan
 from zero_ckpt.core.staging import StagingPool
@@ -26,7 +26,7 @@ from zero_ckpt.core.state import Snapshot
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.core.transaction import Plans, Request, Transaction
 
-__all__ = ["SyncEngine", "is_on_cuda", "warn_about"]
+__all__ = ["SyncEngine", "is_on_cuda"]
 
 
 class SyncEngine:
@@ -109,7 +109,8 @@ class SyncEngine:
         path, tag = transaction.finish()
         transaction.timings["total"] = time.perf_counter() - begin
         # Only now: a warning that is made an error on some rank must not keep it from the others.
-        warn_about(transaction.notices)
+        for text in transaction.notices:
+            warn_user(text)
         return Committed(path, tag, transaction.timings)
 
     def after_saves(self, action: Callable[[bool], None]) -> None:
@@ -150,9 +151,3 @@ def is_on_cuda(captured: Captured) -> bool:
         for keys in captured.tensors.values()
         for tensor in keys.values()
     )
-
-
-def warn_about(notices: Iterable[str]) -> None:
-    """Call it from an engine's `_run`: the warnings point to who called what called `save`."""
-    for text in notices:
-        warnings.warn(text, stacklevel=6)  # the decorator of `save` is a frame, too

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.collector import collector_paused
 from zero_ckpt.core.control import DEFAULT_TIMEOUT, TORN, ControlPlane
 from zero_ckpt.core.finding import Candidates, Found, fallback_notice, find_checkpoint, locate
+from zero_ckpt.core.notices import warn_user
 from zero_ckpt.core.places import absolute
 from zero_ckpt.core.reader import Sharing
 from zero_ckpt.core.restoring import Restoration
@@ -81,7 +81,7 @@ def load_together(
         if found is None:
             continue
         if notice:  # Only now: a warning that is made an error on some rank must not keep it from the others.
-            warnings.warn(notice, stacklevel=4)  # the decorator is a frame, too
+            warn_user(notice)
         return found
 
 

@@ -169,7 +169,7 @@ def _write_all(fd: int, data: memoryview, offset: int) -> None:
 
 class _LocalWriter:
     def __init__(self, path: str, nbytes: int, direct: bool, shared: bool) -> None:
-        self._path = path
+        self._path, self._shared = path, shared
         new = 0 if shared else os.O_CREAT | os.O_TRUNC
         self._fd, self._direct = _open_direct(_open_to_write, path, new, direct)
         try:
@@ -202,8 +202,9 @@ class _LocalWriter:
     def abort(self) -> None:
         with contextlib.suppress(OSError):
             self._close()
-        with contextlib.suppress(OSError):
-            os.unlink(self._path)
+        if not self._shared:
+            with contextlib.suppress(OSError):
+                os.unlink(self._path)
 
     def _close(self) -> None:
         fd, self._fd = self._fd, -1

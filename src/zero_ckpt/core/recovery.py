@@ -22,7 +22,7 @@ from zero_ckpt.core.layout import ROLES
 from zero_ckpt.core.manifest import MANIFEST_NAME, Manifest
 from zero_ckpt.core.planner import Placed
 from zero_ckpt.core.runs import encode_runs, runs_coverage_error
-from zero_ckpt.core.shard_reader import ShardReader
+from zero_ckpt.core.shard_reader import ShardReader, open_shard
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.core.verification import Verifier
 from zero_ckpt.errors import CorruptCheckpointError, CorruptManifestError, CorruptShardError
@@ -92,7 +92,7 @@ def _rebuild(
     with ExitStack() as stack:
         readers = []
         for name in names:
-            readers.append(_opened(storage, folder, name))
+            readers.append(open_shard(storage, f"{folder}/{name}", None, name))
             stack.callback(readers[-1].close)
         header = _header(readers)
         tensors = _tensors(readers)
@@ -113,18 +113,6 @@ def _rebuild(
     )
     _check(storage, folder, manifest)
     return manifest
-
-
-def _opened(storage: Storage, folder: str, name: str) -> ShardReader:
-    try:
-        file = storage.open(f"{folder}/{name}")
-    except OSError as error:
-        raise CorruptShardError(f"{name}: cannot be read: {error.strerror or error}") from error
-    try:
-        return ShardReader(file, name, None)
-    except BaseException:
-        file.close()
-        raise
 
 
 def _header(readers: Sequence[ShardReader]) -> dict[str, Any]:

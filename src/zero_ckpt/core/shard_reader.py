@@ -168,8 +168,13 @@ class ShardReader:
             return bytes(buffer[offset - start : offset - start + nbytes])
 
 
-def open_shard(storage: Storage, path: str, record: FileRecord, name: str = "") -> ShardReader:
-    """Open and verify the file that the manifest lists with `record`. Errors call it `name`, or else `path`."""
+def open_shard(
+    storage: Storage, path: str, record: FileRecord | None, name: str = ""
+) -> ShardReader:
+    """Open and verify the file that the manifest lists with `record`. Errors call it `name`, or else `path`.
+
+    Without a manifest, and so without a `record`: what the file says of itself is verified all the same.
+    """
     name = name or path
     try:
         file = storage.open(path)

@@ -33,7 +33,7 @@ class FileWriter(Protocol):
         """Cut to `nbytes` (padding of the last part goes away), make durable, close."""
 
     def abort(self) -> None:
-        """Close and remove what was written. Never raises."""
+        """Close and remove what was written; a shared file stays, since others write to it. Never raises."""
 
 
 class FileReader(Protocol):

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import uuid
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.control import DEFAULT_TIMEOUT, ControlPlane, LocalControl
 from zero_ckpt.core.finding import fallback_notice, find_checkpoint
+from zero_ckpt.core.notices import warn_user
 from zero_ckpt.core.places import AnyStorage, absolute
 from zero_ckpt.errors import DisagreementError, RankTimeoutError, SaveError, ZeroCkptError, by_name
 from zero_ckpt.fp32.contents import Contents, Options
@@ -113,7 +113,7 @@ class _Export:
         asked = [path, tag, self._options.as_record()]
         start = self._meet("export: start", asked, self._start)
         for notice in start["notices"] if self._control.rank == 0 else ():
-            warnings.warn(notice, stacklevel=4)
+            warn_user(notice)
         problem: list[str] = []
         cause: Exception | None = None
         try:

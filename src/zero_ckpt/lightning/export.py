@@ -8,11 +8,11 @@ another strategy, or when there was nothing left to train, it runs when fit has 
 from __future__ import annotations
 
 import os
-import warnings
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from zero_ckpt.core.control import control_for_process_group
+from zero_ckpt.core.notices import warn_user
 from zero_ckpt.core.places import absolute
 from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.fp32 import export_fp32
@@ -128,21 +128,14 @@ class Fp32ExportMixin(Host):
 
     def _warn(self, trainer: Any, text: str) -> None:
         if trainer.is_global_zero:
-            warnings.warn(text, stacklevel=2)
+            warn_user(text)
 
 
 @cache
 def make_export(namespace: str) -> type[Any]:
     """The callback's class for `lightning.pytorch` or `pytorch_lightning`."""
     copy = load(namespace)
-    name = "Fp32Export" if namespace == "lightning.pytorch" else "StandaloneFp32Export"
-    body = {
-        "__doc__": Fp32ExportMixin.__doc__,
-        "__module__": "zero_ckpt.lightning",  # where it is found again when unpickled
-        "__qualname__": name,
-        "namespace": copy,
-    }
-    return type(name, (Fp32ExportMixin, copy.callback), body)
+    return copy.made("Fp32Export", Fp32ExportMixin, copy.callback)
 
 
 def best_checkpoint(trainer: Any) -> str:

@@ -73,9 +73,9 @@ def load_module(
 
 def _namespace_of(module_class: type[Any]) -> Namespace:
     for name in installed():
-        if issubclass(module_class, load(name).lightning_module):
+        if isinstance(module_class, type) and issubclass(module_class, load(name).lightning_module):
             return load(name)
-    raise ConfigurationError(f"{module_class!r} is no LightningModule class")
+    raise ConfigurationError(f"expected a LightningModule class, found {module_class!r}")
 
 
 def _build_without(

@@ -39,6 +39,17 @@ class Namespace:
         """A submodule of this copy, for example `callbacks`."""
         return import_module(f"{self.name}.{path}")
 
+    def made(self, name: str, mixin: type[Any], base: type[Any]) -> type[Any]:
+        """The public class `name` for this copy: `mixin` in front of the copy's own `base`."""
+        public = name if self.name == "lightning.pytorch" else f"Standalone{name}"
+        body = {
+            "__doc__": mixin.__doc__,
+            "__module__": "zero_ckpt.lightning",  # where it is found again when unpickled
+            "__qualname__": public,
+            "namespace": self,
+        }
+        return type(public, (mixin, base), body)
+
 
 def installed() -> tuple[str, ...]:
     """Import names of the copies that are installed, without importing them."""

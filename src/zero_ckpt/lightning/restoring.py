@@ -10,7 +10,6 @@ only its part.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -20,6 +19,7 @@ import torch
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.loading import load_together
 from zero_ckpt.core.naming import parameter_names
+from zero_ckpt.core.notices import warn_user
 from zero_ckpt.core.outcome import log_report
 from zero_ckpt.core.per_rank import client_state_notice, own_client_state, read_own
 from zero_ckpt.core.reader import Request, Sharing
@@ -148,7 +148,7 @@ class RestoreMixin(StrategyBase):
     def _tell(self, notices: list[str]) -> None:
         if self.global_rank == 0:
             for notice in filter(None, notices):
-                warnings.warn(notice, stacklevel=3)
+                warn_user(notice)
 
     def _is_ours(self, path: str) -> bool:
         """Whether to read `path` as a sharded checkpoint; another plugin may write folders too."""

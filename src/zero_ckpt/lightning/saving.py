@@ -7,11 +7,11 @@ the training's collectives.
 
 from __future__ import annotations
 
-import warnings
 from contextlib import ExitStack
 from typing import Any
 
 from zero_ckpt.core.naming import parameter_names
+from zero_ckpt.core.notices import warn_user
 from zero_ckpt.core.per_rank import CLIENT_STATE
 from zero_ckpt.errors import ConfigurationError, ZeroCkptError
 from zero_ckpt.lightning import paths
@@ -89,15 +89,14 @@ class SaveMixin(StrategyBase):
         try:
             self._save(checkpoint, filepath, min(self.save_timeout or 300.0, INTERRUPTED_TIMEOUT))
         except (ZeroCkptError, OSError) as error:
-            warnings.warn(f"no checkpoint was written at {filepath}: {error}", stacklevel=2)
+            warn_user(f"no checkpoint was written at {filepath}: {error}")
 
     def _save_by_plugin(self, checkpoint: dict[str, Any], filepath: Any, options: Any) -> None:
         """Gather everything on rank 0 and let the user's `CheckpointIO` write it."""
         if self.interrupted and self.world_size > 1:
-            warnings.warn(
+            warn_user(
                 f"no checkpoint was written at {filepath}: {type(self.checkpoint_io).__name__} "
-                "writes from one process, and after an exception the ranks cannot be gathered",
-                stacklevel=3,
+                "writes from one process, and after an exception the ranks cannot be gathered"
             )
             return
         assert self.lightning_module is not None

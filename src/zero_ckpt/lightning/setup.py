@@ -4,7 +4,6 @@ it.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from zero_ckpt import zero
+from zero_ckpt.core.notices import warn_user
 from zero_ckpt.errors import ConfigurationError, ZeroCkptError
 from zero_ckpt.lightning.copies import shard_copies
 from zero_ckpt.lightning.export import attach_export, run_export
@@ -197,7 +197,7 @@ class SetupMixin(RestoreMixin, StepMixin):
         except ZeroCkptError as error:
             if not self.interrupted:
                 raise
-            warnings.warn(str(error), stacklevel=2)
+            warn_user(str(error))
 
 
 def is_sharded(model: nn.Module) -> bool:

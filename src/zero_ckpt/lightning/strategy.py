@@ -67,11 +67,4 @@ class ZeroStrategyMixin(SetupMixin, SaveMixin):
 def make_strategy(namespace: str) -> type[Any]:
     """The strategy class for `lightning.pytorch` or `pytorch_lightning`."""
     copy = load(namespace)
-    name = "ZeroStrategy" if namespace == "lightning.pytorch" else "StandaloneZeroStrategy"
-    body = {
-        "__doc__": ZeroStrategyMixin.__doc__,
-        "__module__": "zero_ckpt.lightning",  # where it is found again when unpickled
-        "__qualname__": name,
-        "namespace": copy,
-    }
-    return type(name, (ZeroStrategyMixin, copy.ddp_strategy), body)
+    return copy.made("ZeroStrategy", ZeroStrategyMixin, copy.ddp_strategy)
