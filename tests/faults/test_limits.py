@@ -1,10 +1,13 @@
-"""A process that may not open another file: its save raises on every rank, and leaves what was there."""
+"""A process that may open no more files, or has no more memory: it raises on every rank, and leaves what was there."""
 
 from __future__ import annotations
 
 import os
 import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
@@ -57,3 +60,103 @@ def test_a_rank_that_may_open_no_more_files(tmp_path: Path) -> None:
     assert contents(directory, "step1") == old
     assert contents(directory, "after")
     assert not [name for name in files(directory) if name.endswith(".tmp")]
+
+
+MIB = 1 << 20
+SPARE_MEMORY = [0, 1, 4, 12, 24, 48, 96, 512]
+"""MiB. A thread takes 8 of them, and a load has seven; a load's buffers take 36, and the optimizer's state 18."""
+
+WIDE = 200_000
+
+
+@contextmanager
+def little_memory(spare: int) -> Iterator[None]:
+    """Inside, rank 1 may have so many MiB more address space than it has now."""
+    room = resource.getrlimit(resource.RLIMIT_AS)
+    if dist.get_rank() == 1:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        now = pages * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (now + spare * MIB, room[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, room)
+
+
+def outcome_of(call: Callable[..., Any], *args: Any, **options: Any) -> Raised | None:
+    try:
+        call(*args, **options)
+    except Exception as error:
+        return Raised(type(error).__name__, str(error))
+    return None
+
+
+def save_with_little_memory(directory: str, is_async: bool) -> list[Raised | None]:
+    """One save with each amount, by an engine that has its buffers; the first of all is made without a limit."""
+    job = Job.at(2, width=WIDE, engine="async" if is_async else "sync")
+    job.save(directory, tag="first")
+    job.checkpointer.wait()
+    outcomes = []
+
+    def save(tag: str) -> None:
+        job.save(directory, tag=tag)
+        job.checkpointer.wait()
+
+    for spare in SPARE_MEMORY:
+        dist.barrier()
+        with little_memory(spare):
+            outcomes.append(outcome_of(save, f"spare{spare}"))
+    save("after")
+    return outcomes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+def test_a_save_without_memory(is_async: bool, tmp_path: Path) -> None:
+    results = run_ranks(save_with_little_memory, WORLD, str(tmp_path), is_async)
+    assert results[0] == results[1]
+    for spare, outcome in zip(SPARE_MEMORY, results[0], strict=True):
+        if outcome is None:
+            assert unlisted(tmp_path, f"spare{spare}") == []
+        else:
+            assert outcome.kind == "SaveError"
+            assert outcome.text.startswith("rank 1: MemoryError: no room for "), outcome
+            assert "Nothing was committed; earlier checkpoints are intact" in outcome.text
+            assert not (tmp_path / f"spare{spare}").exists()
+    assert results[0][0] is not None
+    assert results[0][-1] is None
+    assert contents(tmp_path, "first") == contents(tmp_path, "after")
+
+
+def load_with_little_memory(directory: str) -> list[tuple[Raised | None, bool]]:
+    """Loads into new jobs; of each, whether it is as it was before."""
+    Job.at(2, width=WIDE).save(directory, tag="only")
+    saved = Job.at(2, width=WIDE).bits()
+    outcomes = []
+    for spare in SPARE_MEMORY:
+        job = Job.at(0, width=WIDE)
+        before = job.bits()
+        dist.barrier()
+        with little_memory(spare):
+            outcome = outcome_of(job.load, directory)
+        outcomes.append((outcome, job.bits() == before))
+    job = Job.at(0, width=WIDE)
+    job.load(directory)
+    assert job.bits() == saved
+    return outcomes
+
+
+@pytest.mark.slow
+def test_a_load_without_memory(tmp_path: Path) -> None:
+    results = run_ranks(load_with_little_memory, WORLD, str(tmp_path))
+    for first, second in zip(*results, strict=True):
+        assert first == second, (first, second)
+        outcome, untouched = first
+        assert untouched is (outcome is not None)
+        if outcome is not None:
+            assert outcome.kind == "ZeroCkptError"
+            assert outcome.text.startswith("rank 1: "), outcome
+            assert "emory" in outcome.text
+            assert outcome.text.endswith("Nothing was loaded."), outcome
+    assert results[0][0][0] is not None
+    assert results[0][-1][0] is None
