@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch.distributed as dist
 
 from tests.faults.jobs import Job, Raised, contents, files, step_saved, unlisted
 from tests.workers import run_ranks
+from zero_ckpt.core import storage
 
 WORLD = 2
 SPARE = range(8)
@@ -160,3 +163,48 @@ def test_a_load_without_memory(tmp_path: Path) -> None:
             assert outcome.text.endswith("Nothing was loaded."), outcome
     assert results[0][0][0] is not None
     assert results[0][-1][0] is None
+
+
+# What a file system may lack
+
+
+def train_on_a_poor_file_system(directory: str) -> tuple[list[str], set[str], str]:
+    """New tags, an overwrite, a retired one and a load, where O_DIRECT is refused. What was asked of the system."""
+    opened = os.open
+    refused, asked = [], set()
+
+    def refuse_direct(path: str, flags: int, *mode: int, **options: Any) -> int:
+        if flags & os.O_DIRECT:
+            refused.append(f"{'write' if flags & os.O_WRONLY else 'read'} {os.path.basename(path)}")
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL), path)
+        return opened(path, flags, *mode, **options)
+
+    def watch(event: str, args: tuple[Any, ...]) -> None:
+        if event in ("os.link", "os.symlink") or (
+            event == "open" and str(args[0]).startswith("/dev/shm")
+        ):
+            asked.add(f"{event} {args[0]}")
+
+    sys.addaudithook(watch)
+    os.open = refuse_direct  # type: ignore[assignment]
+    storage._cached_fraction = lambda *_: 0.0  # or reads would not even try
+    job = Job.at(1, keep_last=2)
+    for step in (1, 2, 3):
+        job.save(directory, tag=f"step{step}")
+        job.advance()
+    job.save(directory, tag="step3")
+    bits, loaded = job.bits(), Job.at(0)
+    assert loaded.load(directory) == "step3"
+    assert loaded.bits() == bits
+    return refused, asked, loaded.bits()
+
+
+def test_a_file_system_without_direct_io_hard_links_or_shared_memory(tmp_path: Path) -> None:
+    results = run_ranks(train_on_a_poor_file_system, WORLD, str(tmp_path))
+    for rank, (refused, asked, _) in enumerate(results):
+        assert f"write model-0000{rank}-of-00002.safetensors" in refused
+        assert f"read model-0000{rank}-of-00002.g2.safetensors" in refused
+        assert asked == set()
+    assert results[0][2] == results[1][2]
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step2", "step3"]
+    assert unlisted(tmp_path, "step3") == []
