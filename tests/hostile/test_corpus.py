@@ -1,4 +1,4 @@
-"""Past findings, replayed: each file of `corpus/TARGET` once broke a reader, or was made to. Names say what they are."""
+"""Past findings, replayed: each file of `corpus/TARGET` once broke a reader, or was made to. Its name says what."""
 
 from __future__ import annotations
 
