@@ -18,7 +18,7 @@ from torch.optim import lr_scheduler
 from zero_ckpt import Checkpointer, load_checkpoint, save_checkpoint
 from zero_ckpt.core.checkpoint import open_checkpoint
 from zero_ckpt.core.dtensors import DTYPE_NAMES
-from zero_ckpt.core.shard_file import ShardReader
+from zero_ckpt.core.shard_reader import ShardReader
 from zero_ckpt.errors import ConfigurationError, StateMismatchError, UnsafeObjectError
 
 

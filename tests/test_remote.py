@@ -17,7 +17,7 @@ from tests.object_server import BUCKET, Request, S3Server
 from tests.workers import run_ranks
 from zero_ckpt.cli import main
 from zero_ckpt.core.places import AnyStorage, absolute
-from zero_ckpt.core.tags import remove_tag
+from zero_ckpt.core.retention import remove_tag
 from zero_ckpt.errors import CheckpointNotFoundError, ConfigurationError, CorruptShardError
 
 WORLD = 2

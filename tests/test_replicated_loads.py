@@ -13,7 +13,8 @@ from torch import nn
 
 from tests.workers import run_ranks
 from zero_ckpt import Checkpointer
-from zero_ckpt.core.shard_file import BLOCK, ShardReader
+from zero_ckpt.core.shard_file import BLOCK
+from zero_ckpt.core.shard_reader import ShardReader
 from zero_ckpt.errors import CorruptShardError
 
 BLOCKS = 5

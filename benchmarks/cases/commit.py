@@ -26,9 +26,9 @@ from zero_ckpt.core.commit import CommitRequest, Vote
 from zero_ckpt.core.commit import commit as commit_votes
 from zero_ckpt.core.control import StoreControl, longest_pause
 from zero_ckpt.core.layout import ROLES
+from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.core.manifest import FileRecord, shard_name
 from zero_ckpt.core.planner import plan_save
-from zero_ckpt.core.storage import LocalStorage
 
 GOAL = 2.0
 HEADER = {"step": 1, "zero_stage": 3, "buffers": [], "frozen": [], "excluded": [], "aliases": {}}

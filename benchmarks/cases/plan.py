@@ -32,9 +32,10 @@ from zero_ckpt.core.chunks import Box, full_box
 from zero_ckpt.core.collector import collector_paused
 from zero_ckpt.core.layout import Layout, Table, local_box
 from zero_ckpt.core.naming import parameter_names
+from zero_ckpt.core.optimizers import plan_optimizer
 from zero_ckpt.core.planner import needed_chunks, plan_save
 from zero_ckpt.core.reader import ReadPlan
-from zero_ckpt.core.restoring import plan_model, plan_optimizer
+from zero_ckpt.core.restoring import plan_model
 from zero_ckpt.core.state import capture_model, capture_optimizer
 
 SECONDS_GOAL, MEMORY_GOAL = 1.0, 200

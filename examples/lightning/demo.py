@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # both demos are made of the same parts
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # demos are made of the same parts
 
 from shared.demo import (
     Training,

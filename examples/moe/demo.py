@@ -14,6 +14,7 @@ from shared.demo import (
     Training,
     act,
     arguments_of,
+    compared,
     run_demo,
     say,
     show_folder,
@@ -27,7 +28,7 @@ def acts(out: Path, steps: int) -> None:
     act(1, "Train a mixture of 4 experts per layer: 2 processes, two experts on each")
     first = train(out / "first-run.log", 2, steps, *arguments_of(out, steps))
     tag = f"global_step{steps // 3}"
-    again = [*arguments_of(out, steps), "--resume", tag, "--checkpoint-every", str(2 * steps)]
+    again = [*arguments_of(out, steps, checkpoint_every=2 * steps), "--resume", tag]
     act(2, f"Resume from {tag} on 4 processes, one expert on each")
     compare(train(out / "second-run.log", 4, steps, *again), first)
     act(3, "The same on 1 process, which has all experts")
@@ -61,9 +62,7 @@ def compare(resumed: Training, first: Training) -> None:
     apart = max(abs(first.losses[step] / resumed.losses[step] - 1) for step in both)
     if apart > TOLERANCE:
         raise DemoFailed(f"losses on 2 processes and after the resume differ by {apart:.1e}")
-    say(
-        f"resumed at step {resumed.first_step}; the losses agree with those of act 1 to {apart:.0e}"
-    )
+    say(f"resumed at step {resumed.first_step}; its losses and those of act 1 {compared(apart)}")
 
 
 def show(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What both demos are made of: a supervised training whose lines are read, and what is printed.
+"""What the demos are made of: a supervised training whose lines are read, and what is printed.
 
 Every act checks what it shows; the first one that fails ends the demo with exit code 1 and the end
 of the training's log. A demo ends only processes that it started, and none outlives it.
@@ -215,12 +215,18 @@ def follow_resumed(training: Training, steps: int, killed: Training) -> None:
     apart = max(abs(killed.losses[step] / training.losses[step] - 1) for step in both)
     if apart > TOLERANCE:
         raise DemoFailed(f"losses before the kill and after the resume differ by {apart:.1e}")
-    say(f"resumed at step {training.first_step}; the losses of both runs agree to {apart:.0e}")
+    say(f"resumed at step {training.first_step}; the losses of both runs {compared(apart)}")
 
 
-def arguments_of(out: Path, steps: int) -> list[str]:
-    """What both training scripts are told."""
-    every = ["--checkpoint-every", str(steps // 3), "--log-every", str(steps // 30)]
+def compared(apart: float) -> str:
+    """How alike losses are that differ by so much, relative."""
+    return f"agree to {apart:.0e}" if apart else "are equal"
+
+
+def arguments_of(out: Path, steps: int, checkpoint_every: int = 0) -> list[str]:
+    """What all training scripts are told; a checkpoint at each third unless said otherwise."""
+    saves = ["--checkpoint-every", str(checkpoint_every or steps // 3)]
+    every = [*saves, "--log-every", str(steps // 30)]
     return ["--steps", str(steps), *every, "--out", str(out)]
 
 

@@ -12,10 +12,11 @@ from torch import nn
 
 from tests.cli.conftest import Command, flip
 from zero_ckpt import Checkpointer
+from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.core.manifest import MANIFEST_NAME, Manifest
 from zero_ckpt.core.shard_file import BLOCK
-from zero_ckpt.core.storage import FileReader, LocalStorage
-from zero_ckpt.core.tags import read_manifest
+from zero_ckpt.core.storage import FileReader
+from zero_ckpt.core.tag_folder import read_manifest
 from zero_ckpt.core.verification import Verifier
 
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from zero_ckpt import zero
+from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.core.naming import innermost
-from zero_ckpt.core.storage import LocalStorage
 from zero_ckpt.testing import FaultyStorage
 
 __all__ = ["STAGES", "Net", "adamw", "opened", "recording", "shard", "train", "weights", "whole"]

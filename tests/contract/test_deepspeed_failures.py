@@ -23,8 +23,9 @@ from zero_ckpt import (
     load_checkpoint,
     save_checkpoint,
 )
-from zero_ckpt.core.storage import LocalStorage
+from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.errors import DisagreementError, SaveError
+from zero_ckpt.interop.universal import convert_to_universal
 from zero_ckpt.testing import FaultyStorage, fail_at
 
 WORLD = 2
@@ -119,7 +120,42 @@ def test_one_rank_never_resumes_while_another_starts_anew(tmp_path: Path) -> Non
     assert "Every rank must see the same directory" in told[0]
 
 
-# A model without an optimizer
+@pytest.mark.parametrize("engine", ["sync", "async"])
+def test_every_save_commits_and_moves_latest_the_last_one_too(engine: str, tmp_path: Path) -> None:
+    """DataStates' engine has no commit; DeepSpeed's decoupled one leaves it to a step that may not come."""
+    run_ranks(_save_often, WORLD, str(tmp_path), engine)
+    assert (tmp_path / "latest").read_text().strip() == "last"
+    assert load_checkpoint(tmp_path, Net(), load_module_only=True).path == str(tmp_path / "last")
+
+
+def _save_often(root: str, engine: str) -> None:
+    model, optimizer = shard(3)
+    with Checkpointer(model, optimizer, engine=engine) as checkpointer:
+        for tag in ("first", "second"):
+            checkpointer.save_checkpoint(root, tag, step=1)
+            checkpointer.wait()
+            assert load_checkpoint(root, model, optimizer).path == f"{root}/{tag}"
+        checkpointer.save_checkpoint(root, "last", step=1)
+
+
+# Gradient clipping
+
+
+def test_deepspeed_s_clip_value_goes_nowhere(deepspeed_cases: Path) -> None:
+    case = Case(deepspeed_cases / "base_z2_w2_fp32")
+    file = next((case.directory / case.tag).glob("*zero_pp_rank_0*optim_states.pt"))
+    assert b"clip_grad" in file.read_bytes()
+    model = MODELS[case.meta["model"]]()
+    optimizer = torch.optim.AdamW(model.parameters())
+    options = set(optimizer.param_groups[0])
+    result = load_checkpoint(case.directory, model, optimizer, tag=case.tag)
+    assert optimizer.state
+    assert result.client_state in (None, {})
+    assert set(optimizer.param_groups[0]) == options
+    assert not [name for name in vars(optimizer) if "clip" in name]
+
+
+# A model without an optimizer, and a job that has not stepped
 
 
 def _without_optimizer(directory: str, stage: int) -> None:
@@ -137,6 +173,31 @@ def _without_optimizer(directory: str, stage: int) -> None:
 def test_a_model_alone_is_saved_and_loaded_at_every_stage(tmp_path: Path) -> None:
     for stage in STAGES:
         run_ranks(_without_optimizer, WORLD, str(tmp_path), stage)
+
+
+def _before_any_step(root: str) -> list[dict[str, torch.Tensor]]:
+    found = []
+    for stage in STAGES:
+        model, optimizer = shard(stage)
+        found.append(weights(model))
+        with Checkpointer(model, optimizer) as checkpointer:
+            checkpointer.save_checkpoint(f"{root}/{stage}", "t", step=0)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.zero_()
+            checkpointer.load_checkpoint(f"{root}/{stage}")
+        assert all(torch.equal(v, found[-1][name]) for name, v in weights(model).items())
+        train(model, optimizer)
+    return found
+
+
+def test_a_job_that_has_not_stepped_is_saved_loaded_and_converted_at_every_stage(
+    tmp_path: Path,
+) -> None:
+    for stage, expected in enumerate(run_ranks(_before_any_step, WORLD, str(tmp_path))[0]):
+        convert_to_universal(tmp_path / str(stage), tmp_path / f"universal{stage}")
+        found = get_fp32_state_dict_from_zero_checkpoint(tmp_path / f"universal{stage}")
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 # DeepSpeed's own files: what its universal load leaves out, or takes though it was told not to

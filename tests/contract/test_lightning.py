@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from tests.lightning.harness import Model, loader, on_ranks, trainer, whole_weights
+from zero_ckpt import zero
 from zero_ckpt.core.checkpoint import open_checkpoint
 from zero_ckpt.errors import DisagreementError
 from zero_ckpt.lightning import load_module
@@ -182,3 +183,34 @@ def test_different_paths_are_refused_or_told_on_every_rank(tmp_path: Path) -> No
     refused = on_ranks(_paths, WORLD, tmp_path, "fail")
     assert refused[0] == refused[1]
     assert sorted(name for name in os.listdir(tmp_path) if "ckpt" in name) == ["warn0.ckpt"]
+
+
+class Clipped(Model):
+    """Notes the norms of the gradients that the optimizer gets."""
+
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        super().configure_gradient_clipping(optimizer, *args, **kwargs)
+        self.norms.append(float(zero.clip_grad_norm_(self.parameters(), float("inf"))))
+
+    def on_train_start(self) -> None:
+        self.norms: list[float] = []
+
+
+def _clip_anew(root: Path, stage: int) -> list[list[float]]:
+    found = []
+    for step, clip in enumerate((0.02, 0.0005, None), 1):
+        model = Clipped()
+        run = trainer(root, stage, max_steps=step, gradient_clip_val=clip)
+        run.fit(model, loader(), ckpt_path=str(root / f"{step - 1}.ckpt") if step > 1 else None)
+        run.save_checkpoint(root / f"{step}.ckpt")
+        found.append(model.norms)
+    return found
+
+
+def test_the_new_runs_clip_value_counts_a_smaller_one_and_none(tmp_path: Path) -> None:
+    for stage in (1, 3):
+        for first, second, third in on_ranks(_clip_anew, WORLD, tmp_path / str(stage), stage):
+            assert first == pytest.approx([0.02], rel=1e-3)
+            assert second == pytest.approx([0.0005], rel=1e-3)
+            assert len(third) == 1
+            assert third[0] > 0.03

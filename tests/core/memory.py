@@ -25,11 +25,11 @@ class _Writer:
 
 
 class _Reader:
-    def __init__(self, data: bytes) -> None:
-        self._data, self.nbytes = data, len(data)
+    def __init__(self, data: bytes, far: bool) -> None:
+        self._data, self.nbytes, self._far = data, len(data), far
 
     def expect(self, offset: int, nbytes: int, keep: bool = False) -> int:
-        return max(512, nbytes // 4 // 512 * 512)  # blocks come in windows, as from a disk
+        return -(-nbytes // 4096) * 4096 if self._far else 512
 
     def read_into(self, offset: int, nbytes: int, buffer: memoryview, keep: bool = False) -> None:
         assert offset % 512 == 0
@@ -43,9 +43,10 @@ class _Reader:
 
 @dataclass
 class MemoryStorage:
-    """Files by path."""
+    """Files by path. `far`: blocks are read whole, as from a disk; else in windows, as from the page cache."""
 
     files: dict[str, bytes] = field(default_factory=dict)
+    far: bool = False
 
     def create(self, path: str, nbytes: int, *, shared: bool = False) -> _Writer:
         return _Writer(self.files, path)
@@ -53,7 +54,7 @@ class MemoryStorage:
     def open(self, path: str) -> _Reader:
         if path not in self.files:
             raise FileNotFoundError(2, "no such file", path)
-        return _Reader(self.files[path])
+        return _Reader(self.files[path], self.far)
 
     def put(self, path: str, data: bytes) -> None:
         self.files[path] = data

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.object_server import BUCKET, S3Server
+from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.core.object_storage import ObjectStorage
 from zero_ckpt.core.places import AnyStorage
-from zero_ckpt.core.storage import LocalStorage, Storage
+from zero_ckpt.core.storage import Storage
 from zero_ckpt.testing import RecordingStorage
 from zero_ckpt.testing.conformance import StorageConformance
 

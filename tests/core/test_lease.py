@@ -13,8 +13,9 @@ import pytest
 
 from zero_ckpt.core import lease
 from zero_ckpt.core.lease import PREFIX, Lease
+from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.core.object_storage import ObjectStorage
-from zero_ckpt.core.storage import LocalStorage, Storage
+from zero_ckpt.core.storage import Storage
 from zero_ckpt.core.watch import identity
 from zero_ckpt.errors import SaveError
 from zero_ckpt.testing import FaultyStorage, fail_from

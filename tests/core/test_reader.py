@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import queue
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import pytest
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from tests.core.memory import MemoryStorage
 from tests.core.strategies import boxes_in, held_boxes, layouts
+from zero_ckpt.core import reader
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.chunks import Box, full_box
 from zero_ckpt.core.dtensors import TORCH_DTYPES
@@ -37,8 +38,9 @@ def small_blocks() -> Iterator[None]:
     with ExitStack() as changed:
         for name in ("shard_file", "sources", "staging", "reader"):
             changed.enter_context(patch(f"zero_ckpt.core.{name}.BLOCK", SMALL_BLOCK))
-        changed.enter_context(patch("zero_ckpt.core.staging._WINDOW", 1024))
-        changed.enter_context(patch("zero_ckpt.core.reader._buffer._free", queue.SimpleQueue()))
+        for name in ("shard_file", "staging"):
+            changed.enter_context(patch(f"zero_ckpt.core.{name}.WINDOW", 1024))
+        changed.enter_context(patch("zero_ckpt.core.reader._spare", []))
         yield
 
 
@@ -106,6 +108,7 @@ def test_any_box_reads_back_bitwise_into_any_tensor(
 ) -> None:
     with small_blocks():
         storage, manifest = save(tensors)
+        storage.far = data.draw(st.booleans())
         requests: list[Request] = []
         with Checkpoint(storage, "/t", manifest) as checkpoint:
             for key, layout in tensors.items():
@@ -116,7 +119,7 @@ def test_any_box_reads_back_bitwise_into_any_tensor(
             plan = checkpoint.plan_reads(requests)
             if verified := data.draw(st.booleans()):
                 plan.verify(lambda: None)
-            plan.fill(lambda: None, verified=verified)
+            plan.fill(lambda: None, verified=verified, private=data.draw(st.booleans()))
             for key, layout in tensors.items():
                 assert same(checkpoint.tensor("model", key), values(layout.dtype, layout.shape))
         for request in requests:
@@ -173,9 +176,11 @@ def flip(storage: MemoryStorage, name: str, at: int) -> None:
     storage.files[name] = bytes(data)
 
 
-def test_damage_is_found_where_it_is_read_and_reaches_no_tensor() -> None:
+@pytest.mark.parametrize("far", [False, True])
+def test_damage_is_found_where_it_is_read_and_reaches_no_tensor(far: bool) -> None:
     with small_blocks():
         storage, manifest = save({"w": Layout("U8", (3 * SMALL_BLOCK,), None)})
+        storage.far = far
         rank = next(iter(manifest.tensors["model"]["w"].runs)).rank
         name = f"/t/{manifest.file_of('model', rank)}"
         header = len(storage.files[name]) - 3 * SMALL_BLOCK - 3 * 8
@@ -196,9 +201,11 @@ def test_damage_is_found_where_it_is_read_and_reaches_no_tensor() -> None:
                 assert set(target.tolist()) == {7}
 
 
-def test_what_was_damaged_since_it_was_verified_is_found_as_it_is_copied() -> None:
+@pytest.mark.parametrize("far", [False, True])
+def test_what_was_damaged_since_it_was_verified_is_found_as_it_is_copied(far: bool) -> None:
     with small_blocks():
         storage, manifest = save({"w": Layout("U8", (3 * SMALL_BLOCK,), None)})
+        storage.far = far
         rank = next(iter(manifest.tensors["model"]["w"].runs)).rank
         name = f"/t/{manifest.file_of('model', rank)}"
         target = torch.zeros(3 * SMALL_BLOCK, dtype=torch.uint8)
@@ -209,6 +216,75 @@ def test_what_was_damaged_since_it_was_verified_is_found_as_it_is_copied() -> No
             plan = checkpoint.plan_reads([checkpoint.request("model", "w", target)])
             with pytest.raises(CorruptShardError, match=r"block 2 .*checksum"):
                 plan.fill(lambda: None, verified=True)
+
+
+def test_what_every_rank_reads_lies_in_few_blocks() -> None:
+    """Such as an optimizer's step of each parameter, between large tensors of which each rank reads its own part."""
+    mesh = Mesh((RANKS,), tuple(range(RANKS)))
+    tensors = {}
+    for i in range(20):
+        tensors[f"t{i}.exp_avg"] = Layout("F32", (RANKS, SMALL_BLOCK), mesh, ("S0",))
+        tensors[f"t{i}.step"] = Layout("F32", ())
+    with small_blocks():
+        storage, manifest = save(tensors)
+        with Checkpoint(storage, "/t", manifest) as checkpoint:
+            requests = []
+            for key, layout in tensors.items():
+                box = Box((3, 0), (1, SMALL_BLOCK)) if layout.shape else None
+                target = torch.empty(box.shape if box else ())
+                requests.append(checkpoint.request("model", key, target, box))
+            plan = checkpoint.plan_reads(requests)
+            own = manifest.file_of("model", 3)
+            others = [f for f in plan.files if not f.reader.name.endswith(own)]
+            assert len(others) <= 2
+            assert sum(len(f.blocks) for f in others) <= 2
+
+
+class Failing:
+    """A storage whose n-th block cannot be read, and that counts."""
+
+    def __init__(self, inner: MemoryStorage, failing: int) -> None:
+        self._inner, self._failing, self.count = inner, failing, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def open(self, path: str) -> Any:
+        file = self._inner.open(path)
+        plain = file.read_into
+
+        def read_into(offset: int, *rest: Any) -> None:
+            if offset > len(self._inner.files[path]) // 8:  # header and table have been read
+                self.count += 1
+                if self.count > self._failing:
+                    raise OSError(5, "Input/output error")
+            plain(offset, *rest)
+
+        file.read_into = read_into  # type: ignore[method-assign]
+        return file
+
+
+@pytest.mark.parametrize("far", [False, True])
+@pytest.mark.parametrize("action", ["verify", "fill"])
+@pytest.mark.parametrize("failing", [1, 5, 20])
+def test_an_error_stops_all_threads_and_gives_every_buffer_back(
+    far: bool, action: str, failing: int
+) -> None:
+    """However many blocks wait for a thread when it happens, nobody waits for a buffer that never comes."""
+    blocks = 64
+    with small_blocks():
+        inner, manifest = save({"w": Layout("U8", (blocks * SMALL_BLOCK,), None)})
+        inner.far = far
+        target = torch.zeros(blocks * SMALL_BLOCK, dtype=torch.uint8)
+        before = threading.active_count()
+        storage = Failing(inner, failing)
+        with Checkpoint(cast(Any, storage), "/t", manifest) as checkpoint:
+            plan = checkpoint.plan_reads([checkpoint.request("model", "w", target)])
+            with pytest.raises(CorruptShardError, match="Input/output error"):
+                getattr(plan, action)(lambda: None)
+        assert threading.active_count() == before
+        assert len(reader._spare) == reader._BUFFERS
+        assert storage.count < 8 * blocks
 
 
 def test_a_manifest_that_lies_about_a_file_is_found_before_any_byte_is_read() -> None:

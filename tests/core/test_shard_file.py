@@ -19,12 +19,13 @@ from tests.core.strategies import boxes_in, shapes
 from zero_ckpt.core.chunks import Box, full_box
 from zero_ckpt.core.dtensors import TORCH_DTYPES
 from zero_ckpt.core.dtypes import ITEMSIZE, itemsize
+from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.core.manifest import FileRecord
 from zero_ckpt.core.memory import aligned_buffer
-from zero_ckpt.core.shard_file import BLOCK, ShardReader, layout_shard, open_shard
+from zero_ckpt.core.shard_file import BLOCK, layout_shard
+from zero_ckpt.core.shard_reader import ShardReader, open_shard
 from zero_ckpt.core.sources import Source
 from zero_ckpt.core.staging import ShardWrite, StagingPool
-from zero_ckpt.core.storage import LocalStorage
 from zero_ckpt.errors import CorruptShardError
 
 NAME = "model-00000-of-00001.safetensors"
@@ -162,6 +163,8 @@ def test_any_layout_reads_back_as_it_was(data: st.DataObject, dtypes: dict[str, 
     reader = ShardReader(InMemory(file), NAME, None)
     assert reader.chunks == layout.chunks
     assert {(c.key, c.dtype, c.shape, c.box) for c in layout.chunks} == set(items)
+    places = [(-itemsize(c.dtype), c.box.shape != c.shape) for c in layout.chunks]
+    assert places == sorted(places)  # wide before narrow, whole before parts
     for chunk in layout.chunks:
         assert chunk.begin % itemsize(chunk.dtype) == 0
         assert reader.find(chunk.key, chunk.box) == chunk

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.core.memory import ALIGNMENT, aligned_buffer, round_up
-from zero_ckpt.core.storage import LocalStorage
 
 SHM = Path("/dev/shm")
 

@@ -8,21 +8,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zero_ckpt.core.manifest import FileRecord, Manifest, shard_name
-from zero_ckpt.core.storage import LocalStorage
-from zero_ckpt.core.tags import (
+from zero_ckpt.core.finding import (
     NOT_COMMITTED,
     Candidates,
-    check_tag,
     fallback_notice,
     find_checkpoint,
     list_tags,
     locate,
-    prune,
-    read_latest,
-    read_manifest,
-    remove_tag,
 )
+from zero_ckpt.core.local_storage import LocalStorage
+from zero_ckpt.core.manifest import FileRecord, Manifest, shard_name
+from zero_ckpt.core.retention import prune, remove_tag
+from zero_ckpt.core.tag_folder import read_manifest
+from zero_ckpt.core.tags import check_tag, read_latest
 from zero_ckpt.errors import (
     CheckpointNotFoundError,
     ConfigurationError,
@@ -242,7 +240,7 @@ def test_manifests_beyond_the_limit_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_tag(tmp_path, "t1")
-    monkeypatch.setattr("zero_ckpt.core.tags.MAX_MANIFEST", 100)
+    monkeypatch.setattr("zero_ckpt.core.tag_folder.MAX_MANIFEST", 100)
     with pytest.raises(CorruptManifestError, match=r"manifest\.json.*100 bytes"):
         read_manifest(DISK, str(tmp_path / "t1"))
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from zero_ckpt import Checkpointer, SaveHandle
-from zero_ckpt.core.storage import LocalStorage
+from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.testing.faults import FaultyStorage, Operation
 
 STAGES = ("ddp", "zero", "fsdp")

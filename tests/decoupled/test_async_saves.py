@@ -19,8 +19,10 @@ from torch import nn
 from tests.decoupled.jobs import STAGES, Gate, Run, same, storage
 from tests.workers import run_ranks, start_ranks
 from zero_ckpt import AsyncSave, Checkpointer
-from zero_ckpt.core.storage import LocalStorage
-from zero_ckpt.core.tags import list_tags, read_latest
+from zero_ckpt.core import flight
+from zero_ckpt.core.finding import list_tags
+from zero_ckpt.core.local_storage import LocalStorage
+from zero_ckpt.core.tags import read_latest
 from zero_ckpt.errors import ConfigurationError, RankTimeoutError, SaveError, StateMismatchError
 from zero_ckpt.testing.faults import Operation
 
@@ -127,6 +129,7 @@ def _fail_once(directory: str, surface: str) -> tuple[str, str, str]:
         }[surface]()
     failing[0] = False
     assert not handle.committed
+    assert not flight._UNTOLD, "a failure that was told is let go"
     latest = read_latest(LocalStorage(), directory)
     run.save(directory, "after").wait()
     run.checkpointer.close()
@@ -295,7 +298,7 @@ def test_a_rank_that_dies_while_it_writes_is_named(tmp_path: Path) -> None:
 
 SCRIPT = """
 import sys, time, torch, zero_ckpt
-from zero_ckpt.core.storage import LocalStorage
+from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.testing.faults import FaultyStorage
 
 def slow(operation):

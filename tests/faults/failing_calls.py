@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from zero_ckpt.core import storage
+from zero_ckpt.core import local_storage as storage
 
 _ON_FILES = {"close", "fsync", "ftruncate", "open", "posix_fallocate", "pwrite"}
 _ON_NAMES = {"mkdir", "replace", "rmtree", "scandir", "statvfs", "unlink"}

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zero_ckpt.core import storage
+from zero_ckpt.core import local_storage as storage
 
 
 @dataclass

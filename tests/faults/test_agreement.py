@@ -22,7 +22,7 @@ from tests.faults.jobs import (
     warned,
 )
 from tests.workers import run_ranks, start_ranks
-from zero_ckpt.core.storage import LocalStorage
+from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.errors import RankTimeoutError
 from zero_ckpt.testing import FaultyStorage, Operation
 

@@ -17,9 +17,10 @@ import torch.distributed as dist
 
 from tests.faults.jobs import Job, Raised, raised, step_saved, warned
 from tests.workers import run_ranks
+from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.core.memory import ALIGNMENT
-from zero_ckpt.core.shard_file import ShardReader
-from zero_ckpt.core.storage import FileReader, LocalStorage
+from zero_ckpt.core.shard_reader import ShardReader
+from zero_ckpt.core.storage import FileReader
 from zero_ckpt.testing import FaultyStorage, Operation, fail_at
 
 WORLD = 2

@@ -27,10 +27,10 @@ from tests.faults.jobs import (
 )
 from tests.workers import run_ranks
 from zero_ckpt.core import engine, staging
-from zero_ckpt.core import storage as storage_module
+from zero_ckpt.core import local_storage as storage_module
 from zero_ckpt.core.control import LocalControl
 from zero_ckpt.core.lease import PREFIX
-from zero_ckpt.core.storage import LocalStorage
+from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.errors import RankTimeoutError, SaveError
 from zero_ckpt.testing import FaultyStorage, Operation, fail_at, fail_from
 

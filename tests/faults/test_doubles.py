@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.core.memory import aligned_buffer
-from zero_ckpt.core.storage import LocalStorage
 from zero_ckpt.testing import FaultyStorage, delay_at, fail_at, fail_from
 
 
@@ -68,7 +68,7 @@ def test_a_slow_operation_is_slow_once(tmp_path: Path) -> None:
 
 def test_the_process_dies_at_the_chosen_operation(tmp_path: Path) -> None:
     code = (
-        "import sys; from zero_ckpt.core.storage import LocalStorage; from zero_ckpt.testing import *\n"
+        "import sys; from zero_ckpt.core.local_storage import LocalStorage; from zero_ckpt.testing import *\n"
         "storage = FaultyStorage(LocalStorage(), kill_at(1))\n"
         "for name in 'abc': storage.put(f'{sys.argv[1]}/{name}', b'')\n"
     )

@@ -22,7 +22,7 @@ from tests.faults.jobs import contents
 from tests.faults.lies import Change, rewrite_manifest, rewrite_shard
 from zero_ckpt import Checkpointer, get_fp32_state_dict_from_zero_checkpoint
 from zero_ckpt.cli import main
-from zero_ckpt.core.storage import LocalStorage
+from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.errors import ZeroCkptError
 from zero_ckpt.testing import FaultyStorage
 

@@ -19,7 +19,8 @@ from tests.faults.jobs import Job, Raised, contents
 from tests.faults.lies import Change, read_manifest, rewrite_manifest, rewrite_shard
 from tests.workers import run_ranks
 from zero_ckpt import get_fp32_state_dict_from_zero_checkpoint
-from zero_ckpt.core.storage import FileReader, LocalStorage
+from zero_ckpt.core.local_storage import LocalStorage
+from zero_ckpt.core.storage import FileReader
 from zero_ckpt.errors import (
     CorruptCheckpointError,
     FormatVersionError,

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from tests.faults.jobs import Job, Raised, contents, files, step_saved, unlisted
 from tests.workers import run_ranks
-from zero_ckpt.core import storage
+from zero_ckpt.core import local_storage
 
 WORLD = 2
 SPARE = range(8)
@@ -187,7 +187,7 @@ def train_on_a_poor_file_system(directory: str) -> tuple[list[str], set[str], st
 
     sys.addaudithook(watch)
     os.open = refuse_direct  # type: ignore[assignment]
-    storage._cached_fraction = lambda *_: 0.0  # or reads would not even try
+    local_storage.cached_fraction = lambda *_: 0.0  # or reads would not even try
     job = Job.at(1, keep_last=2)
     for step in (1, 2, 3):
         job.save(directory, tag=f"step{step}")

@@ -16,8 +16,8 @@ import pytest
 from tests.faults.jobs import contents
 from tests.faults.power import Disk, Journal, journaled, restore
 from tests.faults.team import Team
-from zero_ckpt.core import storage
-from zero_ckpt.core.storage import LocalStorage
+from zero_ckpt.core import local_storage as storage
+from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.errors import ZeroCkptError
 
 WORLD = 2

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.faults.jobs import Job, warned
-from zero_ckpt.core.storage import LocalStorage
-from zero_ckpt.core.tags import remove_tag
+from zero_ckpt.core.local_storage import LocalStorage
+from zero_ckpt.core.retention import remove_tag
 from zero_ckpt.errors import NothingSavedError, ZeroCkptError
 from zero_ckpt.testing import FaultyStorage, Operation
 

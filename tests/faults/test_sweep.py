@@ -21,8 +21,9 @@ import pytest
 from tests.faults.failing_calls import Call, failing_calls
 from tests.faults.jobs import contents, resources
 from tests.faults.team import ENGINES, Team
+from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.core.object_storage import ObjectStorage
-from zero_ckpt.core.storage import LocalStorage, Storage
+from zero_ckpt.core.storage import Storage
 from zero_ckpt.errors import SaveError
 from zero_ckpt.testing import FaultyStorage, Operation
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from tests.faults.jobs import Job, Raised, await_file, contents, raised, step_saved, unlisted
 from tests.workers import run_ranks, start_ranks
 from zero_ckpt.core import lease
-from zero_ckpt.core.storage import LocalStorage
+from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.errors import SaveError
 from zero_ckpt.testing import FaultyStorage, Operation
 

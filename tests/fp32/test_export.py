@@ -28,7 +28,8 @@ from tests.fp32.models import (
 from tests.fp32.peak import peak_of
 from tests.workers import run_ranks, start_ranks
 from zero_ckpt.core.control import control_for_process_group
-from zero_ckpt.core.storage import FileWriter, LocalStorage
+from zero_ckpt.core.local_storage import LocalStorage
+from zero_ckpt.core.storage import FileWriter
 from zero_ckpt.errors import (
     ConfigurationError,
     CorruptShardError,

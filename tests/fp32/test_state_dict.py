@@ -24,8 +24,9 @@ from tests.fp32.peak import peak_of
 from tests.interop.writer import Run, write
 from tests.workers import run_ranks
 from zero_ckpt.core import checkpoint
+from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.core.shard_file import BLOCK
-from zero_ckpt.core.storage import FileReader, LocalStorage
+from zero_ckpt.core.storage import FileReader
 from zero_ckpt.errors import CheckpointNotFoundError, CorruptShardError
 from zero_ckpt.fp32 import (
     get_fp32_state_dict_from_zero_checkpoint,

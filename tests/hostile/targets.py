@@ -15,11 +15,11 @@ import xxhash
 
 from zero_ckpt.core.decoding import decode_objects, show_objects
 from zero_ckpt.core.dtypes import itemsize
+from zero_ckpt.core.finding import Candidates, locate
 from zero_ckpt.core.manifest import FileRecord, Manifest, Summary
 from zero_ckpt.core.memory import round_up
 from zero_ckpt.core.runs import runs_coverage_error
-from zero_ckpt.core.shard_file import open_shard
-from zero_ckpt.core.tags import Candidates, locate
+from zero_ckpt.core.shard_reader import open_shard
 from zero_ckpt.errors import CorruptManifestError, ZeroCkptError
 from zero_ckpt.interop.deepspeed.pickle_machine import load_pickle
 from zero_ckpt.interop.deepspeed.plain import CONSTRUCTORS

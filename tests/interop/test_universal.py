@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from zero_ckpt.errors import ConfigurationError, StateMismatchError
 from zero_ckpt.interop.universal import convert_to_universal
 
 SOURCES = [
+    "align_z2_w2",
     "base_z2_w2_bf16",
     "bn_z2_w2",
     "frozen_z3_w2_bf16",
@@ -23,8 +25,11 @@ SOURCES = [
     "lightning_z2_w2",
     "moe_z1_w2_ep2",
     "odd_z3_w4",
+    "roundrobin_z2_w2",
     "sgd_z2_w2",
+    "subgroup_z3_w2",
     "tied_z3_w2",
+    "tp_mpu_z1_w2_tp2",
     "universal_frozen_z2_w2",
 ]
 
@@ -88,6 +93,23 @@ def test_ours_by_the_command(tmp_path: Path) -> None:
             for key in old.keys(role):
                 assert torch.equal(new.tensor(role, key), old.tensor(role, key))
         assert new.objects()["client_state"] == {"epoch": 2}
+
+
+def test_a_checkpoint_from_before_the_first_step_converts_into_a_folder_of_any_name(
+    tmp_path: Path,
+) -> None:
+    """DeepSpeed's converter does not find state 0, nor the rank in `a+b(1)`, and puts `latest_universal` inside."""
+    model = torch.nn.Linear(4, 3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    zero_ckpt.save_checkpoint(tmp_path / "ours", model, optimizer, tag="t", step=0)
+    folder = convert_to_universal(tmp_path / "ours", f"{tmp_path}/a+b(1)/")
+    assert sorted(os.listdir(tmp_path / "a+b(1)")) == ["latest_universal", "t_universal"]
+    assert folder == str(tmp_path / "a+b(1)" / "t_universal")
+    fresh = torch.nn.Linear(4, 3)
+    anew = torch.optim.AdamW(fresh.parameters())
+    zero_ckpt.load_checkpoint(tmp_path / "a+b(1)", fresh, anew)
+    assert torch.equal(fresh.weight, model.weight)
+    assert not anew.state
 
 
 def test_an_existing_folder_is_never_replaced(deepspeed_cases: Path, tmp_path: Path) -> None:

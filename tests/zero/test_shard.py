@@ -37,6 +37,7 @@ from zero_ckpt.zero import (
     set_gradient_sync,
     shard_module,
 )
+from zero_ckpt.zero.sync import average_gradients_of
 
 
 def shard(module: nn.Module, stage: int = 3, **options: Any) -> Any:
@@ -369,6 +370,44 @@ def _unfrozen_later(root: str) -> None:
 @pytest.mark.parametrize("root", ["shard", "replicate"])
 def test_parameters_unfrozen_later_get_averaged_gradients(root: str) -> None:
     run_ranks(_unfrozen_later, 2, root)
+
+
+class FailsOnce(torch.autograd.Function):
+    """The identity, whose first backward pass fails."""
+
+    has_failed = False
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        if not FailsOnce.has_failed:
+            FailsOnce.has_failed = True
+            raise ArithmeticError("once")
+        return gradients[0]
+
+
+def _averaged_after_a_failure() -> None:
+    net = nn.Module()
+    net.inner, net.scale = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.tensor(3.0))
+    average_gradients_of(net, [net.scale, net.inner], make_mesh(dist.get_world_size(), None, "cpu"))
+
+    def train_once() -> None:
+        """The gradient of `scale` is there before that of `inner`."""
+        net.zero_grad()
+        (FailsOnce.apply(net.inner * (1.0 + dist.get_rank())) * net.scale).backward()
+
+    with pytest.raises(ArithmeticError, match="once"):
+        train_once()
+    assert net.scale.grad is not None
+    train_once()
+    assert [net.scale.grad.item(), net.inner.grad.item()] == [2.0 * 1.5, 3.0 * 1.5]
+
+
+def test_gradients_are_averaged_after_a_backward_pass_that_failed() -> None:
+    run_ranks(_averaged_after_a_failure, 2)
 
 
 # --- communication, and gathered parameters -------------------------------------------------------

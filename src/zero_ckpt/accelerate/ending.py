@@ -16,8 +16,9 @@ from zero_ckpt.accelerate.saving import SaveMixin
 from zero_ckpt.core.control import ControlPlane, LocalControl
 from zero_ckpt.core.handle import SaveHandle
 from zero_ckpt.core.places import local
+from zero_ckpt.core.retention import remove_tag
 from zero_ckpt.core.state import Snapshot, capture_models
-from zero_ckpt.core.tags import read_manifest, remove_tag
+from zero_ckpt.core.tag_folder import read_manifest
 from zero_ckpt.errors import RankTimeoutError, ZeroCkptError
 from zero_ckpt.fp32 import export_fp32
 

@@ -21,11 +21,12 @@ from zero_ckpt.accelerate.planning import PlanMixin, wanted_of
 from zero_ckpt.accelerate.saving import SaveMixin
 from zero_ckpt.core.bound import Wanted
 from zero_ckpt.core.checkpoint import Checkpoint
+from zero_ckpt.core.finding import find_checkpoint
 from zero_ckpt.core.loading import load_together
 from zero_ckpt.core.outcome import log_report
 from zero_ckpt.core.places import absolute, expanded, is_url, resolved
 from zero_ckpt.core.restoring import Restoration
-from zero_ckpt.core.tags import find_checkpoint, is_tag_folder
+from zero_ckpt.core.tag_folder import is_tag_folder
 from zero_ckpt.errors import (
     CheckpointNotFoundError,
     ConfigurationError,

@@ -13,9 +13,11 @@ import re
 import shutil
 from collections.abc import Iterator
 
+from zero_ckpt.core.finding import list_tags
 from zero_ckpt.core.manifest import MANIFEST_NAME
 from zero_ckpt.core.places import AnyStorage, is_url
-from zero_ckpt.core.tags import is_tag_folder, list_tags, remove_tag
+from zero_ckpt.core.retention import remove_tag
+from zero_ckpt.core.tag_folder import is_tag_folder
 from zero_ckpt.errors import ConfigurationError, NothingSavedError, ZeroCkptError
 
 __all__ = ["candidates", "directory_for_save", "is_accelerates", "next_iteration", "retire"]

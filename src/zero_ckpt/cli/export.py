@@ -13,7 +13,9 @@ from zero_ckpt.cli.text import json_text, printable, size_text, table
 SUMMARY = "collapse a checkpoint into full fp32 weights"
 DESCRIPTION = """\
 Writes the full fp32 weights of a checkpoint, collapsed from the shards of all ranks, in one process and with little
-memory. Every byte read is verified. For a checkpoint directory: of its latest. An earlier result in OUT is replaced."""
+memory. Every byte read is verified. For a checkpoint directory: of its latest. An earlier result in OUT is replaced,
+when the new one is whole. After an interruption run the same command again: it goes on after the last whole file of
+several, if the checkpoint and the options are the same, and starts anew otherwise."""
 EXAMPLES = """\
   zero-ckpt export checkpoints fp32                              a folder: fp32/model.safetensors
   zero-ckpt export checkpoints weights.bin                       one file, its format by the suffix

@@ -23,6 +23,7 @@ from zero_ckpt.cli.text import (
     table,
 )
 from zero_ckpt.core.dtypes import itemsize
+from zero_ckpt.core.finding import fallback_notice, find_checkpoint, locate
 from zero_ckpt.core.foreign import ForeignManifest
 from zero_ckpt.core.layout import ROLES
 from zero_ckpt.core.manifest import Manifest
@@ -30,7 +31,7 @@ from zero_ckpt.core.places import AnyStorage, absolute
 from zero_ckpt.core.planner import Placed
 from zero_ckpt.core.shard_file import REMEDY
 from zero_ckpt.core.storage import Storage
-from zero_ckpt.core.tags import check_files, fallback_notice, find_checkpoint, locate, read_tag
+from zero_ckpt.core.tag_folder import check_files, read_tag
 from zero_ckpt.errors import CorruptShardError
 
 SUMMARY = "show what one checkpoint holds"

@@ -9,16 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zero_ckpt.cli.text import age_text, iso_time, json_text, printable, size_text, table
+from zero_ckpt.core.finding import NOT_COMMITTED, TagInfo, list_tags
 from zero_ckpt.core.places import AnyStorage, absolute, is_url
 from zero_ckpt.core.storage import Storage
-from zero_ckpt.core.tags import (
-    NOT_COMMITTED,
-    TagInfo,
-    check_files,
-    is_tag_folder,
-    list_tags,
-    read_latest,
-)
+from zero_ckpt.core.tag_folder import check_files, is_tag_folder
+from zero_ckpt.core.tags import read_latest
 from zero_ckpt.errors import CheckpointNotFoundError, CorruptShardError
 
 SUMMARY = "list the checkpoints of a directory"

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from zero_ckpt.cli.text import printable
+from zero_ckpt.core.finding import fallback_notice, find_checkpoint
 from zero_ckpt.core.places import AnyStorage, absolute
-from zero_ckpt.core.tags import fallback_notice, find_checkpoint
 from zero_ckpt.errors import UnsafeObjectError
 
 __all__ = ["find_source", "for_people"]

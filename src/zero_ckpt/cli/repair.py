@@ -6,12 +6,14 @@ import argparse
 from dataclasses import dataclass
 
 from zero_ckpt.cli.text import json_text, printable
+from zero_ckpt.core.finding import list_tags, no_checkpoint
 from zero_ckpt.core.foreign import ForeignManifest
 from zero_ckpt.core.manifest import MANIFEST_NAME
 from zero_ckpt.core.places import AnyStorage, absolute
 from zero_ckpt.core.recovery import DAMAGED_NAME, quarantine, rebuild
 from zero_ckpt.core.storage import Storage
-from zero_ckpt.core.tags import LATEST_NAME, list_tags, no_checkpoint, read_latest, read_tag
+from zero_ckpt.core.tag_folder import read_tag
+from zero_ckpt.core.tags import LATEST_NAME, read_latest
 from zero_ckpt.core.verification import Verifier
 from zero_ckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, ZeroCkptError
 

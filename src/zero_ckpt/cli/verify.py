@@ -11,19 +11,12 @@ from typing import Any
 
 from zero_ckpt.cli.progress import Progress
 from zero_ckpt.cli.text import json_text, plural, printable, size_text
+from zero_ckpt.core.finding import NOT_COMMITTED, TagInfo, list_tags, locate, no_checkpoint
 from zero_ckpt.core.manifest import Manifest
 from zero_ckpt.core.places import AnyStorage, absolute
 from zero_ckpt.core.storage import Storage
-from zero_ckpt.core.tags import (
-    LATEST_NAME,
-    NOT_COMMITTED,
-    TagInfo,
-    list_tags,
-    locate,
-    no_checkpoint,
-    read_latest,
-    read_tag,
-)
+from zero_ckpt.core.tag_folder import read_tag
+from zero_ckpt.core.tags import LATEST_NAME, read_latest
 from zero_ckpt.core.verification import Verifier
 from zero_ckpt.errors import CheckpointNotFoundError, CorruptManifestError
 

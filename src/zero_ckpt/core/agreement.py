@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 from zero_ckpt.core.layout import Table
 from zero_ckpt.core.storage import Storage
-from zero_ckpt.core.tags import check_tag, read_manifest
+from zero_ckpt.core.tag_folder import read_manifest
+from zero_ckpt.core.tags import check_tag
 from zero_ckpt.core.watch import name_ranks
 from zero_ckpt.errors import (
     ConfigurationError,

@@ -18,7 +18,8 @@ from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.control import ControlPlane
 from zero_ckpt.core.custom import CustomLoad, plan_custom
 from zero_ckpt.core.naming import ParameterNames
-from zero_ckpt.core.restoring import Restoration, plan_model, plan_optimizer
+from zero_ckpt.core.optimizers import plan_optimizer
+from zero_ckpt.core.restoring import Restoration, plan_model
 from zero_ckpt.core.schedulers import plan_schedulers, scheduler_notices
 from zero_ckpt.core.state import capture_models
 

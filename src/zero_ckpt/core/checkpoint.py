@@ -15,6 +15,7 @@ import torch
 
 from zero_ckpt.core.chunks import Box, full_box
 from zero_ckpt.core.dtensors import TORCH_DTYPES
+from zero_ckpt.core.finding import fallback_notice, find_checkpoint
 from zero_ckpt.core.foreign import problem_of
 from zero_ckpt.core.lazy import LazyTensor
 from zero_ckpt.core.manifest import Manifest
@@ -26,7 +27,7 @@ from zero_ckpt.core.runs import Run
 from zero_ckpt.core.shard_file import REMEDY
 from zero_ckpt.core.shards import open_shards
 from zero_ckpt.core.storage import Storage
-from zero_ckpt.core.tags import fallback_notice, find_checkpoint, read_tag
+from zero_ckpt.core.tag_folder import read_tag
 from zero_ckpt.errors import CorruptShardError, StateMismatchError
 
 __all__ = ["Checkpoint", "open_checkpoint"]

@@ -23,9 +23,11 @@ from zero_ckpt.core.agreement import Agreement, raise_problems
 from zero_ckpt.core.layout import ROLES
 from zero_ckpt.core.manifest import MANIFEST_NAME, FileRecord, Manifest, shard_name
 from zero_ckpt.core.planner import SavePlan
+from zero_ckpt.core.retention import prune
 from zero_ckpt.core.runs import runs_coverage_error
 from zero_ckpt.core.storage import Entry, Storage
-from zero_ckpt.core.tags import LATEST_NAME, prune, read_manifest
+from zero_ckpt.core.tag_folder import read_manifest
+from zero_ckpt.core.tags import LATEST_NAME
 from zero_ckpt.errors import (
     CheckpointNotFoundError,
     SaveError,

@@ -191,9 +191,9 @@ class AsyncEngine(SyncEngine):
         for flight in settled:
             flight.join()
         del self._flights[: len(settled)]
-        untold = [flight for flight in settled if flight.error is not None and not flight.told]
+        untold = [flight for flight in settled if flight.is_untold]
         for flight in untold:
-            flight.told = True
+            flight.told()
         warn_about(text for flight in settled for text in flight.notices)
         warn_about(str(flight.error) for flight in untold if flight.is_given_up)
         for flight in untold:

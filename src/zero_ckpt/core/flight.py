@@ -15,15 +15,15 @@ from zero_ckpt.errors import SaveError, describe
 
 __all__ = ["Flight"]
 
-_FAILED: list[Flight] = []
-"""Failures of this process. What nobody has been told by its end is printed then."""
+_UNTOLD: dict[Flight, None] = {}
+"""Failures that nobody has been told, oldest first. Those of which that is so when the process ends are printed."""
 
 
 @atexit.register
 def _tell_at_exit() -> None:
     """Python waits for flights before it calls this."""
-    for flight in _FAILED:
-        if not flight.told and not flight.is_given_up:
+    for flight in _UNTOLD:
+        if not flight.is_given_up:
             print(f"zero_ckpt: {flight.path} was not saved: {flight.error}", file=sys.stderr)
 
 
@@ -38,8 +38,6 @@ class Flight(SaveHandle):
         self.path = f"{transaction.request.directory}/{transaction.request.tag}"
         self.tag = transaction.request.tag
         self.error: BaseException | None = None
-        self.told = False
-        """Whether somebody has got the error."""
         self._transaction: Transaction | None = transaction
         self.timings = transaction.timings
         self.notices = transaction.notices
@@ -81,13 +79,22 @@ class Flight(SaveHandle):
 
     def wait(self) -> None:
         self._is_done.wait()
-        self.told = True
+        self.told()
         if self.error is not None:
             raise self.error
 
     def join(self) -> None:
         """Return when it has ended; raises nothing."""
         self._is_done.wait()
+
+    @property
+    def is_untold(self) -> bool:
+        """Whether it has failed, and nobody has got the error."""
+        return self in _UNTOLD
+
+    def told(self) -> None:
+        """Somebody gets the error of this flight, which has ended."""
+        _UNTOLD.pop(self, None)
 
     @property
     def is_given_up(self) -> bool:
@@ -116,7 +123,7 @@ class Flight(SaveHandle):
             self.path, self.tag = transaction.finish()
         except BaseException as error:
             self.error = error.with_traceback(None)  # whose frames hold the live tensors
-            _FAILED.append(self)
+            _UNTOLD[self] = None
         finally:
             self._is_staged.set()
             self._finish()

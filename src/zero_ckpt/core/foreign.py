@@ -27,7 +27,7 @@ class ForeignFormat(Protocol):
         """Whether a folder with files of these names holds one checkpoint."""
 
     def open_tag(self, storage: Storage, folder: str) -> ForeignManifest:
-        """Describes it. Raises what `tags.read_tag` names."""
+        """Describes it. Raises what `tag_folder.read_tag` names."""
 
 
 class ForeignContent(Protocol):

@@ -22,18 +22,12 @@ from typing import Any, Generic, TypeVar
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.collector import collector_paused
 from zero_ckpt.core.control import DEFAULT_TIMEOUT, TORN, ControlPlane
+from zero_ckpt.core.finding import Candidates, Found, fallback_notice, find_checkpoint, locate
 from zero_ckpt.core.places import absolute
 from zero_ckpt.core.reader import Sharing
 from zero_ckpt.core.restoring import Restoration
 from zero_ckpt.core.storage import Storage
-from zero_ckpt.core.tags import (
-    Candidates,
-    Found,
-    fallback_notice,
-    find_checkpoint,
-    locate,
-    read_tag,
-)
+from zero_ckpt.core.tag_folder import read_tag
 from zero_ckpt.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,

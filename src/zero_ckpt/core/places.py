@@ -10,7 +10,8 @@ import os
 import re
 from pathlib import PurePath
 
-from zero_ckpt.core.storage import Entry, FileReader, FileWriter, LocalStorage, Storage
+from zero_ckpt.core.local_storage import LocalStorage
+from zero_ckpt.core.storage import Entry, FileReader, FileWriter, Storage
 from zero_ckpt.errors import ConfigurationError
 
 __all__ = ["AnyStorage", "absolute", "expanded", "is_url", "local", "resolved"]

@@ -22,7 +22,7 @@ from zero_ckpt.core.layout import ROLES
 from zero_ckpt.core.manifest import MANIFEST_NAME, Manifest
 from zero_ckpt.core.planner import Placed
 from zero_ckpt.core.runs import encode_runs, runs_coverage_error
-from zero_ckpt.core.shard_file import ShardReader
+from zero_ckpt.core.shard_reader import ShardReader
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.core.verification import Verifier
 from zero_ckpt.errors import CorruptCheckpointError, CorruptManifestError, CorruptShardError

@@ -13,7 +13,8 @@ from typing import Protocol
 from zero_ckpt.core.chunks import Box
 from zero_ckpt.core.foreign import ForeignManifest
 from zero_ckpt.core.manifest import Manifest
-from zero_ckpt.core.shard_file import Chunk, open_shard
+from zero_ckpt.core.shard_file import Chunk
+from zero_ckpt.core.shard_reader import open_shard
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.errors import CorruptManifestError
 

@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from zero_ckpt.core.foreign import ForeignManifest
 from zero_ckpt.core.manifest import FileRecord, Manifest
 from zero_ckpt.core.memory import aligned_buffer
-from zero_ckpt.core.shard_file import BLOCK, REMEDY, ShardReader, open_shard
+from zero_ckpt.core.shard_file import BLOCK, REMEDY
+from zero_ckpt.core.shard_reader import ShardReader, open_shard
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.errors import CorruptShardError
 

@@ -4,7 +4,8 @@
 2. write   every rank assembles and writes its part of the bytes, and makes it durable
 3. done    when all ranks succeeded rank 0 puts the files in place; else they are removed and every rank raises
 
-So the output is complete or absent, and every rank gets the same outcome.
+So the output is complete or absent, and every rank gets the same outcome. An export that was interrupted leaves what it
+had finished of several files, and the same one, run again, goes on from there: see `journal`.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from typing import Any
 
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.control import DEFAULT_TIMEOUT, ControlPlane, LocalControl
+from zero_ckpt.core.finding import fallback_notice, find_checkpoint
 from zero_ckpt.core.places import AnyStorage, absolute
-from zero_ckpt.core.tags import fallback_notice, find_checkpoint
-from zero_ckpt.errors import DisagreementError, SaveError, ZeroCkptError, by_name
+from zero_ckpt.errors import DisagreementError, RankTimeoutError, SaveError, ZeroCkptError, by_name
 from zero_ckpt.fp32.contents import Contents, Options
+from zero_ckpt.fp32.identity import export_key, source_state
+from zero_ckpt.fp32.journal import Journal
 from zero_ckpt.fp32.lanes import Progress, ShareWriter, lanes_of, shared_files
 from zero_ckpt.fp32.publishing import Output, output_of
 
@@ -61,6 +64,10 @@ def export_fp32(
     every format loads with `strict=True`. Modules' extra state, which `safetensors` cannot hold, is left out there,
     with a warning. Peak memory is about 150 MB, whatever the model's size. Every byte read is verified.
 
+    After an interruption (a kill, a lost rank, control-C) the same call writes only those of several files that were
+    not finished, and reads the others once more to be sure of them. The same: of this checkpoint, unchanged, and with
+    these options. Any other call writes all files, and so does one after an error.
+
     Raises `ConfigurationError`, `CheckpointNotFoundError`, `CorruptCheckpointError`, `FormatVersionError`,
     `UnsafeObjectError`, `DisagreementError`, `RankTimeoutError`, or `SaveError` when the output cannot be written.
     """
@@ -86,14 +93,15 @@ class _Export:
         self._output: Output = options.output
         self._storage = AnyStorage()
         self._contents: Contents | None = None
+        self._journal: Journal | None = None
 
     def run(self, path: str, tag: str | None) -> list[str]:
         try:
             return self._run(path, tag)
-        except BaseException:
-            if self._control.rank == 0:
+        except BaseException as error:
+            if self._control.rank == 0 and self._journal is not None:
                 with suppress(OSError):
-                    self._output.clear_partials()
+                    self._clean_up(self._journal, error)
             raise
         finally:
             if self._contents is not None:
@@ -107,13 +115,11 @@ class _Export:
         problem: list[str] = []
         cause: Exception | None = None
         try:
-            self._write(self._open(start["folder"]), start["nonce"])
+            self._write(self._open(start["folder"]), start)
         except Exception as error:
             cause, problem = error, _problem(error, self._output)
         try:
-            done = self._meet(
-                "export: done", problem, lambda found: self._finish(found, start["nonce"])
-            )
+            done = self._meet("export: done", problem, self._finish)
         except ZeroCkptError as error:
             raise error from cause
         paths: list[str] = done["paths"]
@@ -143,34 +149,41 @@ class _Export:
             )
         path, tag, _ = asked[0]
         found = find_checkpoint(self._storage, path, tag)
+        state = source_state(found.folder, found.manifest)
         contents = self._open(found.folder)
-        nonce = uuid.uuid4().hex[:8]
+        sizes = [contents.layout(file).nbytes for file in range(len(contents.names))]
+        key, nonce = export_key(contents, self._options, state), uuid.uuid4().hex[:8]
+        journal = self._journal = Journal(self._storage, self._output, key, nonce)
         try:
-            self._output.clear_partials()
-            for file in shared_files(lanes_of(contents, self._control.world_size)):
-                nbytes = contents.layout(file).nbytes
-                path = self._output.partial(contents.names[file], nonce)
-                self._storage.create(path, nbytes).finish(nbytes)
+            kept = journal.take_over(contents.names, sizes, self._control.beat)
+            for file in shared_files(lanes_of(contents, self._control.world_size, kept)):
+                self._storage.create(journal.path(contents.names[file]), sizes[file]).finish(
+                    sizes[file]
+                )
         except OSError as error:
             if isinstance(error, ZeroCkptError):
                 raise
             raise _as_save_error(error, self._output) from error
         notices = [fallback_notice(found.problems, found.folder)] if found.problems else []
-        return {"folder": found.folder, "nonce": nonce, "notices": notices + contents.notices()}
+        return {
+            "folder": found.folder,
+            "key": key,
+            "nonce": nonce,
+            "kept": kept,
+            "notices": notices + contents.notices(),
+        }
 
-    def _write(self, contents: Contents, nonce: str) -> None:
-        def path_of(file: int) -> str:
-            return self._output.partial(contents.names[file], nonce)
-
-        lanes = lanes_of(contents, self._control.world_size)
-        writer = ShareWriter(self._storage, contents, path_of, self._advance)
+    def _write(self, contents: Contents, start: dict[str, Any]) -> None:
+        journal = Journal(self._storage, self._output, start["key"], start["nonce"])
+        lanes = lanes_of(contents, self._control.world_size, start["kept"])
+        writer = ShareWriter(self._storage, contents, journal, self._advance)
         writer.write(lanes, self._control.rank)
 
     def _advance(self, done: int, total: int) -> None:
         self._control.beat()
         self._progress(done, total)
 
-    def _finish(self, problems: list[Any], nonce: str) -> dict[str, Any]:
+    def _finish(self, problems: list[Any]) -> dict[str, Any]:
         """Rank 0: put the files in place, or raise the first rank's problem."""
         found = [(rank, problem) for rank, problem in enumerate(problems) if problem]
         if found:
@@ -178,14 +191,32 @@ class _Export:
             same = all(problem == found[0][1] for problem in problems)
             raise by_name(name, text if same else f"rank {rank}: {text}")
         assert self._contents is not None
-        names, index = self._contents.names, self._contents.index
+        assert self._journal is not None
+        journal = self._journal
+        finished = {
+            name: None if name in journal.in_place else journal.path(name)
+            for name in self._contents.names
+        }
         try:
-            return {"paths": self._output.publish(self._storage, names, nonce, index)}
+            paths = self._output.publish(self._storage, finished, self._contents.index)
+            journal.clear()
+            return {"paths": paths}
         except OSError as error:
             raise SaveError(
                 f"export to {self._output.path}: putting the finished files in place: {error}. Check which result is "
                 "there, or export again; the checkpoint is intact."
             ) from error
+
+    def _clean_up(self, journal: Journal, error: BaseException) -> None:
+        """An error leaves nothing, an interruption what the same export can go on from."""
+        interrupted = isinstance(error, RankTimeoutError) or not isinstance(error, Exception)
+        if not interrupted or self._contents is None:
+            journal.clear()
+            return
+        contents = self._contents
+        journal.clear_unfinished(
+            {name: contents.layout(file).nbytes for file, name in enumerate(contents.names)}
+        )
 
 
 def _problem(error: Exception, output: Output) -> list[str]:

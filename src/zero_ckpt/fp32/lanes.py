@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from zero_ckpt.core.shard_file import BLOCK
@@ -17,6 +17,7 @@ from zero_ckpt.core.storage import Storage
 from zero_ckpt.fp32.assembly import Assembler, BlockCache
 from zero_ckpt.fp32.checksums import Checksums
 from zero_ckpt.fp32.contents import Contents
+from zero_ckpt.fp32.journal import Journal, NotedWriter
 from zero_ckpt.fp32.layout import divide
 from zero_ckpt.fp32.writing import WINDOW, write_range
 
@@ -36,11 +37,19 @@ WORTHWHILE_BLOCKS = 4
 """Blocks for each shard file that a lane must have to write, to be worth that it reads from all of those."""
 
 
-def lanes_of(contents: Contents, world_size: int) -> list[list[Lane]]:
-    """The lanes of each rank. Ranks do not know each other's checksums: they divide such files, not their bytes."""
-    sizes = [contents.layout(file).nbytes for file in range(len(contents.names))]
+def lanes_of(
+    contents: Contents, world_size: int, finished: Collection[int] = ()
+) -> list[list[Lane]]:
+    """The lanes of each rank. Ranks do not know each other's checksums: they divide such files, not their bytes.
+
+    `finished`: files that nobody has to write.
+    """
+    sizes = [
+        0 if file in finished else contents.layout(file).nbytes
+        for file in range(len(contents.names))
+    ]
     if contents.has_checksums and world_size > 1:
-        files = range(len(sizes))
+        files = [file for file in range(len(sizes)) if file not in finished]
         return [[[(f, 0, sizes[f]) for f in files[r::world_size]]] for r in range(world_size)]
     count = LANES if world_size == 1 else 1
     least = WORTHWHILE_BLOCKS * BLOCK * contents.num_sources
@@ -56,15 +65,15 @@ def shared_files(lanes: list[list[Lane]]) -> list[int]:
 
 
 class ShareWriter:
-    """Writes one rank's lanes. `path_of(file)`: where a file is written to.
+    """Writes one rank's lanes into the journal's files, and notes what is durable of each of several.
 
     `advance(done, total)`: bytes of this share, after each window, on any thread, one at a time.
     """
 
     def __init__(
-        self, storage: Storage, contents: Contents, path_of: Callable[[int], str], advance: Progress
+        self, storage: Storage, contents: Contents, journal: Journal, advance: Progress
     ) -> None:
-        self._storage, self._contents, self._path_of = storage, contents, path_of
+        self._storage, self._contents, self._journal = storage, contents, journal
         self._advance = advance
         self._checksums: dict[int, Checksums] = {}
 
@@ -91,8 +100,10 @@ class ShareWriter:
         cache, pool = BlockCache(self._contents.num_sources), StagingPool()
         waiting: Lane = []
         for file, begin, end in lane:
-            layout = self._contents.layout(file)
-            writer = self._storage.create(self._path_of(file), layout.nbytes, shared=file in shared)
+            layout, name = self._contents.layout(file), self._contents.names[file]
+            path, is_shared = self._journal.path(name), file in shared
+            created = self._storage.create(path, layout.nbytes, shared=is_shared)
+            writer = NotedWriter(created, layout.nbytes)
             try:
                 assembler = Assembler(self._contents.checkpoint.shards, cache, layout)
                 sums = self._checksums[file]
@@ -101,6 +112,8 @@ class ShareWriter:
             except BaseException:
                 writer.abort()
                 raise
+            if len(self._contents.names) > 1:
+                self._journal.note(name, writer.sums)
             waiting += [(file, start, min(start + WINDOW, end)) for start in left]
         return waiting
 

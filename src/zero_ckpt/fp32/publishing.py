@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,37 +52,26 @@ class Output:
     def index_name(self) -> str:
         return f"{self.stem}{self.suffix}.index.json"
 
-    def partial(self, name: str, nonce: str) -> str:
-        """The temporary path of file `name` of the export `nonce`."""
-        return f"{self.folder}/.{name}.{nonce}.partial"
-
-    def clear_partials(self) -> None:
-        """Remove what exports to this output left that did not end."""
-        pattern = re.compile(
-            rf"\.{re.escape(self.stem)}(-\d{{5,}}-of-\d{{5,}})?{re.escape(self.suffix)}\.[0-9a-f]{{8}}\.partial"
-        )
-        with suppress(FileNotFoundError):
-            for name in os.listdir(self.folder):
-                if pattern.fullmatch(name):
-                    with suppress(FileNotFoundError):
-                        os.unlink(f"{self.folder}/{name}")
-
     def publish(
         self,
         storage: Storage,
-        names: Sequence[str],
-        nonce: str,
+        finished: Mapping[str, str | None],
         index: Mapping[str, object] | None,
     ) -> list[str]:
-        """Put the finished files `names` in place of what was there; returns all paths. `index`: for several files."""
+        """Put finished files in place of what was there; returns all paths.
+
+        `finished`: name -> where the file lies; None for one that is in place. `index`: for several files.
+        """
+        names = list(finished)
         old = self._old_files()
         index_path = f"{self.folder}/{self.index_name}"
         if old & set(names) and len(names) > 1:
             # New files take the names of old ones: without its index the old set is no result, so none is ever mixed.
             storage.remove(index_path)
             storage.sync(self.folder)
-        for name in names:
-            os.replace(self.partial(name, nonce), f"{self.folder}/{name}")
+        for name, path in finished.items():
+            if path is not None:
+                os.replace(path, f"{self.folder}/{name}")
         storage.sync(self.folder)
         if index is not None:
             storage.put(index_path, (json.dumps(index, indent=2) + "\n").encode())

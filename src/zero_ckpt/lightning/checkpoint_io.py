@@ -57,8 +57,9 @@ class ZeroCheckpointIO(_AllCheckpointIOs):
         _refuse_parts(checkpoint)
         directory, tag = paths.split(path)
         snapshot = to_snapshot(checkpoint, None, {})
-        with paths.making_way(directory, tag):
-            self._local_engine().save(
+        engine = self._local_engine()
+        with paths.making_way(engine, directory, tag):
+            engine.save(
                 directory,
                 tag,
                 snapshot,

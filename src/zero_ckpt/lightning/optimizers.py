@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.lazy import LazyTensor
 from zero_ckpt.core.naming import ParameterNames
-from zero_ckpt.core.restoring import Restoration, plan_optimizer
+from zero_ckpt.core.optimizers import plan_optimizer
+from zero_ckpt.core.restoring import Restoration
 from zero_ckpt.core.state import group_names, local_states, names_in_groups
 from zero_ckpt.errors import StateMismatchError
 

@@ -13,18 +13,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from zero_ckpt.core.engine import SyncEngine
+from zero_ckpt.core.finding import list_tags
 from zero_ckpt.core.places import AnyStorage, absolute, is_url
+from zero_ckpt.core.retention import remove_tag
 from zero_ckpt.core.storage import Storage
-from zero_ckpt.core.tags import (
-    LATEST_NAME,
-    check_tag,
-    list_tags,
-    read_latest,
-    remove_tag,
-)
+from zero_ckpt.core.tags import LATEST_NAME, check_tag, read_latest
 from zero_ckpt.errors import CheckpointNotFoundError
 
-__all__ = ["is_checkpoint_folder", "make_way", "making_way", "remove", "split"]
+__all__ = ["is_checkpoint_folder", "making_way", "remove", "split"]
 
 
 def split(path: Any) -> tuple[str, str]:
@@ -44,7 +41,21 @@ def is_checkpoint_folder(path: Any) -> bool:
     return False
 
 
-def make_way(directory: str, tag: str) -> Callable[[bool], None]:
+@contextmanager
+def making_way(engine: SyncEngine, directory: str, tag: str) -> Iterator[None]:
+    """Around a save of `engine` to this tag, which may be committed later."""
+    end = _make_way(directory, tag)
+    if engine.is_async:
+        os.makedirs(f"{directory}/{tag}", exist_ok=True)  # `ModelCheckpoint` looks what is there
+    try:
+        yield
+    except BaseException:
+        end(False)
+        raise
+    engine.after_saves(end)
+
+
+def _make_way(directory: str, tag: str) -> Callable[[bool], None]:
     """Before a save to this tag: a link there goes (its target stays), a file is set aside.
 
     Returns what to call when the save has ended, with whether it was committed: then the file goes, else it comes back.
@@ -68,18 +79,6 @@ def make_way(directory: str, tag: str) -> Callable[[bool], None]:
                 os.rmdir(path)  # if nothing is in it
 
     return end
-
-
-@contextmanager
-def making_way(directory: str, tag: str) -> Iterator[None]:
-    """Around a save to this tag that commits before it returns."""
-    end = make_way(directory, tag)
-    try:
-        yield
-    except BaseException:
-        end(False)
-        raise
-    end(True)
 
 
 def remove(path: Any, storage: Storage | None = None) -> None:

@@ -25,7 +25,7 @@ from zero_ckpt.core.per_rank import client_state_notice, own_client_state, read_
 from zero_ckpt.core.reader import Request, Sharing
 from zero_ckpt.core.restoring import Restoration
 from zero_ckpt.core.shares import verify_share
-from zero_ckpt.core.tags import is_tag_folder
+from zero_ckpt.core.tag_folder import is_tag_folder
 from zero_ckpt.errors import DisagreementError, StateMismatchError
 from zero_ckpt.lightning.base import StrategyBase
 from zero_ckpt.lightning.checkpoint_io import ZeroCheckpointIO

@@ -7,10 +7,8 @@ the training's collectives.
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 from zero_ckpt.core.naming import parameter_names
@@ -123,7 +121,7 @@ class SaveMixin(StrategyBase):
         snapshot = to_snapshot(checkpoint, names, own, exclude_frozen=exclude)
         with ExitStack() as after:
             if self.is_global_zero:
-                after.enter_context(self._making_way(directory, tag))
+                after.enter_context(paths.making_way(self.engine, directory, tag))
             handle = self.engine.save(
                 directory,
                 tag,
@@ -136,21 +134,6 @@ class SaveMixin(StrategyBase):
             )
         if self.interrupted or self._links_to_last():
             handle.wait()
-
-    @contextmanager
-    def _making_way(self, directory: str, tag: str) -> Iterator[None]:
-        """Around the begin of a save to this tag."""
-        end = paths.make_way(directory, tag)
-        if self.engine.is_async:
-            os.makedirs(
-                f"{directory}/{tag}", exist_ok=True
-            )  # `ModelCheckpoint` looks what is there
-        try:
-            yield
-        except BaseException:
-            end(False)
-            raise
-        self.engine.after_saves(end)
 
     def _links_to_last(self) -> bool:
         """Whether Lightning will point a link to this checkpoint as soon as the save returns."""

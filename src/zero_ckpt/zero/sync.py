@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,10 @@ from zero_ckpt.zero.gathered import is_kept_gathered
 BUCKET_BYTES = 64 << 20
 
 
+class _Reached(set[int]):
+    """Which parameters a backward pass has reached. Held by the pass alone."""
+
+
 class ReplicatedGradients:
     """Averages the gradients of plain parameters over a mesh, once per backward pass.
 
@@ -39,28 +44,33 @@ class ReplicatedGradients:
         self.enabled = True
         self._parameters = list(parameters)
         self._mesh = mesh
-        self._ready: set[int] = set()
+        self._passes: WeakValueDictionary[int, _Reached] = WeakValueDictionary()
         for index, parameter in enumerate(self._parameters):
             if parameter.is_floating_point() or parameter.is_complex():
                 self._watch(index, parameter)
 
     def _watch(self, index: int, parameter: nn.Parameter) -> None:
         def on_gradient(_: torch.Tensor) -> None:
-            if not self.enabled:
-                return
-            if not self._ready:
-                Variable._execution_engine.queue_callback(self._average)
-            self._ready.add(index)
+            if self.enabled:
+                self._reached_now().add(index)
 
         hooked(parameter, "register_post_accumulate_grad_hook", on_gradient)
 
+    def _reached_now(self) -> _Reached:
+        """Of the backward pass that runs. Its end is told to nobody when it fails, but then the pass is gone, too."""
+        current = torch._C._current_graph_task_id()
+        reached = self._passes.get(current)
+        if reached is None:
+            reached = self._passes[current] = _Reached()
+            engine: Any = Variable._execution_engine
+            engine.queue_callback(partial(self._average, reached))
+        return reached
+
     @torch.no_grad()
-    def _average(self) -> None:
+    def _average(self, reached: _Reached) -> None:
         # In the parameters' order: hooks fire in an order that may differ between ranks.
-        ready = [self._parameters[index] for index in sorted(self._ready)]
-        self._ready.clear()
-        grads = [local_part(p.grad) for p in ready if p.grad is not None]
-        average(grads, self._mesh)
+        grads = [self._parameters[index].grad for index in sorted(reached)]
+        average([local_part(grad) for grad in grads if grad is not None], self._mesh)
 
 
 class GradientSwitch(Protocol):

@@ -1,0 +1,170 @@
+"""One tag folder: what it holds. Imports no torch.
+
+Owns the reading of a folder that may be a checkpoint, and what is said of one that is not. Promises: a manifest that it
+returns has verified; nothing that lies in a folder makes it read more than `MAX_MANIFEST` bytes, and no tensor is read.
+It changes nothing, and knows neither `latest` nor the folders beside: those are `tags` and `finding`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from zero_ckpt.core.foreign import ForeignManifest, format_of
+from zero_ckpt.core.manifest import MANIFEST_NAME, Manifest, Summary
+from zero_ckpt.core.storage import Storage
+from zero_ckpt.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    CorruptManifestError,
+    CorruptShardError,
+    NothingSavedError,
+)
+
+__all__ = [
+    "check_files",
+    "contents",
+    "holds_shards",
+    "is_tag_folder",
+    "names_in",
+    "nothing_at",
+    "read_manifest",
+    "read_tag",
+    "summarize_tag",
+    "why_unread",
+]
+
+MAX_MANIFEST = 1 << 30
+"""Bytes. Larger manifests are refused: nothing that reads one may be made to fill the memory."""
+
+
+def read_manifest(storage: Storage, folder: str) -> Manifest:
+    """The verified manifest of a tag folder.
+
+    Raises `CheckpointNotFoundError` when there is none, `CorruptManifestError` or `FormatVersionError` otherwise.
+    """
+    data, path = _manifest_bytes(storage, folder)
+    return Manifest.from_bytes(data, path)
+
+
+def read_tag(storage: Storage, folder: str) -> Manifest:
+    """What a tag folder holds, whoever wrote it: the manifest, or another system's files described as one.
+
+    Raises `CheckpointNotFoundError`, `CorruptCheckpointError`, `StateMismatchError`, `FormatVersionError` or
+    `UnsafeObjectError`.
+    """
+    try:
+        return read_manifest(storage, folder)
+    except CheckpointNotFoundError as error:
+        return _read_foreign(storage, folder, error)
+
+
+def summarize_tag(storage: Storage, folder: str) -> Summary:
+    """What a list of tags takes of `read_tag`: a manifest's checksum is verified, its tensors are not read."""
+    try:
+        return Summary.from_bytes(*_manifest_bytes(storage, folder))
+    except CheckpointNotFoundError as error:
+        return _read_foreign(storage, folder, error)
+
+
+def is_tag_folder(storage: Storage, path: str) -> bool:
+    """Whether `path` itself holds a checkpoint, readable or not: a manifest, or another system's files."""
+    names = names_in(storage, path)
+    return MANIFEST_NAME in names or format_of(names) is not None
+
+
+def check_files(storage: Storage, folder: str, manifest: Summary) -> None:
+    """Every listed file is there and has its length. Raises `CorruptCheckpointError`; reads no data.
+
+    Of another system's checkpoint that was found out when it was opened.
+    """
+    if isinstance(manifest, ForeignManifest):
+        return
+    try:
+        there = {entry.name: entry.nbytes for entry in storage.list(folder)}
+    except OSError as error:
+        raise CorruptCheckpointError(f"{folder}: cannot be read: {why_unread(error)}") from error
+    for name, record in manifest.files.items():
+        found = there.get(name)
+        if found != record.nbytes:
+            text = "no such file" if found is None else f"{found} bytes"
+            raise CorruptShardError(
+                f"{folder}/{name}: {record.nbytes} bytes expected, {text} found. Restore the file, or load another tag."
+            )
+
+
+def _manifest_bytes(storage: Storage, folder: str) -> tuple[bytes, str]:
+    """The content of a folder's manifest, not yet checked, and its path."""
+    path = f"{folder}/{MANIFEST_NAME}"
+    try:
+        data = storage.get(path, MAX_MANIFEST)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise nothing_at(storage, folder) from error
+    except (OSError, ValueError) as error:
+        raise CorruptManifestError(f"{path}: cannot be read: {why_unread(error)}") from error
+    return data, path
+
+
+def _read_foreign(storage: Storage, folder: str, error: CheckpointNotFoundError) -> Manifest:
+    """Another system's checkpoint in a folder without a manifest. Raises `error` when there is none."""
+    found = format_of(names_in(storage, folder))
+    if found is None:
+        raise error
+    return found.open_tag(storage, folder)
+
+
+def nothing_at(storage: Storage, folder: str) -> CheckpointNotFoundError:
+    """Says what `folder`, which holds no manifest, is instead of a checkpoint."""
+    try:
+        names = [entry.name for entry in storage.list(folder)]
+    except NotADirectoryError:
+        return CheckpointNotFoundError(
+            f"{folder}: a file, where a checkpoint's folder was expected"
+        )
+    except FileNotFoundError:
+        directory = os.path.dirname(folder)
+        return NothingSavedError(
+            f"{folder}: no such checkpoint; {directory} {contents(storage, directory)}"
+        )
+    except OSError as error:
+        return CheckpointNotFoundError(f"{folder}: cannot be opened: {why_unread(error)}")
+    if holds_shards(names):
+        return CheckpointNotFoundError(
+            f"{folder}: not committed: it holds shard files, but no {MANIFEST_NAME}. Its save did not finish, or "
+            "still runs, or that file was deleted; use another tag"
+        )
+    return CheckpointNotFoundError(
+        f"{folder}: not a zero_ckpt checkpoint: no {MANIFEST_NAME} there, it {contents(storage, folder)}"
+    )
+
+
+def contents(storage: Storage, folder: str) -> str:
+    """A few words on what is in a folder."""
+    try:
+        names = [entry.name for entry in storage.list(folder)]
+    except OSError:
+        return "does not exist"
+    shown = ", ".join(f"'{name}'" for name in names[:4]) + (" ..." if len(names) > 4 else "")
+    return f"holds {shown}" if names else "is empty"
+
+
+def why_unread(error: Exception) -> str:
+    """Why a file could not be read. The caller names it."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return "it is no text" if isinstance(error, UnicodeDecodeError) else str(error)
+
+
+def names_in(storage: Storage, folder: str) -> list[str]:
+    """Names in a folder; none when there is no such folder."""
+    try:
+        return [entry.name for entry in storage.list(folder)]
+    except OSError:
+        return []
+
+
+def holds_shards(names: Sequence[str]) -> bool:
+    """Whether these are files of a save. Exported weights have the same names, and an index beside them."""
+    if any(name.endswith(".safetensors.index.json") for name in names):
+        return False
+    return any(name.endswith(".safetensors") and "-of-" in name for name in names)
