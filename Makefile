@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CHECKED := $(wildcard src tests examples benchmarks)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-fast torture lint types format demo demo-accelerate demo-moe bench clean
+.PHONY: help install test test-fast torture fuzz lint types format demo demo-accelerate demo-moe bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 25
@@ -41,6 +41,13 @@ test-fast: $(READY) ## the tests that take less than 10 seconds each
 
 torture: $(READY) ## the long forms of the tests of failures: about an hour
 	$(BIN)/python -m pytest -m torture tests
+
+FUZZED := manifest header objects latest pickle
+FUZZ_SECONDS ?= 60
+
+fuzz: $(READY) ## every parser of files under atheris, a minute each; `make fuzz FUZZED=header FUZZ_SECONDS=3600`
+	$(BIN)/python -c 'import atheris' 2> /dev/null || $(PIP) install atheris
+	set -e; for target in $(FUZZED); do $(BIN)/python -m tests.hostile.fuzz $$target $(FUZZ_SECONDS); done
 
 lint: $(READY)
 	$(BIN)/ruff format --check $(CHECKED)

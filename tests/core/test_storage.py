@@ -146,6 +146,26 @@ def test_put_replaces_all_or_nothing(
         storage.get(str(path), 2)
 
 
+@pytest.mark.timeout(20)
+def test_a_pipe_or_a_link_where_a_file_is_written_is_refused_at_once(
+    place: tuple[LocalStorage, Path],
+) -> None:
+    storage, folder = place
+    os.mkfifo(folder / "file.tmp")
+    os.mkfifo(folder / "shard")
+    for call in (
+        lambda: storage.put(f"{folder}/file", b"1"),
+        lambda: storage.create(f"{folder}/shard", 1),
+    ):
+        with pytest.raises(OSError, match="a pipe, a socket or a device, and no file"):
+            call()
+    (folder / "mine").write_text("precious")
+    (folder / "other.tmp").symlink_to(folder / "mine")
+    with pytest.raises(OSError, match=r"other\.tmp"):
+        storage.put(f"{folder}/other", b"1")
+    assert (folder / "mine").read_text() == "precious"
+
+
 def test_put_is_durable_before_it_is_visible(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

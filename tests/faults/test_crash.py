@@ -30,9 +30,9 @@ from tests.faults.jobs import (
     save_again,
     unlisted,
 )
+from tests.faults.team import ENGINES
 from tests.workers import Outcome, Ranks, run_ranks, start_ranks
 from zero_ckpt.core.control import Decide, StoreControl
-from zero_ckpt.core.engine import SyncEngine
 from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.core.state import Snapshot
 from zero_ckpt.errors import RankTimeoutError
@@ -161,17 +161,18 @@ def test_a_rank_that_died_before_its_first_save_is_known_to_be_dead(tmp_path: Pa
 # A rank that dies around a meeting, when the ranks hold different tensors
 
 
-def save_own(directory: str, step: int) -> str:
+def save_own(directory: str, step: int, engine: str = "sync") -> str:
     """Each rank has a tensor of its own, so that the ranks also exchange tables."""
     rank = dist.get_rank()
     tensor = torch.full((4, 4), float(step))
     snapshot = Snapshot(
         model={"shared": tensor, f"own{rank}": tensor + rank}, objects={"step": step}
     )
-    engine = SyncEngine()
-    return engine.save(
+    saving = ENGINES[engine]().save(
         directory, f"step{step}", snapshot, step=step, zero_stage=0, timeout=TIMEOUT
-    ).path
+    )
+    saving.wait()
+    return str(saving.path)
 
 
 def die_in_meeting(phase: str, when: str, victim: int, call: Callable[[], str]) -> Raised | str:
@@ -201,15 +202,16 @@ def die_in_meeting(phase: str, when: str, victim: int, call: Callable[[], str]) 
         return Raised(type(error).__name__, str(error))
 
 
-def save_dying(directory: str, *death: Any) -> Raised | str:
-    return die_in_meeting(*death, lambda: save_own(directory, 2))
+def save_dying(directory: str, engine: str, *death: Any) -> Raised | str:
+    return die_in_meeting(*death, lambda: save_own(directory, 2, engine))
 
 
 PHASES = ["save: agree", "save: tables", "save: vote"]
 CASES = [(p, w, v) for p in PHASES for w in ("before", "after") for v in (0, 1)]
 
 
-def test_a_kill_around_any_meeting_of_a_save(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", sorted(ENGINES))
+def test_a_kill_around_any_meeting_of_a_save(engine: str, tmp_path: Path) -> None:
     """`after` is, for rank 0, when it has decided and not yet answered; for others, when they have the answer."""
     start = tmp_path / "start"
     run_ranks(save_own, WORLD, str(start), 1)
@@ -218,7 +220,7 @@ def test_a_kill_around_any_meeting_of_a_save(tmp_path: Path) -> None:
     starts: list[Callable[[], Ranks]] = []
     for directory, case in zip(directories, CASES, strict=True):
         shutil.copytree(start, directory)
-        starts.append(partial(start_ranks, save_dying, WORLD, str(directory), *case))
+        starts.append(partial(start_ranks, save_dying, WORLD, str(directory), engine, *case))
     results = zip(CASES, directories, run_many(starts), strict=True)
     for (phase, when, victim), directory, outcomes in results:
         survivor = outcomes[1 - victim]
@@ -249,8 +251,8 @@ def load_recorded(directory: str) -> int:
     return len(storage.log)
 
 
-def load_killed(directory: str, number: int) -> tuple[Raised, bool]:
-    hook = kill_at(number) if dist.get_rank() == 1 else ignore
+def load_killed(directory: str, number: int, victim: int) -> tuple[Raised, bool]:
+    hook = kill_at(number) if dist.get_rank() == victim else ignore
     storage = FaultyStorage(LocalStorage(), hook, names={"open", "read"})
     job = Job.at(2, storage=storage)
     before = job.bits()
@@ -264,19 +266,22 @@ def save_step(directory: str) -> None:
 
 def test_a_kill_at_reads_all_through_a_load(tmp_path: Path) -> None:
     run_ranks(save_step, WORLD, str(tmp_path))
-    count = run_ranks(load_recorded, WORLD, str(tmp_path))[1]
+    count = min(run_ranks(load_recorded, WORLD, str(tmp_path)))
     assert count > 8
+    numbers = [*range(0, count - 1, 3), count - 1]
+    victims = [index % 2 for index in range(len(numbers))]
     starts: list[Callable[[], Ranks]] = [
-        partial(start_ranks, load_killed, WORLD, str(tmp_path), number)
-        for number in [*range(0, count - 1, 3), count - 1]
+        partial(start_ranks, load_killed, WORLD, str(tmp_path), *case)
+        for case in zip(numbers, victims, strict=True)
     ]
     seen = set()
-    for survivor, victim in run_many(starts):
-        assert victim.exit_code == -signal.SIGKILL
+    for victim, outcomes in zip(victims, run_many(starts), strict=True):
+        survivor = outcomes[1 - victim]
+        assert outcomes[victim].exit_code == -signal.SIGKILL
         assert survivor.status == "returned", survivor.describe()
         error, untouched = survivor.value
         assert error.kind == "RankTimeoutError"
-        assert "rank 1 died" in error.text
+        assert f"rank {victim} died" in error.text
         told = "untouched" if "Nothing was loaded" in error.text else "in part"
         assert untouched or told == "in part"
         assert ("OVERWRITTEN IN PART" in error.text) is (told == "in part")

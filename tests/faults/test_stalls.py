@@ -104,6 +104,7 @@ def call_over_a_stalled_network(
     return errors, untouched, path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stalled", [(0,), (0, 1)], ids=["rank 0", "all ranks"])
 def test_a_network_that_stalls_ends_a_call_on_every_rank_and_the_next_works(
     stalled: tuple[int, ...], ways: list[Way], tmp_path: Path

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from zero_ckpt.core.control import DEFAULT_TIMEOUT, ControlPlane
+from zero_ckpt.core.threads import start_thread
 from zero_ckpt.errors import ZeroCkptError, by_name, to_record
 
 __all__ = ["together"]
@@ -68,7 +69,7 @@ def _alive(control: ControlPlane) -> Iterator[None]:
             control.beat()
 
     thread = threading.Thread(target=beat, name="zero_ckpt-alive", daemon=True)
-    thread.start()
+    start_thread(thread)
     try:
         yield
     finally:

@@ -157,12 +157,11 @@ class StoreControl:
         self._prefix = f"zero_ckpt/{name}"
         self._last_beat = 0.0
         self._beats = 0
-        patience = _STORE_TIMEOUT.total_seconds()
         with self._reaching_store("start"):
-            if connect:
-                (self._store,) = self._line.ask([lambda: _connected_anew(store)], patience)
+            if connect:  # all ranks of a large job come at once
+                (self._store,) = self._line.ask([lambda: _connected_anew(store)], DEFAULT_TIMEOUT)
             who = json.dumps(identity()).encode()
-            self._line.ask([lambda: self._put(f"who/{rank}", who)], patience)
+            self._line.ask([lambda: self._put(f"who/{rank}", who)], DEFAULT_TIMEOUT)
 
     def meet(self, phase: str, record: bytes, decide: Decide, timeout: float) -> bytes:
         if self.rank == 0:

@@ -15,6 +15,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,7 @@ from zero_ckpt.core.staging import StagingPool
 from zero_ckpt.core.state import Snapshot
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.core.termination import TerminationGuard
+from zero_ckpt.core.threads import start_thread
 from zero_ckpt.core.transaction import Request
 from zero_ckpt.errors import ConfigurationError
 
@@ -120,7 +122,8 @@ class AsyncEngine(SyncEngine):
         self._saves += 1
         self._flights.append(flight)
         self._watch_steps()
-        self._guard.install()
+        with suppress(MemoryError):  # the next save tries again
+            self._guard.install()
         flight.start()
         return flight
 
@@ -156,9 +159,11 @@ class AsyncEngine(SyncEngine):
         models = list(models)
         nbytes = _expected_bytes(models, has_optimizer, self.control.world_size)
         pinned = any(p.is_cuda for model in models for p in model.parameters())
-        threading.Thread(
+        thread = threading.Thread(
             target=self._grown_pool, args=(nbytes, pinned), name="zero_ckpt-warm", daemon=True
-        ).start()
+        )
+        with suppress(MemoryError):  # the save will find out whether there is enough for it
+            start_thread(thread)
 
     def _make_room(self, request: Request) -> bool:
         """By `when_busy`; False: skip this save. Raises what earlier saves failed with. Every rank does the same."""

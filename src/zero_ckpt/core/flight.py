@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from zero_ckpt.core.handle import SaveHandle
+from zero_ckpt.core.threads import start_thread
 from zero_ckpt.core.transaction import Transaction
 from zero_ckpt.errors import SaveError, describe
 
@@ -51,7 +52,11 @@ class Flight(SaveHandle):
         self._thread = threading.Thread(target=self._run, name="zero_ckpt-save", daemon=False)
 
     def start(self) -> None:
-        self._thread.start()
+        """Where there is no room for a thread the save is made on this one, so that all ranks get the same outcome."""
+        try:
+            start_thread(self._thread)
+        except MemoryError:
+            self._run()
 
     @property
     def committed(self) -> bool:

@@ -21,6 +21,7 @@ from contextlib import suppress
 from typing import Any
 
 from zero_ckpt.core.storage import Storage
+from zero_ckpt.core.threads import start_thread
 from zero_ckpt.core.watch import has_died, identity
 from zero_ckpt.errors import SaveError
 
@@ -67,10 +68,11 @@ class Lease:
         except OSError as error:
             error.filename = directory  # the user knows no other name
             raise
-        self._thread = threading.Thread(
+        thread = threading.Thread(
             target=self._renew_until_released, name="zero_ckpt-lease", daemon=True
         )
-        self._thread.start()
+        start_thread(thread)
+        self._thread = thread
         others = self._of_other_jobs()
         silent = self._outlast([path for path in others if not path.endswith(".tmp")], waiting)
         for path in others:

@@ -12,6 +12,8 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+from zero_ckpt.core.threads import start_thread
+
 __all__ = ["Line"]
 
 T = TypeVar("T")
@@ -50,7 +52,7 @@ class _Server:
         self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self.answers = 0
         self._thread = threading.Thread(target=self._run, name="zero_ckpt-store", daemon=True)
-        self._thread.start()
+        start_thread(self._thread)
 
     def end(self) -> None:
         self.jobs.put(None)

@@ -210,6 +210,8 @@ class _Session:
         if error is None:
             return {"next": False}
         kinds = {name for name, _ in filter(None, problems)}
+        if "" in kinds:
+            raise type(error)(f"{str(error).rstrip('.')}. Nothing was loaded.")
         if kinds - _DAMAGE - _GONE:
             raise error
         if self._was_replaced():

@@ -49,7 +49,10 @@ def aligned_buffer(nbytes: int) -> memoryview:
     """
     nbytes = max(round_up(nbytes), ALIGNMENT)
     slack = _HUGE_PAGE if nbytes >= _HUGE_PAGE else 0
-    memory = mmap.mmap(-1, nbytes + slack, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, nbytes + slack, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"no room for a buffer of {nbytes} bytes: {error.strerror}") from error
     start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % _HUGE_PAGE if slack else 0
     if slack and hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a kernel built without them

@@ -28,6 +28,7 @@ from zero_ckpt.core.memory import aligned_buffer, copy_bytes
 from zero_ckpt.core.planner import Placed, needed_chunks
 from zero_ckpt.core.shard_file import BLOCK, Chunk
 from zero_ckpt.core.shards import ShardSet, StoredFile
+from zero_ckpt.core.threads import start_thread
 from zero_ckpt.errors import CorruptShardError
 
 __all__ = ["ReadPlan", "Request", "Sharing", "plan_reads"]
@@ -239,9 +240,11 @@ Action = Callable[[_Work, memoryview, "memoryview | None"], None]
 
 
 def _run(blocks: Sequence[_Work], action: Action, progress: Callable[[], None]) -> None:
-    """Do it with all blocks on a few threads; the first error stops the rest and is raised."""
-    if len(blocks) > 1:
-        _Pipeline(blocks, action, progress).run()
+    """Do it with all blocks on a few threads; the first error stops the rest and is raised.
+
+    On this thread, with one buffer, where there is no memory for more: the step that overwrites must not fail for that.
+    """
+    if len(blocks) > 1 and _Pipeline(blocks, action, progress).run():
         return
     for item in blocks:
         with torch.no_grad(), _buffers(1) as (buffer,):
@@ -264,24 +267,31 @@ class _Pipeline:
         self._error: BaseException | None = None
         self._stop = threading.Event()
 
-    def run(self) -> None:
-        """Raises the first error, when all threads have ended."""
+    def run(self) -> bool:
+        """Raises the first error, when all threads have ended. False: there is no room for them; do all without."""
         names = [self._fetch] * _FETCHERS + [self._work] * _WORKERS
         threads = [threading.Thread(target=each, name="zero_ckpt-read") for each in names]
-        with _buffers(_BUFFERS) as buffers:
-            for buffer in buffers:
-                self._free.put(buffer)
-            try:
-                for thread in threads:
-                    thread.start()
-                for thread in threads:
-                    thread.join()
-            finally:  # after Ctrl-C they must not read on to the end
-                self._stop.set()
-                for thread in threads:
-                    thread.join()
+        try:
+            with _buffers(_BUFFERS) as buffers:
+                for buffer in buffers:
+                    self._free.put(buffer)
+                self._run_all(threads)
+        except MemoryError:
+            return False
         if self._error is not None:
             raise self._error
+        return True
+
+    def _run_all(self, threads: Sequence[threading.Thread]) -> None:
+        try:
+            for thread in threads:
+                start_thread(thread)
+            for thread in threads:
+                thread.join()
+        finally:  # after Ctrl-C they must not read on to the end
+            self._stop.set()
+            for thread in filter(threading.Thread.is_alive, threads):
+                thread.join()
 
     def _fail(self, error: BaseException) -> None:
         self._error = self._error or error
@@ -328,8 +338,10 @@ class _Pipeline:
 @contextmanager
 def _buffers(count: int) -> Iterator[list[memoryview]]:
     """Block-sized buffers, reused between loads."""
-    found = [_spare.pop() if _spare else aligned_buffer(BLOCK) for _ in range(count)]
+    found: list[memoryview] = []
     try:
+        while len(found) < count:
+            found.append(_spare.pop() if _spare else aligned_buffer(BLOCK))
         yield found
     finally:
         _spare.extend(found)

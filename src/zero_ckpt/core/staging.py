@@ -21,6 +21,7 @@ from zero_ckpt.core.memory import WINDOW, aligned_buffer, round_up
 from zero_ckpt.core.shard_file import BLOCK, Chunk, ShardLayout
 from zero_ckpt.core.sources import Source
 from zero_ckpt.core.storage import FileWriter
+from zero_ckpt.core.threads import start_thread
 
 __all__ = ["ShardWrite", "StagingPool", "WriteThreads", "reading_after"]
 
@@ -82,8 +83,13 @@ class WriteThreads:
             threading.Thread(target=self._run, name=f"zero_ckpt-write-{i}", daemon=True)
             for i in range(_WRITE_THREADS)
         ]
-        for thread in self._threads:
-            thread.start()
+        for started, thread in enumerate(self._threads):
+            try:
+                start_thread(thread)
+            except MemoryError:
+                if not started:
+                    raise
+                del self._threads[started:]  # one is enough
 
     def put(self, offset: int, buffer: memoryview, nbytes: int) -> None:
         self._queue.put((offset, buffer, nbytes))

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
 
+from zero_ckpt.core.threads import start_thread
+
 __all__ = ["TerminationGuard"]
 
 
@@ -37,15 +39,22 @@ class TerminationGuard:
         is_main = threading.current_thread() is threading.main_thread()
         if self._pipe or not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
             return
-        reading, writing = self._pipe = os.pipe()
+        reading, writing = os.pipe()
+        thread = threading.Thread(
+            target=self._watch, args=(reading,), name="zero_ckpt-sigterm", daemon=True
+        )
+        try:
+            start_thread(thread)
+        except MemoryError:
+            os.close(reading)
+            os.close(writing)
+            raise
+        self._pipe = reading, writing
         os.set_blocking(writing, False)
         before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         if before != -1:  # an event loop's, which wakes the main thread by itself
             signal.set_wakeup_fd(before)
         signal.signal(signal.SIGTERM, self._on_signal)
-        threading.Thread(
-            target=self._watch, args=(reading,), name="zero_ckpt-sigterm", daemon=True
-        ).start()
         guard = weakref.ref(self)
 
         def in_child() -> None:  # no thread of ours is there
