@@ -36,9 +36,9 @@ DTYPES = ["F32", "BF16", "U8", "F64", "BOOL", "F8_E5M2", "C128"]
 def small_blocks() -> Iterator[None]:
     """Blocks of one page and windows of less, so that small tensors span several. With buffers of their own."""
     with ExitStack() as changed:
-        for name in ("shard_file", "sources", "staging", "reader"):
+        for name in ("shard_file", "shard_reader", "sources", "staging", "reader"):
             changed.enter_context(patch(f"zero_ckpt.core.{name}.BLOCK", SMALL_BLOCK))
-        for name in ("shard_file", "staging"):
+        for name in ("shard_reader", "staging"):
             changed.enter_context(patch(f"zero_ckpt.core.{name}.WINDOW", 1024))
         changed.enter_context(patch("zero_ckpt.core.reader._spare", []))
         yield
@@ -285,6 +285,33 @@ def test_an_error_stops_all_threads_and_gives_every_buffer_back(
         assert threading.active_count() == before
         assert len(reader._spare) == reader._BUFFERS
         assert storage.count < 8 * blocks
+
+
+@pytest.mark.parametrize("far", [False, True])
+@pytest.mark.parametrize("started", range(reader._FETCHERS + reader._WORKERS))
+def test_without_room_for_all_threads_one_does_it_all(
+    far: bool, started: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[threading.Thread] = []
+
+    def start(thread: threading.Thread) -> None:
+        if len(begun) == started:
+            for each in begun:
+                each.join(0.05)  # those that were started do what they can without the others
+            raise MemoryError("no room for another thread")
+        begun.append(thread)
+        thread.start()
+
+    monkeypatch.setattr(reader, "start_thread", start)
+    size = 64 * SMALL_BLOCK
+    with small_blocks():
+        storage, manifest = save({"w": Layout("U8", (size,), None)})
+        storage.far = far
+        target = torch.zeros(size, dtype=torch.uint8)
+        with Checkpoint(storage, "/t", manifest) as checkpoint:
+            checkpoint.read([checkpoint.request("model", "w", target)])
+    assert same(target, values("U8", (size,)))
+    assert not any(each.is_alive() for each in begun)
 
 
 def test_a_manifest_that_lies_about_a_file_is_found_before_any_byte_is_read() -> None:

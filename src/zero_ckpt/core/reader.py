@@ -288,8 +288,10 @@ class _Pipeline:
                 start_thread(thread)
             for thread in threads:
                 thread.join()
-        finally:  # after Ctrl-C they must not read on to the end
+        finally:  # after Ctrl-C, or without room for all, they must neither read on to the end nor wait for a buffer
             self._stop.set()
+            for _ in range(_FETCHERS):
+                self._free.put(memoryview(b""))
             for thread in filter(threading.Thread.is_alive, threads):
                 thread.join()
 
