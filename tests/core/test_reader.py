@@ -36,7 +36,7 @@ DTYPES = ["F32", "BF16", "U8", "F64", "BOOL", "F8_E5M2", "C128"]
 def small_blocks() -> Iterator[None]:
     """Blocks of one page and windows of less, so that small tensors span several. With buffers of their own."""
     with ExitStack() as changed:
-        for name in ("shard_file", "shard_reader", "sources", "staging", "reader"):
+        for name in ("shard_file", "shard_header", "shard_reader", "sources", "staging", "reader"):
             changed.enter_context(patch(f"zero_ckpt.core.{name}.BLOCK", SMALL_BLOCK))
         for name in ("shard_reader", "staging"):
             changed.enter_context(patch(f"zero_ckpt.core.{name}.WINDOW", 1024))
