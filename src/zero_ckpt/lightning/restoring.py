@@ -150,6 +150,13 @@ class RestoreMixin(StrategyBase):
             for notice in filter(None, notices):
                 warn_user(notice)
 
+    def _has_no_schedules_by_design(self) -> bool:
+        """Lightning's stochastic weight averaging takes the schedulers away when it resumes, and brings its own."""
+        trainer: Any = self.lightning_module.trainer if self.lightning_module else None
+        callbacks = trainer.callbacks if trainer is not None else []
+        kinds = (kind.__name__ for callback in callbacks for kind in type(callback).__mro__)
+        return not self.lr_scheduler_configs and "StochasticWeightAveraging" in kinds
+
     def _is_ours(self, path: str) -> bool:
         """Whether to read `path` as a sharded checkpoint; another plugin may write folders too."""
         if not is_checkpoint_folder(path):
@@ -252,7 +259,8 @@ class RestoreMixin(StrategyBase):
         path = "the checkpoint" if source is None else source.path
         schedulers = [config.scheduler for config in self.lr_scheduler_configs]
         content = cast("dict[str, Any]", checkpoint)  # which Lightning goes on with
-        self._tell(follow_schedules(content, schedulers, self.wanted, path))
+        notices = follow_schedules(content, schedulers, self.wanted, path)
+        self._tell([] if self._has_no_schedules_by_design() else notices)
         states = checkpoint["optimizer_states"]
         if not states:
             return
