@@ -37,7 +37,10 @@ _FETCHERS, _WORKERS, _BUFFERS = 4, 3, 6
 """Threads that read, threads that verify and copy, and the blocks that they hold between them."""
 
 _FEW = 8
-"""Parts of a block. With more of them, going through all for each window costs more than windows save."""
+"""Parts of a block. With more of them, going through all for each window costs more than windows save.
+
+And then the interpreter is the bottleneck, for which more threads would only contend.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,13 +266,15 @@ class _Pipeline:
         self._free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
         self._ready: queue.SimpleQueue[tuple[_Work, memoryview, memoryview | None] | None]
         self._ready = queue.SimpleQueue()
-        self._fetching = _FETCHERS
+        many = sum(len(item.parts) for item in blocks) > _FEW * len(blocks)
+        self._fetchers, self._workers = (1, 1) if many else (_FETCHERS, _WORKERS)
+        self._fetching = self._fetchers
         self._error: BaseException | None = None
         self._stop = threading.Event()
 
     def run(self) -> bool:
         """Raises the first error, when all threads have ended. False: there is no room for them; do all without."""
-        names = [self._fetch] * _FETCHERS + [self._work] * _WORKERS
+        names = [self._fetch] * self._fetchers + [self._work] * self._workers
         threads = [threading.Thread(target=each, name="zero_ckpt-read") for each in names]
         try:
             with _buffers(_BUFFERS) as buffers:
@@ -290,7 +295,7 @@ class _Pipeline:
                 thread.join()
         finally:  # after Ctrl-C, or without room for all, they must neither read on to the end nor wait for a buffer
             self._stop.set()
-            for _ in range(_FETCHERS):
+            for _ in range(self._fetchers):
                 self._free.put(memoryview(b""))
             for thread in filter(threading.Thread.is_alive, threads):
                 thread.join()
