@@ -38,6 +38,9 @@ from zero_ckpt.testing import FaultyStorage, Operation
 
 WORLD = 2
 
+PATIENCE = 6.0
+"""Seconds. The meetings before one that stalls must succeed in it, with eight jobs on a machine at once."""
+
 
 class Signs:
     """Files by which a test and its ranks wait for each other."""
@@ -89,7 +92,7 @@ def call_over_a_stalled_network(
     errors, untouched = [], []
     for name in ("save", "write", "load"):
         storage = FaultyStorage(LocalStorage(), hook) if name == "write" else None
-        job = Job.at(2, timeout=SHORT, storage=storage)
+        job = Job.at(2, timeout=PATIENCE, storage=storage)
         if name != "write":
             stalls_at(name)
         before = job.bits()
@@ -192,7 +195,7 @@ def call_on_a_hanging_disk(root: str, hang: Hang) -> tuple[Raised | str, bool, s
             signs.wait("given up")
 
     StoreControl.meet = noted  # type: ignore[method-assign]
-    job = Job.at(2, storage=FaultyStorage(LocalStorage(), hook), timeout=SHORT)
+    job = Job.at(2, storage=FaultyStorage(LocalStorage(), hook), timeout=PATIENCE)
     before = job.bits()
     options = {"tag": "new"} if hang.call == "save" else {}
     ended: Raised | str
@@ -231,7 +234,9 @@ def test_a_file_system_that_hangs_for_one_rank_is_not_waited_for(start: Path) ->
         error, untouched, _ = outcomes[1 - hang.victim].value
         assert isinstance(error, Raised), hang
         assert error.kind == "RankTimeoutError"
-        told = f"{hang.phase}: rank {hang.victim} did not arrive or make progress for 2 s"
+        told = (
+            f"{hang.phase}: rank {hang.victim} did not arrive or make progress for {PATIENCE:g} s"
+        )
         assert error.text.startswith(told), (hang, error)
         if hang.phase == "load: done":
             assert "OVERWRITTEN IN PART" in error.text
