@@ -25,7 +25,7 @@ from zero_ckpt.errors import CorruptCheckpointError, CorruptShardError, StateMis
 from zero_ckpt.interop.deepspeed.column import Column, Value
 from zero_ckpt.interop.deepspeed.folder import open_folder
 from zero_ckpt.interop.deepspeed.optimizers import states_of
-from zero_ckpt.interop.deepspeed.sources import FileTable, Source
+from zero_ckpt.interop.deepspeed.sources import FileTable, Source, WholeBlocks
 from zero_ckpt.interop.deepspeed.state_file import StateFile
 from zero_ckpt.interop.deepspeed.tensors import LayoutError, Part, Piece, Tensor
 from zero_ckpt.interop.deepspeed.torch_files import REMEDY
@@ -181,7 +181,7 @@ def _crc(
     return found
 
 
-class _File:
+class _File(WholeBlocks):
     """One file, as far as it holds tensors of one role."""
 
     def __init__(self, table: FileTable, number: int, tensors: Tensors) -> None:
@@ -210,21 +210,6 @@ class _File:
                     end = begin + box.numel * size
                     return Chunk(key, key, tensor.dtype, tensor.shape, box, begin, end)
         raise StateMismatchError(f"{self.name}: no part of tensor '{key}' at {list(box.offset)}")
-
-    def read_block(self, index: int, buffer: memoryview, keep: bool = False) -> memoryview:
-        return self._source.read_block(index, buffer, keep)
-
-    fetch = read_block
-
-    def windows(
-        self,
-        index: int,
-        memory: Callable[[int, int], memoryview],
-        fetched: memoryview | None,
-        keep: bool = False,
-    ) -> Iterator[tuple[int, memoryview]]:
-        assert fetched is not None  # `fetch` always reads
-        yield index * BLOCK, fetched
 
     def read_entry(self, key: str) -> bytes:
         raise CorruptShardError(f"{self.name}: no entry '{key}'")

@@ -7,7 +7,7 @@ multiples of their elements' size, which a file need not grant: then its storage
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Protocol
@@ -21,7 +21,7 @@ from zero_ckpt.errors import CorruptShardError
 from zero_ckpt.interop.deepspeed.tensors import Storage, StoredTensor
 from zero_ckpt.interop.deepspeed.torch_files import REMEDY, TorchFile, open_torch_file, read_range
 
-__all__ = ["Bytes", "FileTable", "Source"]
+__all__ = ["Bytes", "FileTable", "Source", "WholeBlocks"]
 
 
 class Source(Protocol):
@@ -36,6 +36,27 @@ class Source(Protocol):
         """Bytes `index * BLOCK` and following, at most `BLOCK`, in `buffer`. Raises `CorruptShardError`."""
 
     def close(self) -> None: ...
+
+
+class WholeBlocks:
+    """The reading side of a `StoredFile` over one source, which has no checksums to verify piece by piece."""
+
+    _source: Source
+
+    def read_block(self, index: int, buffer: memoryview, keep: bool = False) -> memoryview:
+        return self._source.read_block(index, buffer, keep)
+
+    fetch = read_block
+
+    def windows(
+        self,
+        index: int,
+        memory: Callable[[int, int], memoryview],
+        fetched: memoryview | None,
+        keep: bool = False,
+    ) -> Iterator[tuple[int, memoryview]]:
+        assert fetched is not None  # `fetch` always reads
+        yield index * BLOCK, fetched
 
 
 @dataclass(slots=True)

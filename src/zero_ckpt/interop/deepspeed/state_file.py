@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from zero_ckpt.core.chunks import Box, full_box
 from zero_ckpt.core.dtypes import itemsize
 from zero_ckpt.core.objects import OBJECTS, RANK_OBJECTS
-from zero_ckpt.core.shard_file import BLOCK, Chunk
+from zero_ckpt.core.shard_file import Chunk
 from zero_ckpt.errors import CorruptShardError
 from zero_ckpt.interop.deepspeed.column import Column, extra_states
 from zero_ckpt.interop.deepspeed.folder import Opened
 from zero_ckpt.interop.deepspeed.objects import ObjectEncoder
 from zero_ckpt.interop.deepspeed.optimizers import class_of, options_of
-from zero_ckpt.interop.deepspeed.sources import Bytes, FileTable, Gathered, Source, read_bytes
+from zero_ckpt.interop.deepspeed.sources import (
+    Bytes,
+    FileTable,
+    Gathered,
+    Source,
+    WholeBlocks,
+    read_bytes,
+)
 
 __all__ = ["StateFile"]
 
@@ -51,7 +58,7 @@ _OWN_KEYS = frozenset(
 """What DeepSpeed itself puts into a model file. All other keys are the user's client state."""
 
 
-class StateFile:
+class StateFile(WholeBlocks):
     """The objects, as the core's state file has them: a tree, and the tensors in it."""
 
     def __init__(self, opened: Opened) -> None:
@@ -61,7 +68,7 @@ class StateFile:
         if not objects["lr_schedulers"]:
             objects["lr_schedulers"] = _schedulers_beside(opened.table)
         self._tree = json.dumps(encoder.encode(objects)).encode()
-        self._source = Gathered(self.name)
+        self._source: Gathered = Gathered(self.name)
         self.chunks: list[Chunk] = []
         for key, stored in encoder.tensors.items():
             source = opened.table.sources[stored.storage.file]
@@ -82,21 +89,6 @@ class StateFile:
         if found is None:
             raise CorruptShardError(f"{self.name}: no entry '{key}' of shape {list(box.shape)}")
         return found
-
-    def read_block(self, index: int, buffer: memoryview, keep: bool = False) -> memoryview:
-        return self._source.read_block(index, buffer, keep)
-
-    fetch = read_block
-
-    def windows(
-        self,
-        index: int,
-        memory: Callable[[int, int], memoryview],
-        fetched: memoryview | None,
-        keep: bool = False,
-    ) -> Iterator[tuple[int, memoryview]]:
-        assert fetched is not None  # `fetch` always reads
-        yield index * BLOCK, fetched
 
     def read_entry(self, key: str) -> bytes:
         if key == f"{OBJECTS}.json":
