@@ -14,6 +14,7 @@ from pathlib import Path
 __all__ = [
     "ALIGNMENT",
     "WINDOW",
+    "advise",
     "aligned_buffer",
     "available_bytes",
     "copy_bytes",
@@ -64,9 +65,16 @@ def prefer_huge_pages(address: int, nbytes: int) -> None:
     """Ask for huge pages where this memory, not touched yet, has room for whole ones. A hint: it may fail."""
     start, stop = round_up(address, _HUGE_PAGE), (address + nbytes) // _HUGE_PAGE * _HUGE_PAGE
     if start < stop and hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError, AttributeError):
-            madvise = ctypes.CDLL(None).madvise
-            madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), mmap.MADV_HUGEPAGE)
+        advise(start, stop - start, mmap.MADV_HUGEPAGE)
+
+
+def advise(address: int, nbytes: int, advice: int) -> bool:
+    """madvise(2) of memory that is known by its address; whether the system took the advice."""
+    try:
+        madvise = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError):  # no such call on this system
+        return False
+    return bool(madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), advice) == 0)
 
 
 def copy_bytes(target: int, source: int, nbytes: int) -> None:

@@ -9,6 +9,8 @@ import ctypes
 import mmap
 import os
 
+from zero_ckpt.core.memory import advise
+
 __all__ = ["cached_fraction", "read_ahead"]
 
 _POPULATE_READ = 22  # Linux 5.14
@@ -23,8 +25,8 @@ def read_ahead(fd: int, offset: int, nbytes: int) -> None:
         # Copy-on-write, since ctypes takes addresses of writable memory only. Nothing is written.
         mapping = mmap.mmap(fd, nbytes, access=mmap.ACCESS_COPY, offset=offset)
         mapping.madvise(mmap.MADV_HUGEPAGE)
-        address = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(mapping)))
-        brought = ctypes.CDLL(None).madvise(address, ctypes.c_size_t(nbytes), _POPULATE_READ) == 0
+        address = ctypes.addressof(ctypes.c_char.from_buffer(mapping))
+        brought = advise(address, nbytes, _POPULATE_READ)
     except (OSError, ValueError, AttributeError):
         brought = False
     if not brought:
