@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import pickle
-import warnings
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +18,7 @@ import torch
 from torch import nn
 
 import zero_ckpt.lightning
-from tests.lightning.harness import FEATURES, Model, loader, on_ranks, trainer, whole_weights
-from zero_ckpt.core.checkpoint import open_checkpoint
+from tests.lightning.harness import FEATURES, loader, on_ranks, trainer, whole_weights
 from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.lightning import StandaloneZeroStrategy, ZeroStrategy
 from zero_ckpt.lightning.registry import NAMES, register
@@ -115,26 +118,14 @@ def test_the_standalone_package_trains_and_its_checkpoints_are_the_same(tmp_path
 
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_launchers_that_start_processes_hand_the_weights_back(tmp_path: Path, method: str) -> None:
-    model = Model()
-    strategy = ZeroStrategy(stage=3, start_method=method, export=False)
-    run = L.Trainer(
-        accelerator="cpu",
-        devices=2,
-        strategy=strategy,
-        max_epochs=1,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=str(tmp_path),
-        callbacks=[L.callbacks.ModelCheckpoint(dirpath=tmp_path / "c", filename="a")],
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        run.fit(model, loader())
-    assert run.checkpoint_callback is not None
-    assert run.checkpoint_callback.best_model_path == str(tmp_path / "c" / "a.ckpt")
-    with open_checkpoint(tmp_path / "c") as checkpoint:
-        assert checkpoint.manifest.world_size == 2
-        for key, value in model.state_dict().items():
-            assert type(value) is torch.Tensor
-            assert torch.equal(value, checkpoint.tensor("model", key)), key
+    command = [sys.executable, "-m", "tests.lightning.launched", method, str(tmp_path)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as program:
+        try:
+            output, _ = program.communicate(timeout=90)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(program.pid, signal.SIGKILL)
+    assert program.returncode == 0, output
+    assert output.endswith("the weights are back\n")
