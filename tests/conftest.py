@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.workers import kill_forgotten
 
@@ -27,11 +28,17 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _no_process_is_forgotten() -> Iterator[None]:
+def _nothing_is_left_behind() -> Iterator[None]:
     yield
     assert kill_forgotten() == 0, "started ranks must be waited for: Ranks.wait(), or `with`"
     children = multiprocessing.active_children()
     for child in children:
         child.kill()
         child.join()
+    grouped = dist.is_initialized()
+    if grouped:
+        dist.destroy_process_group()
+    assert not grouped, (
+        "the test left a process group in this process, which all later ones would find"
+    )
     assert not children, f"processes which the test started still ran: {children}"

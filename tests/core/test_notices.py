@@ -7,6 +7,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -49,6 +50,7 @@ def export_in_lightning(directory: str) -> None:
         default_root_dir=directory,
     )
     trainer.fit(Net(), DataLoader(torch.ones(2, 2)))
+    dist.destroy_process_group()  # Lightning leaves it to the end of the process
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory:UserWarning")
