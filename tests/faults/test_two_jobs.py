@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,33 @@ def test_a_job_that_was_killed_keeps_nobody_out(
 def save_over(directory: str) -> str:
     lease.SILENCE = 1.0
     return Job.at(2).save(directory, tag="first")
+
+
+def save_in_turns(directory: str, name: str, other: str) -> list[list[str]]:
+    """Twice, each time after the other job has saved; what each save warned of."""
+    job, heard = Job.at(1), []
+    for number in (1, 2):
+        if name > other or number > 1:
+            await_file(f"{directory}/{other}{number - (name < other)}.done")
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            job.save(directory, tag=f"{name}{number}")
+        heard.append([str(warning.message) for warning in caught])
+        Path(f"{directory}/{name}{number}.done").touch()
+    return heard
+
+
+def test_jobs_that_save_in_turns_are_told_of_each_other(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    with start_ranks(save_in_turns, WORLD, root, "a", "b") as first:
+        second = run_ranks(save_in_turns, WORLD, root, "b", "a")
+        of_first = [outcome.value for outcome in first.wait()]
+    for heard, found, left in ((of_first, "b1", "a1"), (second, "a2", "b1")):
+        assert heard[1] == [[], []]  # rank 0 speaks for all
+        assert heard[0][0] == []  # before its first save a job knows nothing
+        [text] = heard[0][1]
+        assert text.startswith(f"{root}: 'latest' names '{found}', and not '{left}'")
+        assert "Give each job a directory of its own" in text
 
 
 def test_a_job_that_stood_still_too_long_wakes_up_and_harms_nothing(

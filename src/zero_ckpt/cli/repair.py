@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from zero_ckpt.cli.text import json_text, printable
 from zero_ckpt.core.finding import list_tags, no_checkpoint
 from zero_ckpt.core.foreign import ForeignManifest
+from zero_ckpt.core.latest import move_latest
 from zero_ckpt.core.manifest import MANIFEST_NAME
 from zero_ckpt.core.places import AnyStorage, absolute
 from zero_ckpt.core.recovery import DAMAGED_NAME, quarantine, rebuild
@@ -116,7 +117,7 @@ def _repair_latest(storage: Storage, directory: str, outcomes: list[Outcome]) ->
     if not newest or read_latest(storage, directory) in whole:
         return ""
     try:
-        storage.put(f"{directory}/{LATEST_NAME}", f"{newest[-1]}\n".encode())
+        move_latest(storage, directory, newest[-1])
     except OSError as error:
         raise ZeroCkptError(f"{directory}/{LATEST_NAME}: {error.strerror or error}") from error
     return newest[-1]

@@ -20,6 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from zero_ckpt.core.agreement import Agreement, raise_problems
+from zero_ckpt.core.latest import move_latest, notice_of_others
 from zero_ckpt.core.layout import ROLES
 from zero_ckpt.core.manifest import MANIFEST_NAME, FileRecord, Manifest, shard_name
 from zero_ckpt.core.planner import SavePlan
@@ -70,7 +71,7 @@ class CommitRequest:
 def commit(storage: Storage, request: CommitRequest, records: Sequence[bytes]) -> str:
     """Check the votes, write the manifest, move `latest`, clean up. Raises when any rank voted no.
 
-    Returns what went wrong after the commit, as a notice for the user, or "".
+    Returns a notice for the user, or "": what went wrong after the commit, or that another job saves here too.
     """
     begin = time.perf_counter()
     votes = [Vote.from_bytes(record) for record in records]
@@ -160,10 +161,11 @@ def _finish(
     storage: Storage, request: CommitRequest, manifest: Manifest, there: Sequence[Entry]
 ) -> str:
     """What follows the commit. Its failures cannot undo the checkpoint, so they make a notice, or "" for none."""
-    agreement = request.agreement
+    agreement, notice = request.agreement, ""
     try:
         if request.save_latest:
-            storage.put(f"{agreement.directory}/{LATEST_NAME}", f"{agreement.tag}\n".encode())
+            notice = notice_of_others(storage, agreement.directory)
+            move_latest(storage, agreement.directory, agreement.tag)
         _remove_superseded(storage, agreement.folder, manifest, there)
         if request.keep_last is not None:
             prune(storage, agreement.directory, request.keep_last, agreement.tag)
@@ -172,7 +174,7 @@ def _finish(
             f"{agreement.folder} is committed and durable, but what follows a commit failed: {describe(error)}. "
             f"'{LATEST_NAME}' or older checkpoints may be out of date."
         )
-    return ""
+    return notice
 
 
 def _remove_superseded(

@@ -40,8 +40,7 @@ class LocalStorage:
     def put(self, path: str, data: bytes) -> None:
         self._make_parents(path)
         temporary = f"{path}.tmp"
-        # A link is not followed: what it names is not ours to empty.
-        fd = _open_to_write(temporary, os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW)
+        fd = _open_to_write(temporary, os.O_CREAT | os.O_TRUNC)
         try:
             try:
                 with _naming(path):
@@ -124,12 +123,15 @@ def _open_regular(path: str) -> int:
 
 
 def _open_to_write(path: str, flags: int) -> int:
-    """Open for writing what is a file, or is to be one, at once."""
+    """Open for writing what is a file, or is to be one, at once. A link is refused: what it names is not ours."""
+    flags |= os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
     try:
-        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK | flags, 0o666)
+        fd = os.open(path, flags, 0o666)
     except OSError as error:
         if error.errno == errno.ENXIO:  # a pipe that nobody reads, or a socket
             raise _no_file(path) from error
+        if error.errno == errno.ELOOP and os.path.islink(path):
+            raise OSError(errno.ELOOP, "a symbolic link, and no file", path) from error
         raise
     return _only_regular(fd, path)
 

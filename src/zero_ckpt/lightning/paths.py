@@ -15,10 +15,11 @@ from typing import Any
 
 from zero_ckpt.core.engine import SyncEngine
 from zero_ckpt.core.finding import list_tags
+from zero_ckpt.core.latest import move_latest, remove_latest
 from zero_ckpt.core.places import AnyStorage, absolute, is_url
 from zero_ckpt.core.retention import remove_tag
 from zero_ckpt.core.storage import Storage
-from zero_ckpt.core.tags import LATEST_NAME, check_tag, read_latest
+from zero_ckpt.core.tags import check_tag, read_latest
 from zero_ckpt.errors import CheckpointNotFoundError
 
 __all__ = ["is_checkpoint_folder", "making_way", "remove", "split"]
@@ -97,8 +98,10 @@ def remove(path: Any, storage: Storage | None = None) -> None:
         links = _links_to(directory, target)
         is_latest = read_latest(storage, directory) == tag
         other = _newest_other(storage, directory, tag) if links or is_latest else None
-        if is_latest:
-            _move_latest(storage, directory, other)
+        if is_latest and other is None:
+            remove_latest(storage, directory)
+        elif is_latest and other is not None:
+            move_latest(storage, directory, other)
         _move_links(links, other)
         remove_tag(storage, directory, tag)
 
@@ -108,13 +111,6 @@ def _links_to(directory: str, target: str) -> list[Path]:
         return []
     links = [entry for entry in Path(directory).iterdir() if entry.is_symlink()]
     return [link for link in links if os.path.realpath(link) == os.path.realpath(target)]
-
-
-def _move_latest(storage: Storage, directory: str, other: str | None) -> None:
-    if other is None:
-        storage.remove(f"{directory}/{LATEST_NAME}")
-    else:
-        storage.put(f"{directory}/{LATEST_NAME}", f"{other}\n".encode())
 
 
 def _move_links(links: list[Path], other: str | None) -> None:
