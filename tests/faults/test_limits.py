@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import resource
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 
 from tests.faults.jobs import Job, Raised, contents, files, step_saved, unlisted
 from tests.workers import run_ranks
+from zero_ckpt.cli import program
 from zero_ckpt.core import local_storage
 
 WORLD = 2
@@ -163,6 +165,34 @@ def test_a_load_without_memory(tmp_path: Path) -> None:
             assert outcome.text.endswith("Nothing was loaded."), outcome
     assert results[0][0][0] is not None
     assert results[0][-1][0] is None
+
+
+def commands_with_little_memory(directory: str) -> dict[str, list[tuple[int, str]]]:
+    """Of each command what it returned and told on stderr, in a process with each amount."""
+    found: dict[str, list[tuple[int, str]]] = {"verify": [], "export": []}
+    if dist.get_rank() == 0:
+        return found
+    for spare in SPARE_MEMORY:
+        for command, outcomes in found.items():
+            out = [f"{directory}/{spare}.safetensors"] if command == "export" else []
+            told = io.StringIO()
+            with little_memory(spare), redirect_stderr(told):
+                status = program.main([command, directory, *out])
+            outcomes.append((status, told.getvalue()))
+    return found
+
+
+def test_commands_without_memory(tmp_path: Path) -> None:
+    """They end, say why, and leave nothing half written."""
+    run_ranks(step_saved, WORLD, str(tmp_path), 1)
+    found = run_ranks(commands_with_little_memory, WORLD, str(tmp_path))[1]
+    for command, outcomes in found.items():
+        for status, told in outcomes:
+            assert told.startswith(f"zero-ckpt {command}: ") is bool(status), told
+            assert not status or "emory" in told, told
+        assert outcomes[0][0] != 0
+        assert outcomes[-1] == (0, "")
+    assert not [name for name in files(tmp_path) if name.endswith(".tmp")]
 
 
 # What a file system may lack

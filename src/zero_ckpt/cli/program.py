@@ -61,8 +61,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except (ZeroCkptError, OSError) as error:
-        text = printable(" ".join(str(error).split()))
+    except (ZeroCkptError, OSError, MemoryError) as error:
+        text = printable(" ".join(str(error).split())) or "out of memory"
         print(f"zero-ckpt {options.command}: {text}", file=sys.stderr)
         return DAMAGE if isinstance(error, CorruptCheckpointError) else FAILURE
     return status

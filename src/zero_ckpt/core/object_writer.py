@@ -7,11 +7,12 @@ Promises: the object appears when `finish` returns, and never without all its by
 from __future__ import annotations
 
 import threading
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
 
 from zero_ckpt.core.memory import round_up
+from zero_ckpt.core.threads import thread_pool
 from zero_ckpt.core.uploads import Upload, as_oserror, begin_upload
 
 __all__ = ["PARTS_IN_FLIGHT", "ObjectWriter"]
@@ -42,7 +43,7 @@ class ObjectWriter:
         self._sent: dict[int, Future[None]] = {}
         self._slots = threading.Semaphore(PARTS_IN_FLIGHT)
         self._upload: Upload | None = None
-        self._pool = ThreadPoolExecutor(PARTS_IN_FLIGHT, thread_name_prefix="zero_ckpt-upload")
+        self._pool = thread_pool(PARTS_IN_FLIGHT, "zero_ckpt-upload")
 
     def write(self, offset: int, data: memoryview) -> None:
         while data:

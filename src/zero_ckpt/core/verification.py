@@ -9,7 +9,6 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 from zero_ckpt.core.foreign import ForeignManifest
 from zero_ckpt.core.manifest import FileRecord, Manifest
@@ -17,6 +16,7 @@ from zero_ckpt.core.memory import aligned_buffer
 from zero_ckpt.core.shard_file import BLOCK, REMEDY
 from zero_ckpt.core.shard_reader import ShardReader, open_shard
 from zero_ckpt.core.storage import Storage
+from zero_ckpt.core.threads import thread_pool
 from zero_ckpt.errors import CorruptShardError
 
 __all__ = ["Verifier"]
@@ -39,7 +39,7 @@ class Verifier:
         self._buffers: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
         for _ in range(READ_THREADS):
             self._buffers.put(aligned_buffer(BLOCK))
-        self._pool = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="zero_ckpt-verify")
+        self._pool = thread_pool(READ_THREADS, "zero_ckpt-verify")
 
     def __enter__(self) -> Verifier:
         return self

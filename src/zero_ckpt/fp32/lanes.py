@@ -9,11 +9,12 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
 
 from zero_ckpt.core.shard_file import BLOCK
 from zero_ckpt.core.staging import StagingPool
 from zero_ckpt.core.storage import Storage
+from zero_ckpt.core.threads import thread_pool
 from zero_ckpt.fp32.assembly import Assembler, BlockCache
 from zero_ckpt.fp32.checksums import Checksums
 from zero_ckpt.fp32.contents import Contents
@@ -85,7 +86,7 @@ class ShareWriter:
         }
         meter = _Meter(sum(end - begin for lane in own for _, begin, end in lane), self._advance)
         waiting: Lane = []
-        with ThreadPoolExecutor(len(own), thread_name_prefix="zero_ckpt-export") as pool:
+        with thread_pool(len(own), "zero_ckpt-export") as pool:
             running = [pool.submit(self._write_lane, lane, shared, meter) for lane in own]
             try:
                 for done in as_completed(running):
