@@ -3,11 +3,15 @@
 A round saves, computes as a forward and backward would (`COMPUTE` seconds of matrix products when
 nothing else runs), and comes to the next optimizer step. It stands still in the call itself and at the
 step, until the state may change. The save is waited for outside the clock.
+
+Writing alone slows down what computes beside it, by the system's own work and the traffic on the memory: that is
+measured with raw writes of as many bytes from a buffer that is never filled again.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +23,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from benchmarks.bench import Bench
 from benchmarks.job import Job
+from benchmarks.limits import RawFiles, Way
 from benchmarks.measure import remove_and_settle, rotated
 from benchmarks.ours import OursAsync
 from benchmarks.ranks import Measured, Rank
@@ -27,7 +32,8 @@ from benchmarks.workload import build_large
 
 RANKS = 2
 COMPUTE = 2.0
-TO_MEMCPY, TO_DCP = 0.25, 10.0
+TO_MEMCPY, TO_DCP, BEYOND_DISK = 0.25, 10.0, 1.05
+RAW_WAY = Way(block=4 << 20, streams=1)
 
 
 def stall(bench: Bench) -> list[Row]:
@@ -38,6 +44,8 @@ def stall(bench: Bench) -> list[Row]:
         slowdown("stall", what, measured, "ours", "memcpy", at_most(TO_MEMCPY)),
         faster("stall", what, measured, "ours", "dcp thread", at_least(TO_DCP)),
         faster("stall", what, measured, "ours", "dcp process", at_least(TO_DCP)),
+        slowdown("stall", step, measured, "ours step", "raw step", at_most(BEYOND_DISK)),
+        slowdown("stall", step, measured, "raw step", "step"),
         slowdown("stall", step, measured, "ours step", "step"),
         slowdown("stall", step, measured, "ours step", "dcp thread step"),
         slowdown("stall", step, measured, "ours step", "dcp process step"),
@@ -57,7 +65,7 @@ def _measure(rank: Rank) -> Measured:
     work = _Work(0.05 if rank.options.smoke else COMPUTE)
     ours = OursAsync(job.model, job.optimizer)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": str(rank.rank)}  # for DCP's processes
-    ways = [_Way("ours", ours.save)]
+    ways = [_Way("ours", ours.save), _Way("raw", _raw(RawFiles(rank, job.local_bytes)))]
     for kind in (AsyncCheckpointerType.THREAD, AsyncCheckpointerType.PROCESS):
         ways.append(_Way(f"dcp {kind.value}", _dcp(job, kind)))
     measured = Measured()
@@ -76,6 +84,8 @@ def _measure(rank: Rank) -> Measured:
         "memcpy": "memcpy of the rank's state",
         "dcp thread": "DCP async_save, thread",
         "dcp process": "DCP async_save, process",
+        "raw": "raw direct I/O with fsync",
+        "raw step": "raw writes of as many bytes",
         "step": "no save under way",
         "dcp thread step": "DCP's drains, thread",
         "dcp process step": "DCP's drains, process",
@@ -107,6 +117,15 @@ def _dcp(job: Job, kind: AsyncCheckpointerType) -> Callable[..., object]:
             {"state": job.state}, storage_writer=writer, async_checkpointer_type=kind
         )
         return (lambda: None), future.result  # it has staged when it returns
+
+    return save
+
+
+def _raw(files: RawFiles) -> Callable[..., object]:
+    def save(directory: Path) -> tuple[Callable[[], object], Callable[[], object]]:
+        thread = threading.Thread(target=files.write, args=(directory, RAW_WAY))
+        thread.start()
+        return (lambda: None), thread.join
 
     return save
 

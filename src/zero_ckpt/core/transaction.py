@@ -121,8 +121,7 @@ class Transaction:
             **vote.timings,
             "commit": time.perf_counter() - voted,
         }
-        if self.control.rank == 0:  # they are the same on all
-            self.notices += filter(None, [self._agreement.notice, notice])
+        self.notices += filter(None, [self._agreement.notice, notice])
         return self._agreement.folder, self._agreement.tag
 
     def _agree(self) -> SavePlan:
