@@ -254,7 +254,7 @@ def _import() -> None:
     import huggingface_hub  # noqa: F401 - their conversion imports it late
 
     import zero_ckpt.fp32
-    import zero_ckpt.interop.deepspeed  # noqa: F401 - it is imported when a folder is met that is not ours
+    import zero_ckpt.interop.deepspeed.content  # noqa: F401 - it is imported when a folder is met that is not ours
 
 
 def _run(name: str, source: Path, output: Path) -> tuple[float, int]:

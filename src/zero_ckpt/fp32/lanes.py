@@ -34,6 +34,9 @@ Lane = list[Part]
 LANES = 2
 """Of a process that works alone."""
 
+BUFFERS = 3
+"""Of a lane: one is filled while two are written. More only take memory, which is slow to touch when it is fresh."""
+
 WORTHWHILE_BLOCKS = 4
 """Blocks for each shard file that a lane must have to write, to be worth that it reads from all of those."""
 
@@ -98,7 +101,7 @@ class ShareWriter:
 
     def _write_lane(self, lane: Lane, shared: list[int], meter: _Meter) -> Lane:
         """Returns what has to wait for checksums of other lanes."""
-        cache, pool = BlockCache(self._contents.num_sources), StagingPool()
+        cache, pool = BlockCache(self._contents.num_sources), StagingPool(BUFFERS)
         waiting: Lane = []
         for file, begin, end in lane:
             layout, name = self._contents.layout(file), self._contents.names[file]
