@@ -77,9 +77,9 @@ def _save_and_load_rows(measured: Measured, stage: int) -> list[Row]:
         row("save", "save ours", "save theirs", None),
     ]
     for kind in ("cold", "warm"):
-        once = f"load {kind}, verify_first=False"
-        rows.append(row(f"load {kind}", f"{kind} ours", f"{kind} theirs", LOAD_GOAL))
-        rows.append(row(once, f"{kind} once", f"{kind} theirs", LOAD_GOAL))
+        for way, name in (("new job", "new"), ("in place", "ours"), ("verify_first=False", "once")):
+            names = f"{kind} {name}", f"{kind} theirs"
+            rows.append(row(f"load {kind}, {way}", *names, LOAD_GOAL))
     return rows
 
 
@@ -130,6 +130,7 @@ def _measure(rank: Rank, stage: int) -> Measured:
     job.checked_load("ours", kept["ours"], job.ours.load)
     for kind, bring in (("cold", make_cold), ("warm", make_warm)):
         contestants = [
+            job.resuming(f"{kind} new", kept["ours"], job.ours.load, bring),
             job.loading(f"{kind} ours", kept["ours"], job.ours.load, bring),
             job.loading(f"{kind} once", kept["ours"], job.ours.load_once, bring),
             _loading(rank, f"{kind} theirs", engine, kept["theirs"], bring),
