@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.core.memory import MemoryStorage
 from tests.core.strategies import boxes_in, held_boxes, layouts
-from zero_ckpt.core import reader
+from zero_ckpt.core import pipeline
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.chunks import Box, full_box
 from zero_ckpt.core.dtensors import TORCH_DTYPES
@@ -36,11 +36,14 @@ DTYPES = ["F32", "BF16", "U8", "F64", "BOOL", "F8_E5M2", "C128"]
 def small_blocks() -> Iterator[None]:
     """Blocks of one page and windows of less, so that small tensors span several. With buffers of their own."""
     with ExitStack() as changed:
-        for name in ("shard_file", "shard_header", "shard_reader", "sources", "staging", "reader"):
+        for name in (
+            *("shard_file", "shard_header", "shard_reader", "sources"),
+            *("staging", "reader", "pipeline"),
+        ):
             changed.enter_context(patch(f"zero_ckpt.core.{name}.BLOCK", SMALL_BLOCK))
         for name in ("shard_reader", "staging"):
             changed.enter_context(patch(f"zero_ckpt.core.{name}.WINDOW", 1024))
-        changed.enter_context(patch("zero_ckpt.core.reader._spare", []))
+        changed.enter_context(patch("zero_ckpt.core.pipeline._spare", []))
         yield
 
 
@@ -283,12 +286,12 @@ def test_an_error_stops_all_threads_and_gives_every_buffer_back(
             with pytest.raises(CorruptShardError, match="Input/output error"):
                 getattr(plan, action)(lambda: None)
         assert threading.active_count() == before
-        assert len(reader._spare) == reader._BUFFERS
+        assert len(pipeline._spare) == pipeline._BUFFERS
         assert storage.count < 8 * blocks
 
 
 @pytest.mark.parametrize("far", [False, True])
-@pytest.mark.parametrize("started", range(reader._FETCHERS + reader._WORKERS))
+@pytest.mark.parametrize("started", range(pipeline._FETCHERS + pipeline._WORKERS))
 def test_without_room_for_all_threads_one_does_it_all(
     far: bool, started: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,7 +305,7 @@ def test_without_room_for_all_threads_one_does_it_all(
         begun.append(thread)
         thread.start()
 
-    monkeypatch.setattr(reader, "start_thread", start)
+    monkeypatch.setattr(pipeline, "start_thread", start)
     size = 64 * SMALL_BLOCK
     with small_blocks():
         storage, manifest = save({"w": Layout("U8", (size,), None)})

@@ -1,0 +1,139 @@
+"""Where stored bytes go: from one stored chunk to the place that they have in a live tensor.
+
+Knows neither files nor blocks. Bytes that lie in one piece both in the chunk and in the target are copied as they are,
+or may be read straight into it; all others go through torch: other strides, dtypes and devices.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from zero_ckpt.core.chunks import Box, flat_range_boxes
+from zero_ckpt.core.dtensors import DTYPE_NAMES, TORCH_DTYPES
+from zero_ckpt.core.dtypes import itemsize
+from zero_ckpt.core.memory import copy_bytes
+from zero_ckpt.core.planner import Placed
+from zero_ckpt.core.shard_file import Chunk
+
+__all__ = ["Part", "Request", "byte_span", "copy_parts", "home"]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Fill `target`, a local tensor of `box.shape`, with `box` of the stored tensor `key`.
+
+    Another dtype than the stored one is converted. `target` may have any strides and lie on any device.
+    """
+
+    role: str
+    key: str
+    placed: Placed
+    box: Box
+    target: torch.Tensor
+
+
+@dataclass(slots=True)
+class Part:
+    """What one request takes from one stored chunk."""
+
+    request: Request
+    chunk: Chunk
+    overlap: Box
+
+
+def byte_span(chunk: Chunk, overlap: Box) -> tuple[int, int]:
+    """The bytes of the data section from the overlap's first to behind its last element."""
+    if overlap.shape == chunk.box.shape:
+        return chunk.begin, chunk.end
+    first = last = 0
+    relative = overlap.relative_to(chunk.box)
+    for offset, extent, size in zip(relative.offset, relative.shape, chunk.box.shape, strict=True):
+        first, last = first * size + offset, last * size + offset + extent - 1
+    size = itemsize(chunk.dtype)
+    return chunk.begin + first * size, chunk.begin + (last + 1) * size
+
+
+def copy_parts(data: memoryview, start: int, parts: Sequence[Part]) -> None:
+    """Copy to every part's target what `data`, the bytes of the data section from `start` on, has for it."""
+    address = ctypes.addressof(ctypes.c_char.from_buffer(data))
+    stop = start + len(data)
+    for part in parts:
+        first, last = byte_span(part.chunk, part.overlap)
+        begin, end = max(first, start), min(last, stop)
+        if begin >= end:
+            continue
+        target = _direct_address(part)
+        if target:
+            copy_bytes(target + begin - first, address + begin - start, end - begin)
+        else:
+            _copy_strided(data[begin - start : end - start], begin, part)
+
+
+def home(parts: Sequence[Part], start: int, nbytes: int) -> memoryview | None:
+    """The memory of the one target to which these bytes of the data section go as they are, if there is one."""
+    for part in parts:
+        first, last = byte_span(part.chunk, part.overlap)
+        if first <= start and start + nbytes <= last and (address := _direct_address(part)):
+            return memoryview((ctypes.c_char * nbytes).from_address(address + start - first)).cast(
+                "B"
+            )
+    return None
+
+
+def _direct_address(part: Part) -> int:
+    """Where the overlap's bytes go, when they lie in one piece both in the chunk and in the target; else 0."""
+    request, overlap = part.request, part.overlap
+    target = request.target
+    if target.device.type != "cpu" or DTYPE_NAMES[target.dtype] != part.chunk.dtype:
+        return 0
+    if not target.is_contiguous() or target.is_conj() or target.is_neg():
+        return 0
+    wanted, stored = request.box, part.chunk.box
+    if not (
+        _in_one_piece(overlap.shape, stored.shape) and _in_one_piece(overlap.shape, wanted.shape)
+    ):
+        return 0
+    address = target.data_ptr()  # 0 for a wrapper around other tensors
+    if not address or overlap.shape == wanted.shape:
+        return address
+    at = 0
+    for offset, size in zip(overlap.relative_to(wanted).offset, wanted.shape, strict=True):
+        at = at * size + offset
+    return address + at * itemsize(part.chunk.dtype)
+
+
+def _in_one_piece(shape: Sequence[int], outer: Sequence[int]) -> bool:
+    """Whether a box of `shape` in a row-major tensor of shape `outer` is one range of its memory."""
+    if shape == outer:
+        return True
+    whole = True
+    for extent, size in zip(reversed(shape), reversed(outer), strict=True):
+        if extent != 1 and not whole:
+            return False
+        whole = whole and extent == size
+    return True
+
+
+def _copy_strided(data: memoryview, begin: int, part: Part) -> None:
+    """Through torch: other strides, dtype or device than the stored bytes have."""
+    chunk, request = part.chunk, part.request
+    size, dtype = itemsize(chunk.dtype), TORCH_DTYPES[chunk.dtype]
+    first, last = (begin - chunk.begin) // size, (begin - chunk.begin + len(data)) // size
+    flat = torch.frombuffer(data, dtype=torch.uint8)
+    at = 0
+    for box in flat_range_boxes(chunk.box.shape, first, last):
+        nbytes = box.numel * size
+        stored = box.shifted(chunk.box.offset)
+        wanted = stored.intersect(part.overlap)
+        if wanted is not None:
+            source = (
+                flat[at : at + nbytes]
+                .view(dtype)
+                .view(box.shape)[wanted.relative_to(stored).slices()]
+            )
+            request.target[wanted.relative_to(request.box).slices()].copy_(source)
+        at += nbytes
