@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -22,8 +22,7 @@ from zero_ckpt.core.shard_file import Chunk
 __all__ = ["Part", "Request", "byte_span", "copy_parts", "home"]
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """Fill `target`, a local tensor of `box.shape`, with `box` of the stored tensor `key`.
 
     Another dtype than the stored one is converted. `target` may have any strides and lie on any device.
@@ -36,8 +35,7 @@ class Request:
     target: torch.Tensor
 
 
-@dataclass(slots=True)
-class Part:
+class Part(NamedTuple):
     """What one request takes from one stored chunk."""
 
     request: Request

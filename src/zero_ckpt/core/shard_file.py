@@ -19,7 +19,7 @@ import json
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
@@ -53,8 +53,7 @@ PAD, TABLE = "__zero_ckpt_pad__", "__zero_ckpt_blocks__"
 _RESERVED = frozenset({PAD, TABLE, "__metadata__"})
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
+class Chunk(NamedTuple):
     """A chunk in a file: bytes `begin .. end` of the data section hold `box` of the tensor `key`."""
 
     name: str
