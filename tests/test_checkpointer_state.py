@@ -385,7 +385,7 @@ def test_what_does_not_fit_is_listed_at_once_and_nothing_changes(tmp_path: Path)
         load_checkpoint(tmp_path, live)
     for part in (
         "'a': [2] in the checkpoint, [3] in the model",
-        "missing in the checkpoint: 'new'",
+        "Missing in the checkpoint: 'new'",
         "not in the model: 'c'",
         "Nothing was loaded",
     ):

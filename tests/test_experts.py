@@ -181,8 +181,8 @@ def _save_changed(directory: str, case: str) -> None:
 @pytest.mark.parametrize(
     ("case", "expected"),
     [
-        ("too few", "rank 1: .*missing in the checkpoint: 'layers.1.experts.3.scale'"),
-        ("too many", "in the checkpoint but not in the model: 'layers.1.experts.4.scale'"),
+        ("too few", "rank 1: .*Missing in the checkpoint: 'layers.1.experts.3.scale'"),
+        ("too many", "In the checkpoint but not in the model: 'layers.1.experts.4.scale'"),
         ("surplus", "rank 1: .*not in the model: 'layers.1.experts.2.surplus'"),
     ],
 )

@@ -76,7 +76,7 @@ def removed(out: str, kind: Any) -> None:
     with open_checkpoint(out) as checkpoint:
         assert checkpoint.keys("model") == []
         assert checkpoint.keys("optim")
-    with pytest.raises(StateMismatchError, match="missing in the checkpoint"):
+    with pytest.raises(StateMismatchError, match="Missing in the checkpoint"):
         accelerator.load_state(out)
     before = state_of(made)["optimizer"]
     train(made, batches(1))

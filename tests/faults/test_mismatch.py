@@ -136,16 +136,16 @@ def test_what_does_not_fit_the_model_is_listed_in_full_and_nothing_is_loaded(
         ]
     )
     assert missing == (
-        f"{start}missing in the checkpoint: {new}. Nothing was loaded. "
+        f"{start}Missing in the checkpoint: {new}. Nothing was loaded. "
         "To load what matches, turn strict loading off."
     )
     assert only == missing
     assert unexpected == (
-        f"{start}in the checkpoint but not in the model: 'b.weight', 'b.bias', 'c.weight', 'c.bias'. "
+        f"{start}In the checkpoint but not in the model: 'b.weight', 'b.bias', 'c.weight', 'c.bias'. "
         "Nothing was loaded. To load what matches, turn strict loading off."
     )
     listed = (
-        "other shapes: 'a.weight': [6, 4] in the checkpoint, [5, 4] in the model; "
+        "Other shapes: 'a.weight': [6, 4] in the checkpoint, [5, 4] in the model; "
         "'a.bias': [6] in the checkpoint, [5] in the model; "
         "'b.weight': [2, 6] in the checkpoint, [2, 5] in the model"
     )
@@ -153,9 +153,9 @@ def test_what_does_not_fit_the_model_is_listed_in_full_and_nothing_is_loaded(
     assert loose == shapes
     assert one_rank == f"rank 1: {shapes}"
     assert everything == (
-        f"{start}other shapes: 'b.weight': [2, 6] in the checkpoint, [2, 8] in the model. "
-        "missing in the checkpoint: 'd.weight', 'd.bias'. "
-        "in the checkpoint but not in the model: 'c.weight', 'c.bias'. Nothing was loaded."
+        f"{start}Other shapes: 'b.weight': [2, 6] in the checkpoint, [2, 8] in the model. "
+        "Missing in the checkpoint: 'd.weight', 'd.bias'. "
+        "In the checkpoint but not in the model: 'c.weight', 'c.bias'. Nothing was loaded."
     )
 
 

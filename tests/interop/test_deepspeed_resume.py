@@ -162,7 +162,7 @@ def test_frozen_weights_that_deepspeed_left_out_are_named_since_its_files_do_not
 ) -> None:
     case = Case(deepspeed_cases / "frozen_excl_z2_w2")
     model = MODELS["Frozen"]()
-    with pytest.raises(StateMismatchError, match=r"missing in the checkpoint: 'table', 'fc0\.w"):
+    with pytest.raises(StateMismatchError, match=r"Missing in the checkpoint: 'table', 'fc0\.w"):
         zero_ckpt.load_checkpoint(case.directory, model, tag=case.tag, load_module_only=True)
     result = zero_ckpt.load_checkpoint(
         case.directory, model, tag=case.tag, load_module_only=True, load_module_strict=False

@@ -119,11 +119,11 @@ def _stored_name(checkpoint: Checkpoint, key: str, aliases: Mapping[str, str]) -
 def _raise_mismatch(path: str, plan: Restoration, wrong: Sequence[str], strict: bool) -> None:
     parts = []
     if wrong:
-        parts.append("other shapes: " + "; ".join(wrong))
+        parts.append("Other shapes: " + "; ".join(wrong))
     if strict and plan.missing:
-        parts.append("missing in the checkpoint: " + _names(plan.missing))
+        parts.append("Missing in the checkpoint: " + _names(plan.missing))
     if strict and plan.unexpected:
-        parts.append("in the checkpoint but not in the model: " + _names(plan.unexpected))
+        parts.append("In the checkpoint but not in the model: " + _names(plan.unexpected))
     if parts:
         hint = "" if wrong else " To load what matches, turn strict loading off."
         raise StateMismatchError(
