@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -85,6 +86,24 @@ def to_a_path(root: str) -> None:
     train(made, batches(1))
     made[0].save_state()
     made[0].end_training()
+
+
+def test_the_log_tells_where_the_weights_are(tmp_path: Path) -> None:
+    told = on_ranks(export_told, 2, str(tmp_path))
+    saved = f"{tmp_path}/saved"
+    assert told == [[f"the weights of {saved}/global_step0 are in {saved}/fp32"], []]
+
+
+def export_told(out: str) -> list[str]:
+    told: list[str] = []
+    handler, logger = logging.Handler(), logging.getLogger("zero_ckpt")
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    made = make()
+    made[0].save_state(f"{out}/saved")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    made[0].end_training()
+    return told
 
 
 def test_an_export_that_fails_is_a_warning(tmp_path: Path) -> None:

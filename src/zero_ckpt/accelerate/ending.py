@@ -7,6 +7,7 @@ checkpoints are intact.
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any
 
@@ -23,6 +24,8 @@ from zero_ckpt.errors import RankTimeoutError, ZeroCkptError
 from zero_ckpt.fp32 import export_fp32
 
 __all__ = ["EndMixin"]
+
+_logger = logging.getLogger("zero_ckpt")
 
 FOLDER = "fp32"
 """Name of the export's folder, in the checkpoint directory."""
@@ -126,6 +129,9 @@ class EndMixin(SaveMixin):
             if control.rank != 0:
                 raise
             export_fp32(directory, path, tag, **options)  # the other ranks are gone
+        if control.rank != 0:
+            return
         models = list(self.zero_models().values())
-        if control.rank == 0 and len(models) == 1:
+        if len(models) == 1:
             save_configuration(models[0], path, self._zero_options.export_dtype)
+        _logger.info("the weights of %s/%s are in %s", directory, tag, path)
