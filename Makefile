@@ -44,7 +44,7 @@ test-fast: $(READY) ## the tests that take less than 10 seconds each
 	$(PYTEST) -m "not slow and not torture"
 
 torture: $(READY) ## the long forms of the tests of failures: about an hour
-	$(PYTEST) -m torture tests
+	$(PYTEST) --dist load -m torture tests
 
 FUZZED := manifest header objects latest pickle
 FUZZ_SECONDS ?= 60
