@@ -41,6 +41,8 @@ def train(directory: str, logs: str, engine: str, keep_last: int | None) -> None
         checkpointer.load_checkpoint(directory, missing_ok=True)
     saving: SaveHandle | None = None
     with Path(logs, str(dist.get_rank())).open("a", buffering=1) as log:
+        if checkpointer.global_step:  # a kill may have come before anybody was told
+            log.write(f"committed global_step{checkpointer.global_step}\n")
         while checkpointer.global_step < STEPS:
             loss = model(torch.randn(4, 8)).square().mean()
             optimizer.zero_grad()
