@@ -14,7 +14,7 @@ from torch import nn
 from tests.accelerate.harness import batches, make, on_ranks, state_of, train
 from zero_ckpt.accelerate.base import innermost
 from zero_ckpt.core.checkpoint import open_checkpoint
-from zero_ckpt.errors import DisagreementError, NothingSavedError
+from zero_ckpt.errors import CheckpointNotFoundError, DisagreementError
 
 WORLD = 2
 KINDS = [0, 1, 2, 3, "fsdp2"]
@@ -101,11 +101,10 @@ def _loads(directory: str) -> None:
     with pytest.warns(UserWarning, match="NOTHING WAS LOADED"):  # a folder made beforehand
         assert accelerator.load_state(directory, missing_ok=True) is None
     accelerator.save_state(directory, client_state=[3])
-    with pytest.warns(UserWarning, match="no such checkpoint"):
-        assert accelerator.load_state(directory, tag="gone", missing_ok=True) is None
+    for missing_ok in (True, False):  # somebody has misspelled it
+        with pytest.raises(CheckpointNotFoundError, match=r"gone: no such checkpoint; .* has 'glob"):
+            accelerator.load_state(directory, tag="gone", missing_ok=missing_ok)
     assert accelerator.zero_loaded is None
-    with pytest.raises(NothingSavedError):
-        accelerator.load_state(directory, tag="gone")
 
     partial = make(3, seed=1, net=Other)
     other = partial[0]

@@ -223,8 +223,7 @@ def _load_nothing(root: str) -> list[Any]:
     model, optimizer = shard(3)
     before = weights(model)
     found: list[Any] = []
-    places: list[tuple[str, str | None]] = [("gone", None), ("empty", None), ("full", "other")]
-    for name, tag in places:
+    for name, tag in [("gone", None), ("empty", None), ("empty", "other")]:
         with pytest.warns(UserWarning, match="NOTHING WAS LOADED") as caught:
             result = load_checkpoint(f"{root}/{name}", model, optimizer, tag=tag)
         path, client_state = result
@@ -233,6 +232,9 @@ def _load_nothing(root: str) -> list[Any]:
             checkpointer.load_checkpoint(f"{root}/{name}", tag)
         with pytest.raises(CheckpointNotFoundError):
             load_checkpoint(f"{root}/{name}", model, optimizer, tag=tag, missing_ok=False)
+    with pytest.raises(CheckpointNotFoundError) as misspelled:
+        load_checkpoint(f"{root}/full", model, optimizer, tag="other")
+    found.append(str(misspelled.value))
     assert all(torch.equal(value, before[key]) for key, value in weights(model).items())
     return found
 
@@ -241,15 +243,19 @@ def test_where_nothing_was_saved_the_functions_of_deepspeed_return_nothing_and_s
     tmp_path: Path,
 ) -> None:
     (tmp_path / "empty").mkdir()
-    save_checkpoint(tmp_path / "full", Net(), tag="there", step=1)
+    for step in (1, 2, 3, 10, 20):
+        save_checkpoint(tmp_path / "full", Net(), step=step)
     by_rank = run_ranks(_load_nothing, WORLD, str(tmp_path))
     assert by_rank[0] == by_rank[1]
-    gone, empty, other = by_rank[0]
-    for found, said in [(gone, "gone"), (empty, "empty"), (other, "other")]:
+    gone, empty, other, misspelled = by_rank[0]
+    for found, said in [(gone, "gone"), (empty, "empty"), (other, "empty/other")]:
         assert found[:2] == (None, None)
-        assert str(tmp_path / ("full" if said == "other" else said)) in found[2]
-    assert "full/other: no such checkpoint; " in other[2]
-    assert "holds 'latest', 'there'" in other[2]
+        assert str(tmp_path / said) in found[2]
+    tags = ", ".join(f"'global_step{step}'" for step in (2, 3, 10, 20))
+    assert misspelled == (
+        f"{tmp_path}/full/other: no such checkpoint; {tmp_path}/full has ... {tags}. Give one of these tags, or none "
+        "for the newest."
+    )
 
 
 def _damage(directory: Path, how: str) -> str | None:

@@ -239,5 +239,5 @@ def _translation(tracker: Tracker, entry: Mapping[str, Any]) -> str:
     again = f" ({left} samples before that come again)" if left else ""
     return (
         f"{place}, by other processes or with another batch size. The same samples are {steps} batches of this job, "
-        f"where the epoch continues{again}."
+        f"where skip_first_batches(loader, {entry['yielded']}) lets the epoch continue{again}."
     )

@@ -6,7 +6,7 @@ in this way, so that what one has saved the others find.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -83,9 +83,15 @@ def check_same_names(
     """Raises `StateMismatchError` when the job has other `what` than the checkpoint at `path`."""
     if set(live) != set(saved):
         raise StateMismatchError(
-            f"{path} holds the {what} {sorted(saved)}, and the job has {sorted(live)} ('' is a single one without a "
-            f"name). Nothing was loaded. Bind the same {what}, or load with load_module_only=True."
+            f"{path} has other {what} than the job: {_listed(saved)} there, {_listed(live)} here. Nothing was loaded. "
+            f"Bind the same {what}, or load with load_module_only=True."
         )
+
+
+def _listed(names: Iterable[str]) -> str:
+    """By name; a single one has none."""
+    shown = (f"'{name}'" if name else "one without a name" for name in sorted(names))
+    return ", ".join(shown) or "none"
 
 
 def set_extra_state(models: Mapping[str, nn.Module], extra: Mapping[str, Any]) -> None:

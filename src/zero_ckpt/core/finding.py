@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 from zero_ckpt.core.manifest import Manifest, Summary
 from zero_ckpt.core.places import resolved
+from zero_ckpt.core.shard_file import REMEDY
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.core.tag_folder import (
+    ANOTHER_TAG,
     check_files,
     contents,
     holds_shards,
@@ -200,7 +202,8 @@ def fallback_notice(problems: Sequence[str], path: str) -> str:
 
 
 def _joined(problems: Sequence[str]) -> str:
-    return "; ".join(problem.rstrip(".") for problem in problems)
+    bare = (problem.removesuffix(ANOTHER_TAG).removesuffix(REMEDY) for problem in problems)
+    return "; ".join(problem.rstrip(". ") for problem in bare)
 
 
 def no_checkpoint(

@@ -40,6 +40,7 @@ class Flight(SaveHandle):
         self.error: BaseException | None = None
         self._transaction: Transaction | None = transaction
         self.timings = transaction.timings
+        self.timings["fence"] = 0.0
         self.notices = transaction.notices
         self._earlier = list(earlier)
         self._is_staged, self._is_done = threading.Event(), threading.Event()
@@ -75,7 +76,7 @@ class Flight(SaveHandle):
     def staged(self) -> None:
         begin = time.perf_counter()
         self._is_staged.wait()
-        self.timings["fence"] = self.timings.get("fence", 0.0) + time.perf_counter() - begin
+        self.timings["fence"] += time.perf_counter() - begin
 
     def wait(self) -> None:
         self._is_done.wait()

@@ -28,6 +28,11 @@ class SaveHandle:
         """Whether nothing was saved, because an earlier save was still under way."""
         return False
 
+    def __repr__(self) -> str:
+        skipped, committed = self.skipped, self.committed
+        state = "skipped" if skipped else "committed" if committed else "not committed"
+        return f"<save of {self.path}: {state}>"
+
     def staged(self) -> None:
         """Return when the live state has been copied, so that it may change. `optimizer.step()` calls it by itself."""
         raise NotImplementedError
@@ -37,7 +42,7 @@ class SaveHandle:
         raise NotImplementedError
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Committed(SaveHandle):
     """A save that was committed when it returned."""
 
@@ -56,7 +61,7 @@ class Committed(SaveHandle):
         pass
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, repr=False)
 class Skipped(SaveHandle):
     """No save: an earlier one was under way, and `when_busy` is "skip"."""
 

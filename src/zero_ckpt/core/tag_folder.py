@@ -2,12 +2,13 @@
 
 Owns the reading of a folder that may be a checkpoint, and what is said of one that is not. Promises: a manifest that it
 returns has verified; nothing that lies in a folder makes it read more than `MAX_MANIFEST` bytes, and no tensor is read.
-It changes nothing, and knows neither `latest` nor the folders beside: those are `tags` and `finding`.
+It changes nothing, and knows neither `latest` nor which of several folders is meant: those are `tags` and `finding`.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 
 from zero_ckpt.core.foreign import ForeignManifest, format_of
@@ -22,6 +23,7 @@ from zero_ckpt.errors import (
 )
 
 __all__ = [
+    "ANOTHER_TAG",
     "check_files",
     "contents",
     "holds_shards",
@@ -33,6 +35,8 @@ __all__ = [
     "summarize_tag",
     "why_unread",
 ]
+
+ANOTHER_TAG = "Restore the file, or load another tag."
 
 MAX_MANIFEST = 1 << 30
 """Bytes. Larger manifests are refused: nothing that reads one may be made to fill the memory."""
@@ -87,10 +91,12 @@ def check_files(storage: Storage, folder: str, manifest: Summary) -> None:
     for name, record in manifest.files.items():
         found = there.get(name)
         if found != record.nbytes:
-            text = "no such file" if found is None else f"{found} bytes"
-            raise CorruptShardError(
-                f"{folder}/{name}: {record.nbytes} bytes expected, {text} found. Restore the file, or load another tag."
+            wrong = (
+                "missing, although the manifest lists it"
+                if found is None
+                else f"{record.nbytes} bytes expected, {found} found: the file is truncated or was replaced"
             )
+            raise CorruptShardError(f"{folder}/{name}: {wrong}. {ANOTHER_TAG}")
 
 
 def _manifest_bytes(storage: Storage, folder: str) -> tuple[bytes, str]:
@@ -123,8 +129,14 @@ def nothing_at(storage: Storage, folder: str) -> CheckpointNotFoundError:
         )
     except FileNotFoundError:
         directory = os.path.dirname(folder)
-        return NothingSavedError(
-            f"{folder}: no such checkpoint; {directory} {contents(storage, directory)}"
+        tags = _committed_in(storage, directory)
+        if not tags:
+            return NothingSavedError(
+                f"{folder}: no such checkpoint; {directory} {contents(storage, directory)}"
+            )
+        return CheckpointNotFoundError(
+            f"{folder}: no such checkpoint; {directory} has {_shown(tags)}. Give one of these tags, or none for the "
+            "newest."
         )
     except OSError as error:
         return CheckpointNotFoundError(f"{folder}: cannot be opened: {why_unread(error)}")
@@ -136,6 +148,31 @@ def nothing_at(storage: Storage, folder: str) -> CheckpointNotFoundError:
     return CheckpointNotFoundError(
         f"{folder}: not a zero_ckpt checkpoint: no {MANIFEST_NAME} there, it {contents(storage, folder)}"
     )
+
+
+def _committed_in(storage: Storage, directory: str) -> list[str]:
+    """Tags of a directory that may be loaded, in the order in which a reader counts."""
+    try:
+        names = [entry.name for entry in storage.list(directory) if entry.is_dir]
+    except OSError:
+        return []
+    tags = []
+    for name in names:
+        inside = names_in(storage, f"{directory}/{name}")
+        if MANIFEST_NAME in inside or format_of(inside) is not None:
+            tags.append(name)
+    return sorted(tags, key=_natural)
+
+
+def _natural(tag: str) -> list[tuple[int, str]]:
+    """A key by which step9 comes before step10."""
+    parts = re.findall(r"\d+|\D+", tag)
+    return [(len(part) if part.isdigit() else 0, part) for part in parts]
+
+
+def _shown(tags: Sequence[str]) -> str:
+    """The last few."""
+    return ("... " if len(tags) > 4 else "") + ", ".join(f"'{tag}'" for tag in tags[-4:])
 
 
 def contents(storage: Storage, folder: str) -> str:

@@ -102,7 +102,8 @@ class Fp32ExportMixin(Host):
         strategy = trainer.strategy
         source = strategy.broadcast(best_checkpoint(trainer))
         if source:
-            self._collapse(trainer, source, os.path.join(os.path.dirname(source), FOLDER))
+            where = self._collapse(trainer, source, os.path.join(os.path.dirname(source), FOLDER))
+            self._say(f"fp32 weights of {source} are in {where}")
         elif self._has_trained:
             folder = os.path.join(trainer.log_dir or trainer.default_root_dir, FOLDER)
             source = strategy.broadcast(os.path.join(absolute(folder), LIVE_TAG))
@@ -110,18 +111,22 @@ class Fp32ExportMixin(Host):
             if (wait := getattr(strategy, "wait_for_saves", None)) is not None:
                 wait()
             try:
-                self._collapse(trainer, source, os.path.dirname(source))
+                where = self._collapse(trainer, source, os.path.dirname(source))
+                self._say(
+                    f"the trained fp32 weights, of which no checkpoint was saved, are in {where}"
+                )
             finally:
                 strategy.remove_checkpoint(source)
 
-    def _collapse(self, trainer: Any, source: str, folder: str) -> None:
+    def _collapse(self, trainer: Any, source: str, folder: str) -> str:
+        """Returns the file that tells of the rest."""
         if not is_checkpoint_folder(source):
             raise ConfigurationError(
                 f"{source} is no sharded checkpoint: use strategy='zero_ckpt' or ZeroCheckpointIO"
             )
         control = getattr(trainer.strategy, "control", None) or control_for_process_group()
         written = export_fp32(source, self.dirpath or folder, control=control, **self.options)
-        self._say(f"fp32 weights of {source} are in {written[-1]}")
+        return written[-1]
 
     def _say(self, text: str) -> None:
         self.namespace.module("utilities.rank_zero").rank_zero_info(text)

@@ -22,10 +22,11 @@ from zero_ckpt.core.naming import parameter_names
 from zero_ckpt.core.notices import warn_user
 from zero_ckpt.core.outcome import log_report
 from zero_ckpt.core.per_rank import client_state_notice, own_client_state, read_own
+from zero_ckpt.core.places import absolute
 from zero_ckpt.core.reader import Request, Sharing
 from zero_ckpt.core.restoring import Restoration
 from zero_ckpt.core.shares import verify_share
-from zero_ckpt.core.tag_folder import is_tag_folder
+from zero_ckpt.core.tag_folder import is_tag_folder, nothing_at
 from zero_ckpt.errors import DisagreementError, StateMismatchError
 from zero_ckpt.lightning.base import StrategyBase
 from zero_ckpt.lightning.checkpoint_io import ZeroCheckpointIO
@@ -166,9 +167,12 @@ class RestoreMixin(StrategyBase):
 
     def _load_file(self, path: str, weights_only: bool | None) -> dict[str, Any]:
         torch.cuda.empty_cache()
-        content: dict[str, Any] = self.checkpoint_io.load_checkpoint(
-            path, weights_only=weights_only
-        )
+        try:
+            content: dict[str, Any] = self.checkpoint_io.load_checkpoint(
+                path, weights_only=weights_only
+            )
+        except FileNotFoundError as error:
+            raise nothing_at(self.engine.storage, absolute(path)) from error
         return content
 
     def _agreed_path(self, path: str | None) -> str | None:

@@ -21,8 +21,14 @@ from zero_ckpt.core.lazy import LazyTensor
 from zero_ckpt.core.naming import is_elsewhere, naming_of
 from zero_ckpt.core.outcome import LoadReport
 from zero_ckpt.core.reader import Request
+from zero_ckpt.errors import StateMismatchError
 
-__all__ = ["load_weights"]
+__all__ = ["UnfitWeightsError", "load_weights"]
+
+
+class UnfitWeightsError(StateMismatchError, RuntimeError):
+    """What torch's `load_state_dict` raises, and of which checkpoint the weights are."""
+
 
 Reads = Callable[[list[Request]], None]
 
@@ -39,7 +45,7 @@ def load_weights(
     """Load `state_dict`, whose values may be lazy tensors of `checkpoint`, whole tensors or parts.
 
     Returns what did not match, by the module's own names. `read` fills requests, on every rank or
-    on none. Raises what `module.load_state_dict` raises.
+    on none. Raises `UnfitWeightsError`, and whatever else `module.load_state_dict` raises.
     """
     live = module.state_dict()
     naming = naming_of(module)
@@ -64,8 +70,17 @@ def load_weights(
         if raw in live:
             values.setdefault(raw, live[raw])  # frozen, and left out of the save on purpose
     read(requests)
-    with _undone_on_error(live, values, strict):
-        module.load_state_dict(_with_metadata(values, live), strict=strict)
+    try:
+        with _undone_on_error(live, values, strict):
+            module.load_state_dict(_with_metadata(values, live), strict=strict)
+    except RuntimeError as error:
+        _, is_torchs, reasons = str(error).partition("Error(s) in loading state_dict for ")
+        if not is_torchs:
+            raise
+        source = "the checkpoint" if checkpoint is None else checkpoint.path
+        raise UnfitWeightsError(
+            f"{source} does not fit the model. {is_torchs}{reasons}\nNothing was loaded."
+        ) from error
     return LoadReport(
         missing=tuple(key for key in live if key not in values),
         unexpected=tuple(key for key in values if key not in live),
