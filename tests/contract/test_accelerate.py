@@ -102,7 +102,9 @@ def _loads(directory: str) -> None:
         assert accelerator.load_state(directory, missing_ok=True) is None
     accelerator.save_state(directory, client_state=[3])
     for missing_ok in (True, False):  # somebody has misspelled it
-        with pytest.raises(CheckpointNotFoundError, match=r"gone: no such checkpoint; .* has 'glob"):
+        with pytest.raises(
+            CheckpointNotFoundError, match=r"gone: no such checkpoint; .* has 'glob"
+        ):
             accelerator.load_state(directory, tag="gone", missing_ok=missing_ok)
     assert accelerator.zero_loaded is None
 
