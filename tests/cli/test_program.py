@@ -67,6 +67,13 @@ sys.exit("numpy" in sys.modules)
     assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0
 
 
+def test_without_a_command_it_tells_which_there_are() -> None:
+    done = subprocess.run(RUN, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "")
+    for command in ("ls", "inspect", "verify", "repair", "export", "convert"):
+        assert f"\n    {command} " in done.stderr
+
+
 def test_the_module_is_the_command(sharded: Path) -> None:
     done = subprocess.run([*RUN, "ls", sharded], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0

@@ -48,7 +48,11 @@ exit status: 0 all is well, 1 damage was found, 2 it could not be done (no check
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status. `arguments` default to the process's own."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help(sys.stderr)
+        return FAILURE
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A name that the terminal's encoding lacks is shown escaped, not an error.
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -77,7 +81,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND")
-    commands.required = True
     for name, command in _COMMANDS.items():
         part = commands.add_parser(
             name,
