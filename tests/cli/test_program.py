@@ -36,7 +36,7 @@ def test_help_gives_examples_and_fits_a_terminal(
     assert command or all(name in text for name in COMMANDS)
 
 
-@pytest.mark.parametrize("arguments", [[], ["frobnicate"], ["ls"], ["verify", "a", "b"]])
+@pytest.mark.parametrize("arguments", [["frobnicate"], ["ls"], ["verify", "a", "b"]])
 def test_wrong_usage_is_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(arguments)
