@@ -11,7 +11,7 @@ import pytest
 from tests.faults.jobs import Job, warned
 from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.core.retention import remove_tag
-from zero_ckpt.errors import NothingSavedError, ZeroCkptError
+from zero_ckpt.errors import CheckpointNotFoundError, ZeroCkptError
 from zero_ckpt.testing import FaultyStorage, Operation
 
 READS = frozenset({"get", "list", "open", "read"})
@@ -94,5 +94,5 @@ def test_a_load_during_a_removal_gets_it_or_another_one(start: Path) -> None:
 
 
 def test_a_load_of_a_tag_that_is_removed_gets_it_or_is_told(start: Path) -> None:
-    whole, absent = (Job.at(2).bits(), None), (Job.at(0).bits(), NothingSavedError.__name__)
+    whole, absent = (Job.at(2).bits(), None), (Job.at(0).bits(), CheckpointNotFoundError.__name__)
     assert sweep(start, remove, "step2") == {whole, absent}

@@ -237,7 +237,12 @@ def _translation(tracker: Tracker, entry: Mapping[str, Any]) -> str:
         return f"{place} by other processes; its batches have no fixed size, so they are counted as this job's."
     steps, left = _translated(tracker, entry)
     again = f" ({left} samples before that come again)" if left else ""
+    asked = (
+        ""
+        if tracker.stateful
+        else f"; ask for the rest by skip_first_batches(loader, {entry['yielded']})"
+    )
     return (
         f"{place}, by other processes or with another batch size. The same samples are {steps} batches of this job, "
-        f"where skip_first_batches(loader, {entry['yielded']}) lets the epoch continue{again}."
+        f"where the epoch continues{again}{asked}."
     )
