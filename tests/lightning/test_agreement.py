@@ -22,7 +22,13 @@ from tests.lightning.harness import (
     trainer,
     whole_weights,
 )
-from zero_ckpt.errors import CorruptShardError, DisagreementError, StateMismatchError
+from zero_ckpt.errors import (
+    CheckpointNotFoundError,
+    CorruptShardError,
+    DisagreementError,
+    StateMismatchError,
+)
+from zero_ckpt.lightning.weights import UnfitWeightsError
 
 
 def _save_two(root: Path) -> Any:
@@ -146,21 +152,29 @@ def _mismatches(root: Path) -> list[str]:
         for kind, error in (
             (Two, StateMismatchError),
             (Regrouped, StateMismatchError),
-            (Resized, RuntimeError),
+            (Resized, UnfitWeightsError),
         ):
             with pytest.raises(error) as caught:
                 _fit(root, stage, root / "c" / "a.ckpt", kind())
             problems.append(str(caught.value))
+        with pytest.raises(CheckpointNotFoundError) as misspelled:
+            _fit(root, stage, root / "c" / "q.ckpt", Model())
+        problems.append(str(misspelled.value))
     return problems
 
 
 @pytest.mark.usefixtures("saved")
 def test_another_model_or_optimizer_is_refused_by_name(tmp_path: Path) -> None:
     for problems in on_ranks(_mismatches, 2, tmp_path):
-        for optimizers, groups, shape in (problems[:3], problems[3:]):
+        for optimizers, groups, shape, misspelled in (problems[:4], problems[4:]):
             assert "1 optimizers" in optimizers
             assert "'blocks.0.lower.weight'" in groups
+            assert shape.startswith(f"{tmp_path}/c/a.ckpt does not fit the model. ")
             assert "size mismatch for scale" in shape
+            assert shape.endswith("Nothing was loaded.")
+            assert misspelled.startswith(
+                f"{tmp_path}/c/q.ckpt: no such checkpoint; {tmp_path}/c has 'a"
+            )
 
 
 def _save_within_an_epoch(root: Path) -> None:
