@@ -43,7 +43,7 @@ test: lint types ## format, lint, types and all tests; `make test SIDE_BY_SIDE=0
 test-fast: $(READY) ## the tests that take less than 10 seconds each
 	$(PYTEST) -m "not slow and not torture"
 
-torture: $(READY) ## the long forms of the tests of failures: about an hour
+torture: $(READY) ## the long forms of the tests of failures: about 25 minutes on 2 cores
 	$(PYTEST) --dist load -m torture tests
 
 FUZZED := manifest header objects latest pickle
