@@ -75,6 +75,14 @@ def remove(directory: Path) -> None:
     remove_tag(LocalStorage(), str(directory), "step2")
 
 
+def test_a_save_of_a_new_tag_does_not_look_into_the_others(start: Path) -> None:
+    seen: list[str] = []
+    storage = FaultyStorage(LocalStorage(), lambda o: seen.append(o.path), names=READS)
+    Job.at(5, storage=storage).save(str(start), tag="step5")
+    assert [path for path in seen if path.startswith(f"{start}/step5")]
+    assert not [path for path in seen if path.startswith((f"{start}/step1", f"{start}/step2"))]
+
+
 @pytest.mark.parametrize("tag", [None, "step2"])
 def test_a_load_during_an_overwrite_gets_the_old_or_the_new_state(
     tag: str | None, start: Path

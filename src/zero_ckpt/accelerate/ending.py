@@ -72,7 +72,9 @@ class EndMixin(SaveMixin):
         saved = self._zero_runtime.saved
         if saved is not None:
             directory = os.path.dirname(saved.path)
-            self._zero_collapse(directory, saved.tag, path or f"{directory}/{FOLDER}", control)
+            path = path or f"{directory}/{FOLDER}"
+            if self._zero_collapse(directory, saved.tag, path, control) and control.rank == 0:
+                _logger.info("the weights of %s are in %s", saved.path, path)
         elif path is not None and self._models:
             self._zero_export_live(path, control)
 
@@ -109,14 +111,16 @@ class EndMixin(SaveMixin):
         )
         handle.wait()
         try:
-            self._zero_collapse(folder, handle.tag, path, control)
+            if self._zero_collapse(folder, handle.tag, path, control) and control.rank == 0:
+                _logger.info("the weights, of which nothing was saved, are in %s", path)
         finally:
             if control.rank == 0:
                 remove_tag(self.zero_engine.storage, folder, handle.tag)
 
-    def _zero_collapse(self, directory: str, tag: str, path: str, control: ControlPlane) -> None:
+    def _zero_collapse(self, directory: str, tag: str, path: str, control: ControlPlane) -> bool:
+        """Whether there were weights to export."""
         if not read_manifest(self.zero_engine.storage, f"{directory}/{tag}").tensors["model"]:
-            return  # hooks keep the weights
+            return False  # hooks keep the weights
         options: dict[str, Any] = {
             "format": self._zero_options.export_format,
             "dtype": self._zero_options.export_dtype,
@@ -129,9 +133,7 @@ class EndMixin(SaveMixin):
             if control.rank != 0:
                 raise
             export_fp32(directory, path, tag, **options)  # the other ranks are gone
-        if control.rank != 0:
-            return
         models = list(self.zero_models().values())
-        if len(models) == 1:
+        if control.rank == 0 and len(models) == 1:
             save_configuration(models[0], path, self._zero_options.export_dtype)
-        _logger.info("the weights of %s/%s are in %s", directory, tag, path)
+        return True

@@ -200,6 +200,12 @@ def _next_generation(storage: Storage, folder: str, shun_others: bool) -> int:
     `shun_others`: above that of every file there, committed or not.
     """
     try:
+        storage.list(folder)
+    except FileNotFoundError:
+        return 1  # the error of a manifest that is not there would look at all other tags
+    except OSError:
+        pass  # reading the manifest tells more
+    try:
         committed = read_manifest(storage, folder).generation
     except (CorruptCheckpointError, FormatVersionError):
         committed, shun_others = 0, True
