@@ -120,9 +120,10 @@ def agree(
     shared = sum(proposals[ranks[0]].shared_bytes for ranks in holders.values())
     shared = shared if len(holders) == 1 else max(p.shared_bytes for p in proposals)
     _check_space(storage, first.directory, shared + sum(p.private_bytes for p in proposals))
-    _check_place(storage, first.directory, tag)
+    is_new = _check_place(storage, first.directory, tag)
     shuns = hold(first.directory)
-    generation = _next_generation(storage, f"{first.directory}/{tag}", shuns)
+    # To read a manifest that is not there would look at all other tags, to tell which there are.
+    generation = 1 if is_new else _next_generation(storage, f"{first.directory}/{tag}", shuns)
     return Agreement(first.directory, tag, generation, list(holders.values()), notice)
 
 
@@ -181,17 +182,18 @@ def _check_space(storage: Storage, directory: str, needed: int) -> None:
         )
 
 
-def _check_place(storage: Storage, directory: str, tag: str) -> None:
-    """A link to another checkpoint's folder would lead the save into that."""
+def _check_place(storage: Storage, directory: str, tag: str) -> bool:
+    """Whether nothing has this name yet. A link to another checkpoint's folder would lead the save into that."""
     try:
         entries = storage.list(directory)
     except FileNotFoundError:
-        return
+        return True
     if any(entry.name == tag and not entry.is_dir for entry in entries):
         raise SaveError(
             f"{directory}/{tag}: a file or a link, where the tag's folder belongs. Nothing was written. Remove it, or "
             "use another tag."
         )
+    return all(entry.name != tag for entry in entries)
 
 
 def _next_generation(storage: Storage, folder: str, shun_others: bool) -> int:
@@ -199,12 +201,6 @@ def _next_generation(storage: Storage, folder: str, shun_others: bool) -> int:
 
     `shun_others`: above that of every file there, committed or not.
     """
-    try:
-        storage.list(folder)
-    except FileNotFoundError:
-        return 1  # the error of a manifest that is not there would look at all other tags
-    except OSError:
-        pass  # reading the manifest tells more
     try:
         committed = read_manifest(storage, folder).generation
     except (CorruptCheckpointError, FormatVersionError):
