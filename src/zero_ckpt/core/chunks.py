@@ -7,14 +7,13 @@ A 0-d tensor has one box, with empty offset and shape.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 __all__ = ["Box", "coverage_error", "flat_range_boxes", "full_box", "split_evenly"]
 
 
-@dataclass(frozen=True, slots=True)
-class Box:
+class Box(NamedTuple):
     """`offset[d] .. offset[d] + shape[d]` in every dimension `d`, in elements."""
 
     offset: tuple[int, ...]

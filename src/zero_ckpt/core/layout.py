@@ -63,6 +63,10 @@ class Layout:
     placements: tuple[str, ...] = ()
     whole: bool = False
 
+    def __hash__(self) -> int:
+        """Cheap, as that of `Mesh`: a job's layouts differ in what is hashed, and seldom in the rest."""
+        return hash((self.dtype, self.shape, self.placements))
+
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * itemsize(self.dtype)

@@ -119,6 +119,8 @@ def _renumbered(name: str, experts: Mapping[str, Share]) -> str:
 
 def split_expert(name: str, experts: Mapping[str, Any]) -> tuple[str, int, str] | None:
     """(path of the list, expert's number, what follows) of an expert's tensor; None for any other."""
+    if not experts:
+        return None
     if "" in experts:
         end = 0
     else:

@@ -17,7 +17,7 @@ from zero_ckpt.core.groups import check_same_parameters, matched_options, take_o
 from zero_ckpt.core.naming import ParameterNames
 from zero_ckpt.core.optimizer_state import StateBuilder
 from zero_ckpt.core.restoring import Restoration
-from zero_ckpt.core.state import by_parameter, group_names, names_in_groups
+from zero_ckpt.core.state import by_parameter, group_names, holder_of, names_in_groups
 from zero_ckpt.errors import StateMismatchError
 
 __all__ = ["plan_optimizer"]
@@ -40,17 +40,17 @@ def plan_optimizer(
     own options. Raises `StateMismatchError` when the parameters of the groups, or the kind of optimizer, are not those
     of the checkpoint.
     """
-    groups = group_names(optimizer, names)
+    fqn_of = names_in_groups(optimizer, names)
+    groups = group_names(optimizer, names, fqn_of)
     _check_kind(checkpoint.path, optimizer, record)
     check_same_parameters(checkpoint.path, groups, record["groups"])
     options: Sequence[Mapping[str, Any]] = [{} for _ in groups]
     if not keep_options:
         options = matched_options(checkpoint.path, groups, record["groups"])
-    fqn_of = names_in_groups(optimizer, names)
     stored = by_parameter(checkpoint.keys("optim"), prefix, set(fqn_of.values()))
     plan = Restoration()
     states: dict[torch.Tensor, StateBuilder | None] = {}
-    holder = _holder(optimizer)
+    holder = holder_of(optimizer)
     for group in holder.param_groups:
         cpu_step = not (group.get("capturable") or group.get("fused"))
         for parameter in group["params"]:
@@ -73,14 +73,8 @@ def plan_optimizer(
     return plan
 
 
-def _holder(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer whose `state` this rank steps with: ZeroRedundancyOptimizer's local one, or itself."""
-    inner = getattr(optimizer, "optim", None)
-    return inner if isinstance(inner, torch.optim.Optimizer) else optimizer
-
-
 def _check_kind(path: str, optimizer: torch.optim.Optimizer, record: Mapping[str, Any]) -> None:
-    mine, saved = type(_holder(optimizer)).__name__, record["class"]
+    mine, saved = type(holder_of(optimizer)).__name__, record["class"]
     if saved and mine != saved and not ({mine, saved} <= {"Adam", "AdamW"}):
         raise StateMismatchError(
             f"{path}: the optimizer was {saved} when it was saved and is {mine} now; their states are not the same "

@@ -61,7 +61,8 @@ def copy_parts(data: memoryview, start: int, parts: Sequence[Part]) -> None:
     stop = start + len(data)
     for part in parts:
         first, last = byte_span(part.chunk, part.overlap)
-        begin, end = max(first, start), min(last, stop)
+        begin = first if first > start else start  # max() takes three times as long
+        end = last if last < stop else stop
         if begin >= end:
             continue
         target = _direct_address(part)
@@ -84,30 +85,26 @@ def home(parts: Sequence[Part], start: int, nbytes: int) -> memoryview | None:
 
 def _direct_address(part: Part) -> int:
     """Where the overlap's bytes go, when they lie in one piece both in the chunk and in the target; else 0."""
-    request, overlap = part.request, part.overlap
-    target = request.target
-    if target.device.type != "cpu" or DTYPE_NAMES[target.dtype] != part.chunk.dtype:
+    (_, _, _, wanted, target), chunk, overlap = part
+    if not target.is_cpu or DTYPE_NAMES[target.dtype] != chunk.dtype:
         return 0
     if not target.is_contiguous() or target.is_conj() or target.is_neg():
         return 0
-    wanted, stored = request.box, part.chunk.box
-    if not (
-        _in_one_piece(overlap.shape, stored.shape) and _in_one_piece(overlap.shape, wanted.shape)
-    ):
-        return 0
+    shape = overlap.shape
+    for outer in (chunk.box.shape, wanted.shape):
+        if shape != outer and not _in_one_piece(shape, outer):
+            return 0
     address = target.data_ptr()  # 0 for a wrapper around other tensors
-    if not address or overlap.shape == wanted.shape:
+    if not address or shape == wanted.shape:
         return address
     at = 0
     for offset, size in zip(overlap.relative_to(wanted).offset, wanted.shape, strict=True):
         at = at * size + offset
-    return address + at * itemsize(part.chunk.dtype)
+    return address + at * itemsize(chunk.dtype)
 
 
 def _in_one_piece(shape: Sequence[int], outer: Sequence[int]) -> bool:
     """Whether a box of `shape` in a row-major tensor of shape `outer` is one range of its memory."""
-    if shape == outer:
-        return True
     whole = True
     for extent, size in zip(reversed(shape), reversed(outer), strict=True):
         if extent != 1 and not whole:

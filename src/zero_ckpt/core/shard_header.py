@@ -7,9 +7,8 @@ A header may have been damaged or made up. Promises: of anything that is not a h
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from zero_ckpt.core.chunks import Box
 from zero_ckpt.core.dtypes import ITEMSIZE, itemsize, stored_dtype, stored_shape
@@ -31,9 +30,7 @@ def parse_header(
         entries.pop(PAD, None)
         data_bytes, stop = entries.pop(TABLE)["data_offsets"]
         geometries = _Geometries()
-        found = [
-            (name, *geometries.of(name, entry, places.get(name))) for name, entry in entries.items()
-        ]
+        found = [geometries.of(entry, told, places.get(entry)) for entry, told in entries.items()]
         if not all(type(n) is int and n >= 0 for n in (data_bytes, stop)):
             raise ValueError("the block table has no place")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
@@ -46,29 +43,27 @@ def parse_header(
             f"{name}: {expected} bytes expected from its header, {file_bytes} found. {REMEDY}"
         )
     chunks, at = [], 0
-    for entry_name, key, geometry, offsets in found:
-        begin, at = at, at + geometry.nbytes
-        if offsets != [begin, at] or begin % itemsize(geometry.dtype):
+    for entry, key, (dtype, shape, box, nbytes, size), offsets in found:
+        begin, at = at, at + nbytes
+        if offsets != [begin, at] or begin % size:
             raise CorruptShardError(
-                f"{name}: tensor '{entry_name}': its bytes {offsets} do not follow byte {begin} "
-                f"or do not fit shape {list(geometry.box.shape)} of {geometry.dtype}. {REMEDY}"
+                f"{name}: tensor '{entry}': its bytes {offsets} do not follow byte {begin} "
+                f"or do not fit shape {list(box.shape)} of {dtype}. {REMEDY}"
             )
-        chunks.append(
-            Chunk(entry_name, key, geometry.dtype, geometry.shape, geometry.box, begin, at)
-        )
+        chunks.append(Chunk(entry, key, dtype, shape, box, begin, at))
     if not 0 <= data_bytes - at < 8:
         raise CorruptShardError(f"{name}: the chunks end at byte {at} of {data_bytes}. {REMEDY}")
     return metadata, tuple(chunks), data_bytes
 
 
-@dataclass(frozen=True, slots=True)
-class _Geometry:
-    """What many chunks have in common."""
+class _Geometry(NamedTuple):
+    """What many chunks have in common. `size`: bytes of an element."""
 
     dtype: str
     shape: tuple[int, ...]
     box: Box
     nbytes: int
+    size: int
 
 
 class _Geometries:
@@ -79,18 +74,18 @@ class _Geometries:
 
     def of(
         self, name: str, entry: dict[str, Any], place: dict[str, Any] | None
-    ) -> tuple[str, _Geometry, list[int]]:
-        """(key, geometry, unchecked data offsets) of an entry. Raises ValueError and the like for nonsense."""
+    ) -> tuple[str, str, _Geometry, list[int]]:
+        """(name, key, geometry, unchecked data offsets) of an entry. Raises ValueError and the like for nonsense."""
         kind, stored, place = entry["dtype"], tuple(entry["shape"]), place or {}
-        shape, offset = tuple(place.get("shape", "?")), tuple(place.get("offset", "?"))
-        told = kind, stored, place.get("dtype"), shape, offset
+        get = place.get
+        told = kind, stored, get("dtype"), tuple(get("shape", "?")), tuple(get("offset", "?"))
         geometry = self._known.get(told)
         if geometry is None:
             geometry = self._known[told] = _geometry(name, kind, stored, place)
-        key = place.get("key", name)
+        key = get("key", name)
         if not isinstance(key, str):
             raise ValueError(f"entry '{name}' has no name")
-        return key, geometry, entry["data_offsets"]
+        return name, key, geometry, entry["data_offsets"]
 
 
 def _geometry(name: str, kind: str, stored: tuple[int, ...], place: dict[str, Any]) -> _Geometry:
@@ -109,5 +104,5 @@ def _geometry(name: str, kind: str, stored: tuple[int, ...], place: dict[str, An
         raise ValueError(f"entry '{name}' has different numbers of dimensions")
     if prod(box_shape) and any(a + n > s for a, n, s in zip(offset, box_shape, shape, strict=True)):
         raise ValueError(f"entry '{name}' reaches outside of its tensor")
-    box = Box(offset, box_shape)
-    return _Geometry(dtype, shape, box, box.numel * itemsize(dtype))
+    box, size = Box(offset, box_shape), itemsize(dtype)
+    return _Geometry(dtype, shape, box, box.numel * size, size)

@@ -21,10 +21,10 @@ class Source:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor
-        self.is_far = tensor.device.type != "cpu"
-        contiguous = tensor.device.type == "cpu" and tensor.is_contiguous()
+        self.is_far = not tensor.is_cpu
         lazy = tensor.is_neg() or tensor.is_conj()  # the memory holds other bits than the values
-        self._address = tensor.data_ptr() if contiguous and not lazy else 0
+        direct = not (self.is_far or lazy) and tensor.is_contiguous()
+        self._address = tensor.data_ptr() if direct else 0
 
     def copy_to(self, address: int, start: int, stop: int) -> None:
         """Copy bytes `start .. stop` of the chunk, in row-major order, to `address`."""

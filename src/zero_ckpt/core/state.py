@@ -143,12 +143,15 @@ def capture_models(models: Mapping[str, nn.Module]) -> ModelState:
     return state
 
 
+def holder_of(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer whose `state` this rank steps with: ZeroRedundancyOptimizer's local one, or itself."""
+    inner = getattr(optimizer, "optim", None)
+    return inner if isinstance(inner, torch.optim.Optimizer) else optimizer
+
+
 def local_states(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Any, dict[str, Any]]]:
     """(parameter, state) of every parameter whose state this rank holds, in the order of the groups."""
-    inner = getattr(
-        optimizer, "optim", None
-    )  # ZeroRedundancyOptimizer: the local partition's optimizer
-    holder = inner if isinstance(inner, torch.optim.Optimizer) else optimizer
+    holder = holder_of(optimizer)
     for group in holder.param_groups:
         for parameter in group["params"]:
             state = holder.state.get(parameter)
@@ -166,10 +169,12 @@ def names_in_groups(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) 
 
 
 def group_names(
-    optimizer: torch.optim.Optimizer, names: ParameterNames
+    optimizer: torch.optim.Optimizer, names: ParameterNames, fqn_of: Mapping[int, str]
 ) -> list[tuple[list[str], dict[str, Any]]]:
-    """(FQNs, options) of every parameter group, with the parameters of experts that other ranks have."""
-    fqn_of = names_in_groups(optimizer, names)
+    """(FQNs, options) of every parameter group, with the parameters of experts that other ranks have.
+
+    `fqn_of`: what `names_in_groups` gave.
+    """
     groups = []
     for group in optimizer.param_groups:
         fqns = [fqn for p in group["params"] for fqn in names.on_all_ranks(fqn_of[id(p)])]
@@ -185,12 +190,10 @@ def capture_optimizer(
     `names`: of all parameters. `prefix` keeps several optimizers apart.
     """
     fqn_of = names_in_groups(optimizer, names)
-    groups = group_names(optimizer, names)
-    inner = getattr(optimizer, "optim", None)
-    kind = type(inner if isinstance(inner, torch.optim.Optimizer) else optimizer).__name__
+    groups = group_names(optimizer, names, fqn_of)
     state = OptimizerState(
         record={
-            "class": kind,
+            "class": type(holder_of(optimizer)).__name__,
             "groups": [{"params": fqns, "options": options} for fqns, options in groups],
         }
     )

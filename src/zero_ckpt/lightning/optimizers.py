@@ -19,7 +19,7 @@ from zero_ckpt.core.lazy import LazyTensor
 from zero_ckpt.core.naming import ParameterNames
 from zero_ckpt.core.optimizers import plan_optimizer
 from zero_ckpt.core.restoring import Restoration
-from zero_ckpt.core.state import group_names, local_states, names_in_groups
+from zero_ckpt.core.state import group_names, holder_of, local_states, names_in_groups
 from zero_ckpt.errors import StateMismatchError
 
 __all__ = ["STATES", "Pristine", "plan_state", "state_of"]
@@ -31,18 +31,12 @@ STATES = frozenset({"class", "state", "param_groups"})
 def state_of(optimizer: torch.optim.Optimizer, names: ParameterNames) -> dict[str, Any]:
     """This rank's state of an optimizer, by parameter name. References, not copies."""
     fqn_of = names_in_groups(optimizer, names)
-    groups = group_names(optimizer, names)
+    groups = group_names(optimizer, names, fqn_of)
     return {
-        "class": type(_inner(optimizer)).__name__,
+        "class": type(holder_of(optimizer)).__name__,
         "state": {fqn_of[id(p)]: dict(values) for p, values in local_states(optimizer)},
         "param_groups": [{"params": fqns, **options} for fqns, options in groups],
     }
-
-
-def _inner(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The optimizer that holds this rank's state."""
-    inner = getattr(optimizer, "optim", None)  # ZeroRedundancyOptimizer's
-    return inner if isinstance(inner, torch.optim.Optimizer) else optimizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +111,8 @@ def _matched(
     """id(parameter) -> its saved state. Groups match by their order and size, as in torch."""
     live = [[id(p) for p in group["params"]] for group in optimizer.param_groups]
     saved = [list(group["params"]) for group in state["param_groups"]]
-    sizes = [len(fqns) for fqns, _ in group_names(optimizer, names)]
+    fqn_of = names_in_groups(optimizer, names)
+    sizes = [len(fqns) for fqns, _ in group_names(optimizer, names, fqn_of)]
     if sizes != [len(group) for group in saved]:
         raise StateMismatchError(
             f"the optimizer has {len(live)} parameter groups of {sizes} "
@@ -139,7 +134,7 @@ def _install(
     by_parameter: Mapping[int, Mapping[str, Any]],
     groups: Sequence[Mapping[str, Any]],
 ) -> None:
-    inner = _inner(optimizer)
+    inner = holder_of(optimizer)
     for group in inner.param_groups:
         cpu_step = not (group.get("capturable") or group.get("fused"))
         for parameter in group["params"]:
