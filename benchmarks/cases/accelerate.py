@@ -2,7 +2,9 @@
 
 The same prepared model and optimizer are saved and loaded both ways, in turns: `attach` and `detach`
 only change the accelerator's class. Accelerate's saves are not durable and its loads not verified;
-ours are. Accelerate takes no FSDP plugin on a CPU, so its state is told that it has one.
+ours are, so its save is measured with fsync of its files, too. With `async_save` the clock stops
+when the training may make its next step; nothing is computed meanwhile under which the copy could
+hide. Accelerate takes no FSDP plugin on a CPU, so its state is told that it has one.
 """
 
 from __future__ import annotations
@@ -21,11 +23,13 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from benchmarks.bench import Bench
 from benchmarks.measure import (
     Contestant,
+    files_under,
     interleave,
     make_cold,
     make_warm,
     peak_memory,
     remove_and_settle,
+    sync,
 )
 from benchmarks.ranks import Measured, Rank
 from benchmarks.table import Row, at_least, at_most, bounded, faster, slowdown
@@ -46,6 +50,7 @@ def accelerate(bench: Bench) -> list[Row]:
             row = f"{what.replace('save', 'save_state').replace('load', 'load_state')}, {engine}"
             ours, theirs = f"{what} ours", f"{what} theirs"
             rows.append(faster("accelerate", row, measured, ours, theirs, at_least(GOAL)))
+        rows += _beside_rows(bench.launch(RANKS, _measure_beside, engine), engine)
         for what in ("save", "load"):
             row = f"memory of {what}_state, {engine}, per rank"
             names = f"{what} memory ours", f"{what} memory theirs"
@@ -55,6 +60,19 @@ def accelerate(bench: Bench) -> list[Row]:
     what = f"{STEPS} training steps"
     rows.append(slowdown("accelerate", what, steps, "attached", "plain", at_most(1.02)))
     return rows
+
+
+def _beside_rows(measured: Measured, engine: str) -> list[Row]:
+    measured.labels = {
+        "theirs": f"Accelerate, {engine}",
+        "theirs, fsync": f"Accelerate, {engine}, fsync",
+    }
+    row = f"save_state, {engine}"
+    beside = f"{row}, async_save: until the next step"
+    return [
+        faster("accelerate", row, measured, "ours", "theirs, fsync", at_least(GOAL)),
+        faster("accelerate", beside, measured, "ours, async", "theirs", at_least(GOAL)),
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +144,45 @@ def _measure(rank: Rank, engine: str) -> Measured:
         measured.extend(interleave(rank, sides, warm_up=0))
     rank.on_first(lambda: remove_and_settle(*rank.scratch.glob("kept *")))
     return measured
+
+
+def _measure_beside(rank: Rank, engine: str) -> Measured:
+    """Saves with equal promises, and beside the training. The accelerator stays attached, as in a job."""
+    accelerator = _prepare(rank, engine).accelerator
+    attach(accelerator, async_save=True, export=False)
+    directory = rank.scratch / "beside"
+
+    def until_staged(_turn: int) -> None:
+        accelerator.save_state(str(directory))
+        accelerator._zero_runtime.saved.staged()
+
+    def until_committed(turn: int) -> None:
+        until_staged(turn)
+        accelerator.wait_for_saves()
+
+    def theirs(_turn: int) -> None:
+        Accelerator.save_state(accelerator, str(directory))
+
+    def until_synced(turn: int) -> None:
+        theirs(turn)
+        rank.barrier()
+        for file in files_under(directory)[rank.rank :: rank.world_size]:
+            sync(file)
+        rank.on_first(lambda: sync(directory))
+
+    def clean(_turn: int) -> None:
+        accelerator.wait_for_saves()
+        rank.barrier()
+        rank.on_first(lambda: remove_and_settle(directory))
+
+    acts = {
+        "ours": until_committed,
+        "ours, async": until_staged,
+        "theirs": theirs,
+        "theirs, fsync": until_synced,
+    }
+    contestants = [Contestant(name, act, clean=clean) for name, act in acts.items()]
+    return interleave(rank, contestants, warm_up=2)
 
 
 def _prepare(rank: Rank, engine: str) -> _Job:
