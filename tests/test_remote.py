@@ -12,8 +12,9 @@ import pytest
 import torch
 
 import zero_ckpt
-from tests.faults.jobs import SHORT, Job, Raised, contents, raised, warned
+from tests.faults.jobs import SHORT, Job, Raised, contents, raised
 from tests.object_server import BUCKET, Request, S3Server
+from tests.told import warned
 from tests.workers import run_ranks
 from zero_ckpt.cli import main
 from zero_ckpt.core.control import control_for_process_group

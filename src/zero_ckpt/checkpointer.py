@@ -28,7 +28,7 @@ from zero_ckpt.core.custom import CustomLoad
 from zero_ckpt.core.decoupled import AsyncSave, make_engine
 from zero_ckpt.core.handle import SaveHandle
 from zero_ckpt.core.loading import load_together
-from zero_ckpt.core.notices import warn_user
+from zero_ckpt.core.notices import warn_on_first
 from zero_ckpt.core.outcome import LoadResult, log_report, report_of
 from zero_ckpt.core.per_rank import (
     CLIENT_STATE,
@@ -224,16 +224,15 @@ class Checkpointer:
         except NothingSavedError as error:
             if not missing_ok:
                 raise
-            warn_user(f"NOTHING WAS LOADED, everything stays as it is: {error}")
+            text = f"NOTHING WAS LOADED, everything stays as it is: {error}"
+            warn_on_first(self._engine.control.rank, [text])
             return LoadResult(None, None)
         with loaded.checkpoint as checkpoint:
             if wanted.optimizers:
                 self.global_step = checkpoint.manifest.step
             plan, result = loaded.prepared
             log_report(result.report, checkpoint.path)
-            if self._engine.control.rank == 0:
-                for notice in plan.notices:
-                    warn_user(notice)
+            warn_on_first(self._engine.control.rank, plan.notices)
             return result
 
     def _prepare(

@@ -18,6 +18,7 @@ from torch.optim import lr_scheduler
 
 import zero_ckpt
 from tests.contract.models import STAGES, Net, adamw, opened, recording, shard, train, weights
+from tests.told import told_once, warned
 from tests.workers import run_ranks
 from zero_ckpt import Checkpointer, load_checkpoint, save_checkpoint
 from zero_ckpt.core.naming import innermost
@@ -224,10 +225,8 @@ def _load_nothing(root: str) -> list[Any]:
     before = weights(model)
     found: list[Any] = []
     for name, tag in [("gone", None), ("empty", None), ("empty", "other")]:
-        with pytest.warns(UserWarning, match="NOTHING WAS LOADED") as caught:
-            result = load_checkpoint(f"{root}/{name}", model, optimizer, tag=tag)
-        path, client_state = result
-        found.append((path, client_state, str(caught[0].message)))
+        result, texts = warned(load_checkpoint, f"{root}/{name}", model, optimizer, tag=tag)
+        found.append((*result, texts))
         with Checkpointer(model, optimizer) as checkpointer, pytest.raises(NothingSavedError):
             checkpointer.load_checkpoint(f"{root}/{name}", tag)
         with pytest.raises(CheckpointNotFoundError):
@@ -246,16 +245,18 @@ def test_where_nothing_was_saved_the_functions_of_deepspeed_return_nothing_and_s
     for step in (1, 2, 3, 10, 20):
         save_checkpoint(tmp_path / "full", Net(), step=step)
     by_rank = run_ranks(_load_nothing, WORLD, str(tmp_path))
-    assert by_rank[0] == by_rank[1]
-    gone, empty, other, misspelled = by_rank[0]
-    for found, said in [(gone, "gone"), (empty, "empty"), (other, "empty/other")]:
-        assert found[:2] == (None, None)
-        assert str(tmp_path / said) in found[2]
+    *missing, misspelled = zip(*by_rank, strict=True)
+    for found, place in zip(missing, ("gone", "empty", "empty/other"), strict=True):
+        assert all(result[:2] == (None, None) for result in found)
+        (text,) = told_once([texts for *_, texts in found])
+        assert text.startswith("NOTHING WAS LOADED")
+        assert str(tmp_path / place) in text
     tags = ", ".join(f"'global_step{step}'" for step in (2, 3, 10, 20))
-    assert misspelled == (
+    text = (
         f"{tmp_path}/full/other: no such checkpoint; {tmp_path}/full has ... {tags}. Give one of these tags, or none "
         "for the newest."
     )
+    assert misspelled == (text,) * WORLD
 
 
 def _damage(directory: Path, how: str) -> str | None:

@@ -11,7 +11,6 @@ import os
 import random
 import threading
 import time
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -147,14 +146,6 @@ def raised(call: Callable[..., Any], *args: Any, **options: Any) -> Raised:
     except Exception as error:
         return Raised(type(error).__name__, str(error))
     raise AssertionError(f"nothing was raised; the value was {value!r}")
-
-
-def warned(call: Callable[..., Any], *args: Any, **options: Any) -> tuple[Any, list[str]]:
-    """What `call` returns, and the texts of the warnings that it gave."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        value = call(*args, **options)
-    return value, [str(warning.message) for warning in caught]
 
 
 def contents(

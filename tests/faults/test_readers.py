@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.jobs import Job, warned
+from tests.faults.jobs import Job
+from tests.told import warned
 from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.core.retention import remove_tag
 from zero_ckpt.errors import CheckpointNotFoundError, ZeroCkptError

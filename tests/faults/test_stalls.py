@@ -28,9 +28,9 @@ from tests.faults.jobs import (
     run_many,
     step_saved,
     unlisted,
-    warned,
 )
 from tests.faults.network import Way, join_over
+from tests.told import warned
 from tests.workers import Ranks, run_ranks, start_ranks
 from zero_ckpt.core.control import Decide, StoreControl
 from zero_ckpt.core.local_storage import LocalStorage
@@ -308,7 +308,8 @@ def test_a_pipe_in_the_place_of_a_file_stops_no_rank(start: Path) -> None:
         (directory / name).unlink(missing_ok=True)
         os.mkfifo(directory / name)
     results = run_ranks(meet_pipes, WORLD, [str(directory) for directory in directories])
-    assert results[0] == results[1]
+    assert results[0][0] == results[1][0]
+    assert results[0][1][:2] == results[1][1][:2]
     loads, saves, latest = results[0]
     assert [error.kind for error in loads] == ["CorruptManifestError", *["CorruptShardError"] * 2]
     for name, error in zip(names, loads, strict=False):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import signal
 import time
-import warnings
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from tests.faults.jobs import Job, Raised, await_file, contents, raised, step_saved, unlisted
+from tests.told import told_once, warned
 from tests.workers import run_ranks, start_ranks
 from zero_ckpt.core import lease
 from zero_ckpt.core.local_storage import LocalStorage
@@ -113,10 +113,7 @@ def save_in_turns(directory: str, name: str, other: str) -> list[list[str]]:
     for number in (1, 2):
         if name > other or number > 1:
             await_file(f"{directory}/{other}{number - (name < other)}.done")
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            job.save(directory, tag=f"{name}{number}")
-        heard.append([str(warning.message) for warning in caught])
+        heard.append(warned(job.save, directory, tag=f"{name}{number}")[1])
         Path(f"{directory}/{name}{number}.done").touch()
     return heard
 
@@ -127,9 +124,9 @@ def test_jobs_that_save_in_turns_are_told_of_each_other(tmp_path: Path) -> None:
         second = run_ranks(save_in_turns, WORLD, root, "b", "a")
         of_first = [outcome.value for outcome in first.wait()]
     for heard, found, left in ((of_first, "b1", "a1"), (second, "a2", "b1")):
-        assert heard[0] == heard[1]
-        assert heard[0][0] == []  # before its first save a job knows nothing
-        [text] = heard[0][1]
+        before, after = (told_once(list(texts)) for texts in zip(*heard, strict=True))
+        assert before == []  # before its first save a job knows nothing
+        [text] = after
         assert text.startswith(f"{root}: 'latest' names '{found}', and not '{left}'")
         assert "Give each job a directory of its own" in text
 

@@ -15,7 +15,7 @@ from zero_ckpt.accelerate.huggingface import save_configuration
 from zero_ckpt.accelerate.saving import SaveMixin
 from zero_ckpt.core.control import ControlPlane, LocalControl
 from zero_ckpt.core.handle import SaveHandle
-from zero_ckpt.core.notices import warn_user
+from zero_ckpt.core.notices import warn_on_first
 from zero_ckpt.core.places import absolute
 from zero_ckpt.core.retention import remove_tag
 from zero_ckpt.core.state import Snapshot, capture_models
@@ -56,10 +56,8 @@ class EndMixin(SaveMixin):
             try:
                 self._zero_export()
             except Exception as error:
-                if self.is_main_process:
-                    warn_user(
-                        f"the fp32 export failed; training and checkpoints are not affected: {error}"
-                    )
+                text = "the fp32 export failed; training and checkpoints are not affected"
+                warn_on_first(self.process_index, [f"{text}: {error}"])
         self.zero_stop_counting()
         super().end_training()
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from zero_ckpt.accelerate.base import ZeroBase, innermost
 from zero_ckpt.core.naming import naming_of
-from zero_ckpt.core.notices import warn_user
+from zero_ckpt.core.notices import warn_on_first
 from zero_ckpt.core.state import EXTRA_STATE, ModelState
 
 __all__ = ["Edits", "Offered", "apply_edits", "run_load_hooks", "run_save_hooks"]
@@ -79,11 +79,12 @@ def _compare(
     names = _names_of(accelerator)
     left = _what_became_of(given, offered.weights)
     added = len(offered.weights) - sum(own is not None for own in left)
-    if added and accelerator.is_main_process:
-        warn_user(
+    if added:
+        text = (
             f"hooks have added {added} state dicts that belong to no prepared model; they are not stored. Write them "
             "into output_dir, or register their owner for checkpointing."
         )
+        warn_on_first(accelerator.process_index, [text])
     seen: set[str] = set()
     for model, own, was in zip(accelerator._models, left, before, strict=False):
         name = names[id(innermost(model))]

@@ -22,7 +22,7 @@ from zero_ckpt.core.bound import Wanted
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.finding import find_checkpoint
 from zero_ckpt.core.loading import load_together
-from zero_ckpt.core.notices import warn_user
+from zero_ckpt.core.notices import warn_on_first
 from zero_ckpt.core.outcome import log_report
 from zero_ckpt.core.places import absolute, expanded, is_url, resolved
 from zero_ckpt.core.restoring import Restoration
@@ -76,7 +76,7 @@ class LoadMixin(PlanMixin, SaveMixin):
         where = self._zero_find(input_dir, tag, missing_ok)
         if where["missing"]:
             text = f"NOTHING WAS LOADED, everything stays as it is: {where['missing']}"
-            warn_user(text)
+            warn_on_first(self.zero_control.rank, [text])
             return None
         for index, (directory, is_ours) in enumerate(where["candidates"]):
             try:

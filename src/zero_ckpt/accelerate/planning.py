@@ -21,7 +21,7 @@ from zero_ckpt.core import rng
 from zero_ckpt.core.binding import bound_names
 from zero_ckpt.core.bound import Wanted, plan_training, plan_weights
 from zero_ckpt.core.checkpoint import Checkpoint
-from zero_ckpt.core.notices import warn_user
+from zero_ckpt.core.notices import warn_on_first
 from zero_ckpt.core.outcome import LoadResult, report_of
 from zero_ckpt.core.per_rank import client_state_notice, own_client_state, read_own
 from zero_ckpt.core.restoring import Restoration
@@ -189,5 +189,4 @@ class PlanMixin(ZeroBase):
         return any(s.step_with_optimizer and not s.split_batches for s in self._schedulers)
 
     def _zero_warn(self, text: str) -> None:
-        if self.zero_control.rank == 0:
-            warn_user(text)
+        warn_on_first(self.zero_control.rank, [text])

@@ -13,7 +13,7 @@ from zero_ckpt.accelerate.hooks import Edits, Offered, run_save_hooks
 from zero_ckpt.accelerate.meeting import together
 from zero_ckpt.accelerate.naming import directory_for_save, retire
 from zero_ckpt.core.agreement import place_notice
-from zero_ckpt.core.notices import warn_user
+from zero_ckpt.core.notices import warn_on_first
 from zero_ckpt.core.per_rank import CLIENT_STATE
 from zero_ckpt.core.places import absolute, expanded, is_url
 from zero_ckpt.core.state import Snapshot
@@ -94,8 +94,7 @@ class SaveMixin(ZeroBase):
             self._zero_runtime.ended = False
             self._zero_retire(directory)
             self.project_configuration.iteration += 1
-        if place.notice:
-            warn_user(place.notice)
+        warn_on_first(self.zero_control.rank, [place.notice])
         return directory if is_url(directory) else Path(directory)
 
     def _zero_save_place(self, output_dir: Any, tag: str) -> _Place:
@@ -158,9 +157,9 @@ class SaveMixin(ZeroBase):
             return
 
         def act(committed: bool) -> None:
-            notice = retire(os.path.dirname(directory), limit, directory) if committed else ""
-            if notice:
-                warn_user(notice)
+            if committed:
+                notice = retire(os.path.dirname(directory), limit, directory)
+                warn_on_first(0, [notice])  # only rank 0 comes here
 
         self.zero_engine.after_saves(act)
 
@@ -173,7 +172,6 @@ class SaveMixin(ZeroBase):
             )
         if not self._zero_runtime.warned:
             self._zero_runtime.warned = True
-            if self.is_main_process:
-                warn_user(
-                    f"under {self.distributed_type.value} zero_ckpt leaves saving and loading to Accelerate's own code"
-                )
+            kind = self.distributed_type.value
+            text = f"under {kind} zero_ckpt leaves saving and loading to Accelerate's own code"
+            warn_on_first(self.process_index, [text])

@@ -29,7 +29,7 @@ from zero_ckpt.core.engine import SyncEngine, is_on_cuda
 from zero_ckpt.core.flight import Flight
 from zero_ckpt.core.handle import SaveHandle, Skipped
 from zero_ckpt.core.memory import available_bytes
-from zero_ckpt.core.notices import warn_user
+from zero_ckpt.core.notices import warn_on_first, warn_user
 from zero_ckpt.core.saving import Captured, ShardPlan
 from zero_ckpt.core.shard_file import BLOCK
 from zero_ckpt.core.staging import StagingPool
@@ -196,7 +196,9 @@ class AsyncEngine(SyncEngine):
         for flight in untold:
             flight.told()
         notices = [text for flight in settled for text in flight.notices]
-        for text in [*notices, *(str(flight.error) for flight in untold if flight.is_given_up)]:
+        given_up = [str(flight.error) for flight in untold if flight.is_given_up]
+        warn_on_first(self.control.rank, [*notices, *given_up])
+        for text in (text for flight in settled for text in flight.mishaps):
             warn_user(text)
         for flight in untold:
             if flight.error is not None and not flight.is_given_up:

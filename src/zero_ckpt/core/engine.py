@@ -18,7 +18,7 @@ from zero_ckpt.core.control import (
     process_group_store,
 )
 from zero_ckpt.core.handle import Committed, SaveHandle
-from zero_ckpt.core.notices import warn_user
+from zero_ckpt.core.notices import warn_on_first
 from zero_ckpt.core.places import AnyStorage, absolute
 from zero_ckpt.core.saving import Captured, ShardPlan
 from zero_ckpt.core.staging import StagingPool
@@ -108,9 +108,7 @@ class SyncEngine:
         transaction.begin(snapshot)
         path, tag = transaction.finish()
         transaction.timings["total"] = time.perf_counter() - begin
-        # Only now: a warning that is made an error on some rank must not keep it from the others.
-        for text in transaction.notices:
-            warn_user(text)
+        warn_on_first(self.control.rank, transaction.notices)
         return Committed(path, tag, transaction.timings)
 
     def after_saves(self, action: Callable[[bool], None]) -> None:

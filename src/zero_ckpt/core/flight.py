@@ -41,7 +41,8 @@ class Flight(SaveHandle):
         self._transaction: Transaction | None = transaction
         self.timings = transaction.timings
         self.timings["fence"] = 0.0
-        self.notices = transaction.notices
+        self.notices = transaction.notices  # the same on all ranks
+        self.mishaps: list[str] = []  # this rank's own
         self._earlier = list(earlier)
         self._is_staged, self._is_done = threading.Event(), threading.Event()
         self._given_up = threading.Event()
@@ -148,7 +149,7 @@ class Flight(SaveHandle):
         try:
             action(self.error is None)
         except Exception as error:
-            self.notices.append(
+            self.mishaps.append(
                 f"{self.path} was saved, but what follows a save failed: {describe(error)}"
             )
 

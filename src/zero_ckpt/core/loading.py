@@ -22,7 +22,7 @@ from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.collector import collector_paused
 from zero_ckpt.core.control import DEFAULT_TIMEOUT, TORN, ControlPlane
 from zero_ckpt.core.finding import Candidates, Found, fallback_notice, find_checkpoint, locate
-from zero_ckpt.core.notices import warn_user
+from zero_ckpt.core.notices import warn_on_first
 from zero_ckpt.core.places import absolute
 from zero_ckpt.core.reader import Sharing
 from zero_ckpt.core.restoring import Restoration
@@ -80,8 +80,7 @@ def load_together(
         found = session.attempt(folder, prepare, verify_first)
         if found is None:
             continue
-        if notice:  # Only now: a warning that is made an error on some rank must not keep it from the others.
-            warn_user(notice)
+        warn_on_first(control.rank, [notice])
         return found
 
 

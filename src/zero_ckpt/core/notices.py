@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections.abc import Iterable
 
-__all__ = ["warn_user"]
+__all__ = ["warn_on_first", "warn_user"]
 
 _FRAMEWORKS = frozenset({"accelerate", "lightning", "pytorch_lightning", "torch", "transformers"})
 _NOT_THE_USERS = _FRAMEWORKS | {"zero_ckpt", "contextlib", "threading"}
@@ -18,6 +19,16 @@ def warn_user(text: str) -> None:
     while _is_inside(str(frame.f_globals.get("__name__"))) and frame.f_back is not None:
         level, frame = level + 1, frame.f_back
     warnings.warn(text, stacklevel=level)
+
+
+def warn_on_first(rank: int, texts: Iterable[str]) -> None:
+    """Warn of what all ranks know, once for the job. Each of `texts` that is not empty is a warning of its own.
+
+    Call it when all ranks have done what they do together: a warning may be an error where it is told.
+    """
+    for text in texts if rank == 0 else ():
+        if text:
+            warn_user(text)
 
 
 def _is_inside(module: str) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.control import DEFAULT_TIMEOUT, ControlPlane, LocalControl
 from zero_ckpt.core.finding import fallback_notice, find_checkpoint
-from zero_ckpt.core.notices import warn_user
+from zero_ckpt.core.notices import warn_on_first
 from zero_ckpt.core.places import AnyStorage, absolute
 from zero_ckpt.errors import DisagreementError, RankTimeoutError, SaveError, ZeroCkptError, by_name
 from zero_ckpt.fp32.contents import Contents, Options
@@ -112,8 +112,7 @@ class _Export:
     def _run(self, path: str, tag: str | None) -> list[str]:
         asked = [path, tag, self._options.as_record()]
         start = self._meet("export: start", asked, self._start)
-        for notice in start["notices"] if self._control.rank == 0 else ():
-            warn_user(notice)
+        warn_on_first(self._control.rank, start["notices"])
         problem: list[str] = []
         cause: Exception | None = None
         try:

@@ -12,7 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from zero_ckpt.core.control import control_for_process_group
-from zero_ckpt.core.notices import warn_user
+from zero_ckpt.core.notices import warn_on_first
 from zero_ckpt.core.places import absolute
 from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.fp32 import export_fp32
@@ -132,8 +132,7 @@ class Fp32ExportMixin(Host):
         self.namespace.module("utilities.rank_zero").rank_zero_info(text)
 
     def _warn(self, trainer: Any, text: str) -> None:
-        if trainer.is_global_zero:
-            warn_user(text)
+        warn_on_first(trainer.global_rank, [text])
 
 
 @cache

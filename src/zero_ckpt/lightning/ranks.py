@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from zero_ckpt.core import rng
 from zero_ckpt.core.checkpoint import Checkpoint
-from zero_ckpt.core.notices import warn_user
+from zero_ckpt.core.notices import warn_on_first
 from zero_ckpt.lightning.data import PendingRng, can_resume, make_resumable
 
 __all__ = ["Resumption", "capture_rank", "restore_rank"]
@@ -140,12 +140,12 @@ def _give_loaders(lightning_state: dict[str, Any], loaders: list[dict[str, Any]]
 
 
 def _warn_derived(checkpoint: Checkpoint, rank: int, world_size: int) -> None:
-    if rank == 0:
-        warn_user(
-            f"{checkpoint.path} was saved by {rng.count_ranks(checkpoint.manifest.world_size)} and is resumed "
-            f"by {world_size}: random number generators are derived from the saved ones, and the "
-            "place in the epoch is scaled, so the run is not bitwise the uninterrupted one."
-        )
+    text = (
+        f"{checkpoint.path} was saved by {rng.count_ranks(checkpoint.manifest.world_size)} and is resumed "
+        f"by {world_size}: random number generators are derived from the saved ones, and the "
+        "place in the epoch is scaled, so the run is not bitwise the uninterrupted one."
+    )
+    warn_on_first(rank, [text])
 
 
 def _derived(state: Mapping[str, Any], rank: int, device: torch.device) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import torch
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.loading import load_together
 from zero_ckpt.core.naming import parameter_names
-from zero_ckpt.core.notices import warn_user
+from zero_ckpt.core.notices import warn_on_first
 from zero_ckpt.core.outcome import log_report
 from zero_ckpt.core.per_rank import client_state_notice, own_client_state, read_own
 from zero_ckpt.core.places import absolute
@@ -147,9 +147,7 @@ class RestoreMixin(StrategyBase):
         return content
 
     def _tell(self, notices: list[str]) -> None:
-        if self.global_rank == 0:
-            for notice in filter(None, notices):
-                warn_user(notice)
+        warn_on_first(self.global_rank, notices)
 
     def _has_no_schedules_by_design(self) -> bool:
         """Lightning's stochastic weight averaging takes the schedulers away when it resumes, and brings its own."""
