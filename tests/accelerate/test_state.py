@@ -154,7 +154,8 @@ def pickled(out: str) -> None:
     counter = Counter(Path("x").stat)  # nothing that has a place in the format
     accelerator.register_for_checkpointing(counter)
     counter.count = Counter(3)
-    accelerator.save_state(out)
+    with pytest.warns(UserWarning, match="stored as pickles: 'accelerate/custom/0/count'"):
+        accelerator.save_state(out)
     counter.count = None
     with pytest.raises(UnsafeObjectError, match="count"):
         accelerator.load_state(out)

@@ -171,7 +171,8 @@ class Opaque:
 
 def test_a_pickled_object_needs_weights_only_false(tmp_path: Path) -> None:
     io = ZeroCheckpointIO()
-    io.save_checkpoint(_content(Opaque()), tmp_path / "a.ckpt")
+    with pytest.warns(UserWarning, match="stored as pickles: 'client_state/value'"):
+        io.save_checkpoint(_content(Opaque()), tmp_path / "a.ckpt")
     with pytest.raises(UnsafeObjectError, match="value"):
         io.load_checkpoint(tmp_path / "a.ckpt")
     loaded = io.load_checkpoint(tmp_path / "a.ckpt", weights_only=False)

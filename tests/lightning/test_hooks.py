@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from tests.lightning.harness import FEATURES, Model, loader, on_ranks, trainer, whole, whole_weights
+from tests.told import warned
 from zero_ckpt.errors import UnsafeObjectError
 
 STAGES = (0, 1, 2, 3)
@@ -194,7 +195,9 @@ def _unsafe(root: Path, stage: int) -> str:
     path = str(root / f"{stage}.ckpt")
     run = trainer(root, stage, max_steps=1)
     run.fit(Hiding(), loader())
-    run.save_checkpoint(path)
+    _, texts = warned(run.save_checkpoint, path)
+    told = any("stored as pickles: 'client_state/secret'" in text for text in texts)
+    assert told == (dist.get_rank() == 0)
     trainer(root, stage, max_steps=2).fit(Hiding(), loader(), ckpt_path=path, weights_only=False)
     with pytest.raises(UnsafeObjectError) as caught:
         trainer(root, stage, max_steps=2).fit(Hiding(), loader(), ckpt_path=path)

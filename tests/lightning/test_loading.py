@@ -151,7 +151,8 @@ def test_modules_of_the_standalone_package_load(tmp_path: Path) -> None:
 
 
 def test_pickled_hyper_parameters_are_opened_only_when_that_is_allowed(tmp_path: Path) -> None:
-    save_by_io(tmp_path, Standalone(5), width=5, kind=Path)
+    with pytest.warns(UserWarning, match="stored as pickles: 'client_state/hyper_parameters/kind'"):
+        save_by_io(tmp_path, Standalone(5), width=5, kind=Path)
     with pytest.raises(UnsafeObjectError, match="hyper_parameters/kind"):
         load_module(Standalone, tmp_path / "x.ckpt")  # type: ignore[type-var]
     loaded = load_module(Standalone, tmp_path / "x.ckpt", weights_only=False)  # type: ignore[type-var]

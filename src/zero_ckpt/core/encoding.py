@@ -37,14 +37,18 @@ Path = tuple[str, ...]
 
 
 class EncodedObjects:
-    """JSON bytes; the plain tensors and arrays beside it; and the DTensors, which all ranks store together."""
+    """JSON bytes; the plain tensors and arrays beside it; and the DTensors, which all ranks store together.
 
-    __slots__ = ("dtensors", "entries", "json")
+    `pickled`: path -> type of what is neither and became a pickle.
+    """
+
+    __slots__ = ("dtensors", "entries", "json", "pickled")
 
     def __init__(self) -> None:
         self.json = b""
         self.entries: dict[str, torch.Tensor] = {}
         self.dtensors: dict[str, torch.Tensor] = {}
+        self.pickled: dict[str, str] = {}
 
 
 def encode_objects(tree: Any, prefix: str) -> EncodedObjects:
@@ -163,6 +167,7 @@ class _Encoder:
                 "Store plain Python values, tensors or arrays instead."
             ) from error
         tensor = torch.frombuffer(bytearray(blob), dtype=torch.uint8)
+        self.out.pickled["/".join(path)] = kind
         return {"$pickle": [self._entry(tensor, value, path), kind]}
 
     def _entry(self, tensor: torch.Tensor, owner: Any, path: Path) -> str:

@@ -42,17 +42,33 @@ __all__ = [
 
 @dataclass(slots=True)
 class Captured:
-    """A snapshot in storable terms. `private`: entries of this rank's state file that no other rank knows of."""
+    """A snapshot in storable terms. `private`: entries of this rank's state file that no other rank knows of.
+
+    `pickled`: path -> type of objects that are stored as pickles.
+    """
 
     tensors: dict[str, dict[str, torch.Tensor]] = field(
         default_factory=lambda: {role: {} for role in ROLES}
     )
     table: Table = field(default_factory=Table)
     private: dict[str, torch.Tensor] = field(default_factory=dict)
+    pickled: dict[str, str] = field(default_factory=dict)
 
     @property
     def private_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.private.values())
+
+    @property
+    def pickle_notice(self) -> str:
+        """Of what a load will refuse; "" for nothing. Names no checkpoint: Python shows equal texts once."""
+        if not self.pickled:
+            return ""
+        shown = [f"'{path}' (a {kind})" for path, kind in list(self.pickled.items())[:3]]
+        more = ", ..." if len(self.pickled) > 3 else ""
+        return (
+            f"stored as pickles: {', '.join(shown)}{more}. Opening a pickle can run code, so a load refuses it unless "
+            "it is told weights_only=False. Plain values, tensors and arrays load without."
+        )
 
 
 def capture(snapshot: Snapshot, rank: int) -> Captured:
@@ -68,6 +84,8 @@ def capture(snapshot: Snapshot, rank: int) -> Captured:
     if rank == 0:
         captured.private = {f"{OBJECTS}.json": _bytes(objects.json), **objects.entries}
     captured.private |= {f"{RANK_OBJECTS}.json": _bytes(own.json), **own.entries}
+    own_pickled = {f"{RANK_OBJECTS}/{path}": kind for path, kind in own.pickled.items()}
+    captured.pickled = objects.pickled | own_pickled
     captured.tensors = {"model": snapshot.model, "optim": snapshot.optim, "state": objects.dtensors}
     for role, keys in captured.tensors.items():
         whole = snapshot.buffers if role == "model" else frozenset()

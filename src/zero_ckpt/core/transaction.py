@@ -121,7 +121,8 @@ class Transaction:
             **vote.timings,
             "commit": time.perf_counter() - voted,
         }
-        self.notices += filter(None, [self._agreement.notice, notice])
+        told = [self._agreement.notice, notice, self.captured.pickle_notice]
+        self.notices += filter(None, told)
         return self._agreement.folder, self._agreement.tag
 
     def _agree(self) -> SavePlan:
