@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.told import warned
 from zero_ckpt import Checkpointer
 
 WIDTH = 8
@@ -88,4 +89,4 @@ def save_pickled(directory: str, tag: str) -> None:
         "\x1b[31mred": "\x1b]0;title\x07",
     }
     with Checkpointer(nn.Linear(2, 2)) as checkpointer:
-        checkpointer.save_checkpoint(directory, tag, client_state=state, step=3)
+        warned(checkpointer.save_checkpoint, directory, tag, client_state=state, step=3)

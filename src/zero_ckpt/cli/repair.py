@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass
 
 from zero_ckpt.cli.text import json_text, printable
@@ -57,10 +58,12 @@ def run(options: argparse.Namespace) -> int:
         print(json_text({"directory": directory, "tags": records, "latest": latest or None}))
     else:
         for outcome in outcomes:
+            shown = os.path.join(options.path, outcome.tag) if is_directory else options.path
             detail = f": {outcome.detail}" if outcome.detail else ""
-            print(printable(f"{directory}/{outcome.tag}: {outcome.kind}{detail}"))
+            print(printable(f"{shown}: {outcome.kind}{detail}"))
         if latest:
-            print(printable(f"{directory}/{LATEST_NAME}: names '{latest}' now"))
+            shown = os.path.join(options.path, LATEST_NAME)
+            print(printable(f"{shown}: names '{latest}' now"))
     return int(any(outcome.kind == "damaged" for outcome in outcomes))
 
 

@@ -36,6 +36,7 @@ MANIFEST_NAME = "manifest.json"
 
 _HEAD = re.compile(rb'\{"zero_ckpt": (\d{1,9}), "checksum": "([0-9a-f]{32})", "manifest":\n')
 _TAIL = b"\n}\n"
+_REMEDY = "Use an earlier tag, or let 'zero-ckpt repair' rebuild it from shard files that are whole."
 
 
 def shard_name(role: str, rank: int, world_size: int, generation: int) -> str:
@@ -155,8 +156,7 @@ def _verified_body(data: bytes, path: str) -> bytes:
     match = _HEAD.match(data)
     if match is None:
         raise CorruptManifestError(
-            f"{path}: not a zero_ckpt manifest, or damaged: {len(data)} bytes found, starting {data[:24]!r}. "
-            "Use an earlier tag, or restore the file."
+            f"{path}: not a zero_ckpt manifest, or damaged: {len(data)} bytes found, starting {data[:24]!r}. {_REMEDY}"
         )
     version = int(match[1])
     if version > FORMAT_VERSION:
@@ -168,7 +168,7 @@ def _verified_body(data: bytes, path: str) -> bytes:
     if not data.endswith(_TAIL) or found != match[2].decode() or version < 1:
         raise CorruptManifestError(
             f"{path}: checksum {match[2].decode()} expected, {found} found over {len(body)} bytes: "
-            "the manifest is truncated or damaged. Use an earlier tag, or restore the file."
+            f"the manifest is truncated or damaged. {_REMEDY}"
         )
     return body
 
