@@ -15,6 +15,7 @@ from safetensors import safe_open
 import zero_ckpt
 from tests.format_reader import Reader
 from tests.golden import make_v1, state
+from tests.told import warned
 from tests.workers import run_ranks
 from zero_ckpt.core.checkpoint import open_checkpoint
 from zero_ckpt.errors import UnsafeObjectError
@@ -197,7 +198,7 @@ def contents(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def test_equal_state_is_still_written_as_the_same_entries(
     save: Callable[[str], None], tmp_path: Path
 ) -> None:
-    run_ranks(save, 2, str(tmp_path))
+    run_ranks(warned, 2, save, str(tmp_path))
     tag = make_v1.TRAINED if save is make_v1.save_trained else make_v1.TYPES
     # Options of torch's optimizers and the size of int differ between releases; tensors do not.
     names = sorted(p.name for p in (GOLDEN / tag).glob("*.safetensors"))

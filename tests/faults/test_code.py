@@ -30,9 +30,9 @@ class Bait:
 @pytest.fixture
 def trap(tmp_path: Path) -> Path:
     """A checkpoint directory; `ran`, beside it, is made by the pickle inside."""
-    Job.at(1).checkpointer.save_checkpoint(
-        tmp_path / "checkpoints", "tag", client_state={"deep": [{"bait": Bait(tmp_path / "ran")}]}
-    )
+    state = {"deep": [{"bait": Bait(tmp_path / "ran")}]}
+    with pytest.warns(UserWarning, match="stored as pickles: 'client_state/deep/0/bait'"):
+        Job.at(1).checkpointer.save_checkpoint(tmp_path / "checkpoints", "tag", client_state=state)
     assert not (tmp_path / "ran").exists()
     return tmp_path / "checkpoints"
 

@@ -26,6 +26,7 @@ from tests.fp32.models import (
     sharded_expected,
 )
 from tests.fp32.peak import peak_of
+from tests.told import warned
 from tests.workers import run_ranks, start_ranks
 from zero_ckpt.core.control import control_for_process_group
 from zero_ckpt.core.local_storage import LocalStorage
@@ -223,7 +224,7 @@ def test_a_lightning_file_of_another_writers_checkpoint_is_refused(
 
 
 def test_pickled_objects_are_taken_over_only_when_that_is_allowed(tmp_path: Path) -> None:
-    save_like_lightning(tmp_path / "checkpoints", hyper_parameters={"kind": Path})
+    warned(save_like_lightning, tmp_path / "checkpoints", hyper_parameters={"kind": Path})
     with pytest.raises(UnsafeObjectError, match="hyper_parameters/kind"):
         export_fp32(tmp_path / "checkpoints", tmp_path, format="ckpt")
     (path,) = export_fp32(tmp_path / "checkpoints", tmp_path, format="ckpt", weights_only=False)
