@@ -28,7 +28,7 @@ from zero_ckpt.core.custom import CustomLoad
 from zero_ckpt.core.decoupled import AsyncSave, make_engine
 from zero_ckpt.core.handle import SaveHandle
 from zero_ckpt.core.loading import load_together
-from zero_ckpt.core.notices import warn_on_first
+from zero_ckpt.core.notices import warn_on_first, warn_user
 from zero_ckpt.core.outcome import LoadResult, log_report, report_of
 from zero_ckpt.core.per_rank import (
     CLIENT_STATE,
@@ -39,7 +39,7 @@ from zero_ckpt.core.per_rank import (
 from zero_ckpt.core.restoring import Restoration
 from zero_ckpt.core.state import Snapshot, capture_models, capture_optimizer
 from zero_ckpt.core.storage import Storage
-from zero_ckpt.errors import ConfigurationError, NothingSavedError
+from zero_ckpt.errors import ConfigurationError, NothingSavedError, ZeroCkptError
 
 __all__ = ["Checkpointer", "Some"]
 
@@ -280,8 +280,14 @@ class Checkpointer:
     def __enter__(self) -> Checkpointer:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        """`close`; when the block has raised, that is what the caller sees, and a failed save is a warning."""
+        try:
+            self.close()
+        except ZeroCkptError as error:
+            if kind is None:
+                raise
+            warn_user(str(error))
 
     def _device(self) -> torch.device | None:
         return next((p.device for m in self.models.values() for p in m.parameters()), None)

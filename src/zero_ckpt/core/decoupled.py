@@ -13,19 +13,20 @@ from __future__ import annotations
 import logging
 import os
 import threading
-import weakref
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from zero_ckpt.core.control import ControlPlane
+from zero_ckpt.core.control import ControlPlane, process_group_store
+from zero_ckpt.core.detach import Copies
 from zero_ckpt.core.dtensors import local_tensor
-from zero_ckpt.core.engine import SyncEngine, is_on_cuda
+from zero_ckpt.core.engine import SyncEngine, cuda_device
+from zero_ckpt.core.fence import StepFence
 from zero_ckpt.core.flight import Flight
 from zero_ckpt.core.handle import SaveHandle, Skipped
 from zero_ckpt.core.memory import available_bytes
@@ -57,8 +58,8 @@ class AsyncSave:
     when_busy: what a save does while `max_in_flight` earlier ones are under way: "wait" for the oldest, "skip" this
         one, or "replace" those by this one.
     max_in_flight: saves under way at a time.
-    check_staging: compare what was staged with the live tensors once more before the next step may begin: finds code
-        that changes them in ways that leave no trace (`tensor.data`). For debugging; it takes as long as the staging.
+    check_staging: checksum all that is staged later when the save begins, and once more before the next step may begin:
+        finds code that changes it in ways that leave no trace (`tensor.data`). For debugging; the save call waits.
     grace: seconds that SIGTERM waits for a commit before it ends the process.
     """
 
@@ -102,11 +103,13 @@ class AsyncEngine(SyncEngine):
     ) -> None:
         self.options = options or AsyncSave()
         self._flights: list[Flight] = []
+        self._copies = Copies()
+        self._number: tuple[Any, int] | None = None
         self._saves = 0
         self._ceiling = 0
-        self._has_said = False
+        self._has_said: set[str] = set()
         self._pool_lock = threading.Lock()
-        self._fence_hook: Any = None
+        self._fence: StepFence | None = None
         super().__init__(storage=storage, control=control)
         self._guard = TerminationGuard(self._is_busy, self.options.grace)
 
@@ -114,17 +117,26 @@ class AsyncEngine(SyncEngine):
         if not self._make_room(request):
             return Skipped(f"{request.directory}/{request.tag}", request.tag)
         slot = self._saves % self.options.max_in_flight
-        transaction = self._transaction(request, self._control_named(f"async-{slot}"))
-        transaction.recheck = self.options.check_staging
+        transaction = self._transaction(request, self._own_control(str(slot)))
         transaction.begin(snapshot)
-        transaction.detach()
+        ceiling = self._find_ceiling()
+        detached = transaction.detach(self._copies, ceiling, digests=self.options.check_staging)
         flight = Flight(transaction, [f for f in self._flights if not f.done])
+        flight.then(lambda _: self._copies.give(detached.copies))
         self._saves += 1
         self._flights.append(flight)
-        self._watch_steps()
+        self._fence = self._fence or StepFence(self)
         with suppress(MemoryError):  # the next save tries again
             self._guard.install()
         flight.start()
+        if not detached.fits:
+            self._say(
+                "at once",
+                f"this rank saves {detached.nbytes / 1e9:.2f} GB that may change before the next optimizer step "
+                f"(buffers, client state, gradients), and has staging memory for {ceiling / 1e9:.2f} GB: the save "
+                "returns when all of it is staged",
+            )
+            flight.staged()
         return flight
 
     def fence(self) -> None:
@@ -149,18 +161,19 @@ class AsyncEngine(SyncEngine):
             self.wait()
         finally:
             self._guard.remove()
-            if self._fence_hook is not None:
-                self._fence_hook.remove()
-                self._fence_hook = None
+            if self._fence is not None:
+                self._fence.remove()
+                self._fence = None
+            self._copies, self._ceiling = Copies(), 0
             super().close()
 
     def warm(self, models: Iterable[nn.Module], has_optimizer: bool) -> None:
         """Make staging memory beside the training, before the first save needs it."""
         models = list(models)
         nbytes = _expected_bytes(models, has_optimizer, self.control.world_size)
-        pinned = any(p.is_cuda for model in models for p in model.parameters())
+        device = cuda_device(p for model in models for p in model.parameters())
         thread = threading.Thread(
-            target=self._grown_pool, args=(nbytes, pinned), name="zero_ckpt-warm", daemon=True
+            target=self._grown_pool, args=(nbytes, device), name="zero_ckpt-warm", daemon=True
         )
         with suppress(MemoryError):  # the save will find out whether there is enough for it
             start_thread(thread)
@@ -181,10 +194,17 @@ class AsyncEngine(SyncEngine):
     def _busy_anywhere(self, timeout: float) -> bool:
         """Whether `max_in_flight` saves are under way on some rank."""
         here = sum(not flight.done for flight in self._flights) >= self.options.max_in_flight
-        answer = self._control_named("async-busy").meet(
+        answer = self._own_control("busy").meet(
             "save: busy", b"1" if here else b"", lambda all: b"1" if any(all) else b"", timeout
         )
         return bool(answer)
+
+    def _own_control(self, name: str) -> ControlPlane:
+        """One on which this engine meets its like on the other ranks, and no other engine of the job."""
+        store = process_group_store()
+        if self._number is None or self._number[0] is not store:
+            self._number = store, _next_number(store)
+        return self._control_named(f"async-{self._number[1]}-{name}")
 
     def _settle(self, count: int) -> None:
         """Await the `count` oldest saves and forget them; raise the first failure that was not told yet."""
@@ -205,45 +225,54 @@ class AsyncEngine(SyncEngine):
                 raise flight.error
 
     def _staging_pool(self, captured: Captured, shards: list[ShardPlan]) -> StagingPool:
-        return self._grown_pool(sum(s.layout.nbytes for s in shards), is_on_cuda(captured))
+        nbytes, ceiling = sum(s.layout.nbytes for s in shards), self._find_ceiling()
+        if nbytes > ceiling:
+            self._say(
+                "in pieces",
+                f"this rank saves {nbytes / 1e9:.2f} GB and has staging memory for {ceiling / 1e9:.2f} GB: the "
+                "optimizer step after a save waits until the disk has taken the difference",
+            )
+        tensors = (t for keys in captured.tensors.values() for t in keys.values())
+        return self._grown_pool(nbytes, cuda_device(tensors))
 
-    def _grown_pool(self, nbytes: int, pinned: bool) -> StagingPool:
+    def _grown_pool(self, nbytes: int, device: torch.device | None) -> StagingPool:
+        ceiling = self._find_ceiling()
         with self._pool_lock:
-            if self._pool is None:
-                self._ceiling = self.options.staging_bytes or _default_ceiling(self.control)
-                self._pool = StagingPool(pinned=pinned)
+            if self._pool is None or self._pool.device != device:
+                self._pool = StagingPool(device=device)
             pool = self._pool
         wanted = -(-nbytes // BLOCK) + 6  # each file's header and tail take a buffer, too
-        pool.grow(min(wanted * self.options.max_in_flight, self._ceiling // BLOCK))
-        if nbytes > self._ceiling:
-            self._say_in_pieces(nbytes)
+        pool.grow(min(wanted * self.options.max_in_flight, ceiling // BLOCK))
         return pool
 
-    def _say_in_pieces(self, nbytes: int) -> None:
-        if not self._has_said:
-            self._has_said = True
-            _logger.warning(
-                "this rank saves %.2f GB and has staging memory for %.2f GB: the optimizer step after a save waits "
-                "until the disk has taken the difference. AsyncSave(staging_bytes=...) allows more.",
-                nbytes / 1e9,
-                self._ceiling / 1e9,
-            )
+    def _find_ceiling(self) -> int:
+        """Bytes of staging memory that this rank may have. Found once, before it takes any."""
+        with self._pool_lock:
+            if not self._ceiling:
+                self._ceiling = self.options.staging_bytes or _default_ceiling(self.control)
+            return self._ceiling
+
+    def _say(self, what: str, text: str) -> None:
+        """Once for each kind of text, on rank 0."""
+        if what not in self._has_said and self.control.rank == 0:
+            _logger.warning("%s. AsyncSave(staging_bytes=...) allows more.", text)
+        self._has_said.add(what)
 
     def _is_busy(self) -> bool:
         """For signal handlers: takes no lock."""
         return any(flight.is_running for flight in self._flights)
 
-    def _watch_steps(self) -> None:
-        """From now on every step of every optimizer waits for the staging."""
-        if self._fence_hook is None:
-            engine = weakref.ref(self)
 
-            def fence(*_: Any) -> None:
-                if (alive := engine()) is not None:
-                    alive.fence()
+_numbered: tuple[Any, int] = None, 0
+"""The store of a process group, and how many engines have saved over it."""
 
-            self._fence_hook = register_optimizer_step_pre_hook(fence)
-            weakref.finalize(self, self._fence_hook.remove)  # a flight keeps its engine alive
+
+def _next_number(store: Any) -> int:
+    """Engines are numbered by their first saves, whose order is the same on every rank."""
+    global _numbered
+    known, count = _numbered
+    _numbered = store, count + 1 if store is known else 1
+    return _numbered[1]
 
 
 def _expected_bytes(models: Iterable[nn.Module], has_optimizer: bool, world_size: int) -> int:

@@ -26,7 +26,7 @@ from zero_ckpt.core.state import Snapshot
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.core.transaction import Plans, Request, Transaction
 
-__all__ = ["SyncEngine", "is_on_cuda"]
+__all__ = ["SyncEngine", "cuda_device"]
 
 
 class SyncEngine:
@@ -138,14 +138,12 @@ class SyncEngine:
         return transaction
 
     def _staging_pool(self, captured: Captured, shards: list[ShardPlan]) -> StagingPool:
-        if self._pool is None:
-            self._pool = StagingPool(self._buffers, pinned=is_on_cuda(captured))
+        device = cuda_device(t for keys in captured.tensors.values() for t in keys.values())
+        if self._pool is None or self._pool.device != device:
+            self._pool = StagingPool(self._buffers, device)
         return self._pool
 
 
-def is_on_cuda(captured: Captured) -> bool:
-    return any(
-        isinstance(tensor, torch.Tensor) and tensor.is_cuda
-        for keys in captured.tensors.values()
-        for tensor in keys.values()
-    )
+def cuda_device(tensors: Iterable[torch.Tensor]) -> torch.device | None:
+    """That of the first tensor which lies on one of CUDA's."""
+    return next((tensor.device for tensor in tensors if tensor.is_cuda), None)

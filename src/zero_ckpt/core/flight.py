@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from zero_ckpt.core.handle import SaveHandle
 from zero_ckpt.core.threads import start_thread
@@ -22,9 +24,22 @@ _UNTOLD: dict[Flight, None] = {}
 @atexit.register
 def _tell_at_exit() -> None:
     """Python waits for flights before it calls this."""
-    for flight in _UNTOLD:
-        if not flight.is_given_up:
-            print(f"zero_ckpt: {flight.path} was not saved: {flight.error}", file=sys.stderr)
+    untold = [flight for flight in _UNTOLD if not flight.is_given_up]
+    for flight in untold:
+        print(f"zero_ckpt: {flight.path} was not saved: {flight.error}", file=sys.stderr)
+    if untold:
+        _end_with_status_1()
+
+
+def _end_with_status_1() -> None:
+    """For whoever started this process. Python's exit handlers cannot change the status; the C library's can.
+
+    It calls this one when Python has ended in the ordinary way, with all handlers of others.
+    """
+    library = ctypes.CDLL(None)
+    with suppress(AttributeError):  # no such call on this system
+        end = ctypes.cast(library._exit, ctypes.c_void_p)
+        library.__cxa_atexit(end, ctypes.c_void_p(1), None)
 
 
 class Flight(SaveHandle):

@@ -36,7 +36,9 @@ MANIFEST_NAME = "manifest.json"
 
 _HEAD = re.compile(rb'\{"zero_ckpt": (\d{1,9}), "checksum": "([0-9a-f]{32})", "manifest":\n')
 _TAIL = b"\n}\n"
-_REMEDY = "Use an earlier tag, or let 'zero-ckpt repair' rebuild it from shard files that are whole."
+_REMEDY = (
+    "Use an earlier tag, or let 'zero-ckpt repair' rebuild it from shard files that are whole."
+)
 
 
 def shard_name(role: str, rank: int, world_size: int, generation: int) -> str:

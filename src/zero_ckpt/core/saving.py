@@ -184,15 +184,12 @@ def write_shards(
     shards: list[ShardPlan],
     pool: StagingPool,
     progress: Callable[[], None],
-    staged: Callable[[list[str]], None] = lambda changed: None,
-    *,
-    recheck: bool = False,
+    staged: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, FileRecord], dict[str, float]]:
     """Write every file durably. Returns name -> record, and phase -> seconds.
 
-    `staged` is called when all live tensors have been copied; writing may go on long after it. It is told which tensors
-    were changed meanwhile, when `recheck` has them compared with their copies once more. On an error, also one that it
-    raises, all files of this call are removed.
+    `staged` is called when all live tensors have been copied; writing may go on long after it. On an error, also one
+    that it raises, all files of this call are removed.
     """
     files: list[_File] = []
     try:
@@ -200,7 +197,7 @@ def write_shards(
         for shard in shards:
             files.append(_File(storage, f"{folder}/{shard.name}", shard))
             files[-1].stage(pool, progress)
-        staged([key for file in files for key in file.changed()] if recheck else [])
+        staged()
         copied = time.perf_counter()
         for file in files:
             file.join()
@@ -233,11 +230,6 @@ class _File:
         layout = self.shard.layout
         self._writer = self._storage.create(self._path, layout.nbytes)
         self._write = ShardWrite(self._writer, layout, self.shard.sources, pool, progress)
-
-    def changed(self) -> list[str]:
-        """Tensors that are not any more what was staged."""
-        assert self._write is not None
-        return self._write.changed(self.shard.layout, self.shard.sources)
 
     def join(self) -> None:
         write, self._write = self._write, None

@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 
 import torch
+import xxhash
 
 from zero_ckpt.core.chunks import Box, flat_range_boxes
 from zero_ckpt.core.lazy import LazyTensor
-from zero_ckpt.core.memory import copy_bytes
+from zero_ckpt.core.memory import WINDOW, copy_bytes
 from zero_ckpt.core.shard_file import BLOCK
 
-__all__ = ["Slab", "Source", "source_of", "view_of"]
+__all__ = ["Slab", "Source", "digest_of", "source_of", "view_of"]
 
 
 class Source:
@@ -99,6 +100,18 @@ def source_of(tensor: torch.Tensor, slab: Slab) -> Source:
     if isinstance(tensor, LazyTensor) and not tensor.is_read:
         return LazySource(tensor, slab)
     return Source(tensor)
+
+
+def digest_of(tensor: torch.Tensor) -> bytes:
+    """XXH3-128 of a tensor's bytes in row-major order."""
+    source, hasher = Source(tensor), xxhash.xxh3_128()
+    buffer = bytearray(min(WINDOW, tensor.nbytes))
+    memory = (ctypes.c_char * len(buffer)).from_buffer(buffer)
+    for start in range(0, tensor.nbytes, WINDOW):
+        stop = min(start + WINDOW, tensor.nbytes)
+        source.copy_to(ctypes.addressof(memory), start, stop)
+        hasher.update(memoryview(buffer)[: stop - start])
+    return hasher.digest()
 
 
 def view_of(tensor: torch.Tensor, held: Box, wanted: Box) -> torch.Tensor:

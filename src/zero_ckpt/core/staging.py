@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
@@ -30,12 +31,12 @@ _WRITE_THREADS = 2
 
 
 class StagingPool:
-    """Reusable aligned buffers of one block each, pinned when the state lies on a CUDA device. For any thread."""
+    """Reusable aligned buffers of one block each, pinned for `device` when that is one of CUDA's. For any thread."""
 
-    def __init__(self, count: int = 6, pinned: bool = False) -> None:
+    def __init__(self, count: int = 6, device: torch.device | None = None) -> None:
         self._free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
         self._memory: list[memoryview] = []
-        self._pinned, self._growing = pinned, threading.Lock()
+        self.device, self._growing = device, threading.Lock()
         self.grow(count)
 
     @property
@@ -55,9 +56,11 @@ class StagingPool:
     def _add(self) -> None:
         memory = aligned_buffer(BLOCK)
         ctypes.memset(_address(memory), 0, BLOCK)
-        if self._pinned:
-            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-            torch.cuda.check_error(runtime.cudaHostRegister(_address(memory), BLOCK, 0))
+        if self.device is not None:
+            with torch.cuda.device(self.device):  # another thread's would be the first one
+                torch.cuda.check_error(_cuda().cudaHostRegister(_address(memory), BLOCK, 0))
+            # The system may give the same addresses to others when the memory has been freed.
+            weakref.finalize(self, _unpin, memory).atexit = False
         self._memory.append(memory)
         self._free.put(memory)
 
@@ -66,6 +69,14 @@ class StagingPool:
 
     def give(self, buffer: memoryview) -> None:
         self._free.put(buffer)
+
+
+def _cuda() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+
+def _unpin(memory: memoryview) -> None:
+    _cuda().cudaHostUnregister(_address(memory))
 
 
 def _address(memory: object) -> int:
@@ -148,18 +159,6 @@ class ShardWrite:
             with suppress(BaseException):  # the error that stopped the staging is the one to tell
                 self._threads.join()
             raise
-
-    def changed(self, layout: ShardLayout, sources: Sequence[Source]) -> list[str]:
-        """Tensors in blocks that are not any more what was staged: names of at most a few."""
-        filler, buffer = _Filler(layout, sources), aligned_buffer(BLOCK)
-        found: dict[str, None] = {}
-        for start in range(0, layout.data_bytes, BLOCK):
-            nbytes = min(BLOCK, layout.data_bytes - start)
-            digest = filler.fill(buffer, nbytes).to_bytes(8, "little")
-            if self._table[start // BLOCK * 8 :][:8] != digest:
-                within = (c for c in layout.chunks if c.begin < start + nbytes and c.end > start)
-                found |= dict.fromkeys(chunk.key for chunk in within)
-        return list(found)[:4]
 
     def join(self) -> bytes:
         """Wait until header, data and block table are written; returns the table's bytes.

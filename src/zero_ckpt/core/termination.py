@@ -26,19 +26,44 @@ class TerminationGuard:
     """Lets SIGTERM wait until `is_busy` says no, `grace` seconds at most, before it ends the process as ever.
 
     Only where nobody else handles the signal: a handler of the user's or the framework's decides for itself, and a
-    process that it ends in the ordinary way waits for its saves then. `is_busy` may not take locks.
+    process that it ends in the ordinary way waits for its saves then. Several guards wait for all that are busy.
+    `is_busy` may not take locks.
     """
 
     def __init__(self, is_busy: Callable[[], bool], grace: float) -> None:
-        self._is_busy, self._grace = is_busy, grace
-        self._pipe: tuple[int, int] | None = None
-        self._ending = threading.Lock()
+        self.is_busy, self.grace = is_busy, grace
 
     def install(self) -> None:
         """Do nothing on another thread than the main one, where Python allows no handlers."""
-        is_main = threading.current_thread() is threading.main_thread()
-        if self._pipe or not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-            return
+        if threading.current_thread() is threading.main_thread() and _handler.install():
+            _handler.guards = [*_others_than(self), weakref.ref(self)]
+
+    def remove(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            _handler.guards = _others_than(self)
+            if not _handler.guards:
+                _handler.remove()
+
+
+class _Handler:
+    """The process's one handler, and the thread that hears of the signal when the main one sleeps.
+
+    `guards` is replaced and never changed: the thread goes through it while others come and go.
+    """
+
+    def __init__(self) -> None:
+        self.guards: list[weakref.ref[TerminationGuard]] = []
+        self._pipe: tuple[int, int] | None = None
+        self._ending = threading.Lock()
+        os.register_at_fork(after_in_child=self._forget)
+
+    def install(self) -> bool:
+        """Whether the signal is ours, now or already."""
+        if self._pipe is not None and self._is_ours():
+            return True
+        if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            return False
+        self.remove()  # somebody has taken the signal, and given it back to the system
         reading, writing = os.pipe()
         thread = threading.Thread(
             target=self._watch, args=(reading,), name="zero_ckpt-sigterm", daemon=True
@@ -55,16 +80,10 @@ class TerminationGuard:
         if before != -1:  # an event loop's, which wakes the main thread by itself
             signal.set_wakeup_fd(before)
         signal.signal(signal.SIGTERM, self._on_signal)
-        guard = weakref.ref(self)
-
-        def in_child() -> None:  # no thread of ours is there
-            if (here := guard()) is not None:
-                here.remove()
-
-        os.register_at_fork(after_in_child=in_child)
+        return True
 
     def remove(self) -> None:
-        if self._pipe is None or threading.current_thread() is not threading.main_thread():
+        if self._pipe is None:
             return
         _, writing = self._pipe
         self._pipe = None
@@ -74,6 +93,12 @@ class TerminationGuard:
         if found not in (writing, -1):
             signal.set_wakeup_fd(found)
         os.close(writing)  # which ends the thread; it closes the other end
+
+    def _forget(self) -> None:
+        """In a forked child, which has no thread of ours."""
+        self.guards = []
+        if threading.current_thread() is threading.main_thread():
+            self.remove()
 
     def _is_ours(self) -> bool:
         return signal.getsignal(signal.SIGTERM) == self._on_signal
@@ -93,8 +118,18 @@ class TerminationGuard:
         """End the process, when its saves are done. Once: two threads may hear of the signal."""
         if not self._ending.acquire(blocking=False):
             return
-        end = time.monotonic() + self._grace
-        while self._is_busy() and time.monotonic() < end:
+        begin = time.monotonic()
+        while any(guard.grace > time.monotonic() - begin for guard in self._busy()):
             time.sleep(0.02)
         ctypes.CDLL(None).signal(int(signal.SIGTERM), None)  # as `signal.signal`, from any thread
         os.kill(os.getpid(), signal.SIGTERM)
+
+    def _busy(self) -> list[TerminationGuard]:
+        return [guard for ref in self.guards if (guard := ref()) is not None and guard.is_busy()]
+
+
+_handler = _Handler()
+
+
+def _others_than(guard: TerminationGuard) -> list[weakref.ref[TerminationGuard]]:
+    return [ref for ref in _handler.guards if ref() is not None and ref() is not guard]

@@ -17,7 +17,7 @@ from typing import Any
 from zero_ckpt.core import commit
 from zero_ckpt.core.agreement import Agreement, Proposal, agree, merged_tables, parse_tables
 from zero_ckpt.core.control import ControlPlane
-from zero_ckpt.core.detach import Detached, detach
+from zero_ckpt.core.detach import Copies, Detached, detach
 from zero_ckpt.core.experts import ExpertNotes, merged_notes
 from zero_ckpt.core.lease import Lease
 from zero_ckpt.core.planner import SavePlan, plan_save
@@ -63,7 +63,7 @@ class Transaction:
 
     `pool_for` gives the staging buffers for what this rank is about to write. `staged` is called when all of it has
     been copied, so that the live tensors may change; `going_on` from time to time while files are written, and may
-    raise to give the save up; `before_vote` when they are. `recheck` compares copies with live tensors.
+    raise to give the save up; `before_vote` when they are.
     """
 
     request: Request
@@ -74,7 +74,6 @@ class Transaction:
     staged: Callable[[], None] = lambda: None
     going_on: Callable[[], None] = lambda: None
     before_vote: Callable[[], None] = lambda: None
-    recheck: bool = False
     detached: Detached = field(default_factory=Detached)
     snapshot: Snapshot = field(default_factory=Snapshot)
     captured: Captured = field(default_factory=Captured)
@@ -97,10 +96,11 @@ class Transaction:
             self._header = {"step": step, "zero_stage": stage, **_described(self.snapshot)}
             self.captured = capture(self.snapshot, self.control.rank)
 
-    def detach(self) -> None:
+    def detach(self, copies: Copies, room: int, *, digests: bool) -> Detached:
         """After `begin`, when `finish` runs beside the training: copy now what may change before the next step."""
         with self._recording_failure():
-            self.detached = detach(self.captured, self.snapshot.buffers)
+            self.detached = detach(self.captured, self.snapshot, copies, room, digests=digests)
+        return self.detached
 
     def finish(self) -> tuple[str, str]:
         """Collective. Returns (folder, tag) of the committed checkpoint, or raises the same error on every rank."""
@@ -188,7 +188,6 @@ class Transaction:
                     self.pool_for(shards),
                     self._progress,
                     self._all_staged,
-                    recheck=self.recheck,
                 )
             self.before_vote()
         except Exception as error:
@@ -200,8 +199,8 @@ class Transaction:
         self.control.beat()
         self.going_on()
 
-    def _all_staged(self, changed: list[str]) -> None:
-        self.detached.check(changed)
+    def _all_staged(self) -> None:
+        self.detached.check()
         self.staged()
 
     def _vote(self, plan: SavePlan, vote: commit.Vote) -> str:
