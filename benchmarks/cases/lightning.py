@@ -1,13 +1,22 @@
 """Lightning's own sharded checkpoint (`ModelParallelStrategy`, through Fabric) beside ours, of the same model.
 
 Lightning's save is not durable when it returns, and its load is not verified; ours are.
+
+And what saves cost a `fit`: the seconds by which one with saves is longer than one without, for each
+save. One rank on one core, so that a core is free, and steps that take longer than a copy of the state.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as L
+import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import ModelParallelStrategy
 from torch import nn
@@ -16,19 +25,28 @@ from benchmarks.bench import Bench
 from benchmarks.job import Act, Job
 from benchmarks.measure import interleave, make_cold, make_warm, remove_and_settle
 from benchmarks.ranks import Measured, Rank
-from benchmarks.table import Row, faster
-from benchmarks.workload import build_large
+from benchmarks.table import Row, at_most, faster, slowdown
+from benchmarks.workload import Model, build_large
+from zero_ckpt.lightning import ZeroStrategy
 
 RANKS = 2
+TO_MEMCPY = 0.25
+STEPS, EVERY = 8, 4  # saves after steps 1 and 5
+COMPUTE = 1.0  # seconds of a step
 
 
 def lightning(bench: Bench) -> list[Row]:
     measured = bench.launch(RANKS, _measure)
     measured.labels = dict.fromkeys(measured.samples, "Lightning, ModelParallelStrategy")
-    return [
+    rows = [
         faster("lightning", what, measured, f"{what} ours", f"{what} theirs")
         for what in ("save", "load cold", "load warm")
     ]
+    fits = bench.launch(1, _measure_fits)
+    what = "a save in fit, async_save=True"
+    rows.append(slowdown("lightning", what, fits, "async", "memcpy", at_most(TO_MEMCPY)))
+    rows.append(faster("lightning", what, fits, "async", "sync"))
+    return rows
 
 
 def _measure(rank: Rank) -> Measured:
@@ -72,6 +90,85 @@ def _fabric(job: Job) -> tuple[Fabric, dict[str, Any]]:
     fabric.launch()
     model, optimizer = fabric.setup(job.model, job.optimizer)
     return fabric, {"model": model, "optimizer": optimizer}
+
+
+def _measure_fits(rank: Rank) -> Measured:
+    torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    measured = Measured()
+    module = _Module(rank.options.params // 4, 0.02 if rank.options.smoke else COMPUTE)
+    state = [torch.empty_like(p) for p in module.parameters() for _ in range(3)]
+    for turn in range(1 + rank.options.repeats):
+        seconds = {name: _fit(rank, module, name) for name in ("none", "sync", "async")}
+        start = time.perf_counter()
+        for target, source in zip(
+            state, [p for p in module.parameters() for _ in range(3)], strict=True
+        ):
+            target.copy_(source.detach())
+        copied = time.perf_counter() - start
+        rank.say(f"round {turn}: memcpy {copied:.3f} s, {seconds}")
+        if turn:
+            measured.add("memcpy", copied)
+            for name in ("sync", "async"):
+                measured.add(name, max(1e-3, (seconds[name] - seconds["none"]) / (STEPS // EVERY)))
+    measured.labels = {"memcpy": "memcpy of the state", "sync": "without async_save"}
+    return measured
+
+
+class _Module(L.LightningModule):
+    """Its steps compute for a stated time; gradients are there without a backward through the large model."""
+
+    def __init__(self, params: int, seconds: float) -> None:
+        super().__init__()
+        self.model, self._seconds = Model(params), seconds
+        self.automatic_optimization = True
+
+    def training_step(self, batch: torch.Tensor, _index: int) -> torch.Tensor:
+        a, end = torch.rand(256, 256), time.perf_counter() + self._seconds
+        while time.perf_counter() < end:
+            a = (a @ a).clamp_(0, 1)
+        return sum((p.sum() for p in self.parameters()), torch.zeros(()))
+
+    def train_dataloader(self) -> Iterator[torch.Tensor]:
+        return iter(torch.zeros(STEPS, 1))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters())
+
+
+class _Saver(L.Callback):
+    """Saves every few steps, and holds the clock of the steps alone: a fit waits for its last save at its end."""
+
+    def __init__(self, directory: Path | None) -> None:
+        self._directory, self.seconds = directory, 0.0
+
+    def on_train_start(self, *_: Any) -> None:
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.seconds = time.perf_counter() - self._start
+        if self._directory is not None and trainer.global_step % EVERY == 1:
+            trainer.save_checkpoint(self._directory / f"{trainer.global_step}.ckpt")
+
+
+def _fit(rank: Rank, module: L.LightningModule, how: str) -> float:
+    directory = None if how == "none" else rank.scratch / how
+    saver = _Saver(directory)
+    trainer = L.Trainer(
+        strategy=ZeroStrategy(stage=0, async_save=how == "async", export=False),
+        accelerator="cpu",
+        devices=1,
+        max_steps=STEPS,
+        callbacks=[saver],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        logger=False,
+    )
+    trainer.fit(module)
+    if directory is not None:
+        remove_and_settle(directory)
+    return saver.seconds
 
 
 def _as_it_is(model: nn.Module, device_mesh: object) -> nn.Module:
