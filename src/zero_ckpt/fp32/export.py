@@ -51,10 +51,12 @@ def export_fp32(
     """Write the full state dict of a checkpoint to `output`; returns the paths of the files, an index file last.
 
     `checkpoint_dir`, `tag`: as for `get_fp32_state_dict_from_zero_checkpoint`, whose tensors these are.
-    `output`: a folder, or a file with the suffix of a format; a path or a URL. An earlier result of that name is
+    `output`: a folder, or a file with the suffix of a format; a path or a URL. A `/` at its end makes it a folder, and
+    suffixes of other kinds of files, such as `.onnx`, are refused. An earlier result of that name is
     replaced at the end. A checkpoint's folder is refused, since shard files have such names, too.
     `format`: `safetensors` (`model.safetensors`), `bin` (`pytorch_model.bin`, for `torch.load`) or `ckpt`
-    (`model.ckpt`, for Lightning's `load_from_checkpoint`); None: by the suffix, else `safetensors`.
+    (`model.ckpt`, for Lightning's `load_from_checkpoint`); None: by the suffix, where `.pt` and `.pth` stand for `bin`,
+    else `safetensors`.
     `max_shard_size`: bytes, or a text like `5GB`; more than that becomes several files and a Hugging Face index.
     `strip_prefix`: names that start with it lose it. `dtype`: `fp32`, `bf16`, `fp16` or `keep`, of floating parameters.
     `weights_only=False` allows pickled objects in what `bin` and `ckpt` take over, whose opening can run code.
