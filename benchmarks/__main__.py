@@ -59,11 +59,13 @@ def _run(name: str, options: Options) -> list[Row]:
 
 def _check_space(options: Options) -> None:
     needed = options.params * BYTES_PER_PARAM * CHECKPOINTS_AT_ONCE
+    if torch.cuda.is_available() and "gpu" in (options.only or CASES):
+        needed = max(needed, options.gpu_params * BYTES_PER_PARAM)
     free = shutil.disk_usage(options.scratch).free
     if free < needed:
         sys.exit(
-            f"{options.scratch}: {needed / 1e9:.0f} GB needed for --params {options.params}, "
-            f"{free / 1e9:.0f} GB free. Give --scratch another folder, or fewer --params."
+            f"{options.scratch}: {needed / 1e9:.0f} GB needed for --params {options.params} and --gpu-params "
+            f"{options.gpu_params}, {free / 1e9:.0f} GB free. Give --scratch another folder, or fewer parameters."
         )
 
 

@@ -8,7 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from benchmarks.bench import Bench
+from benchmarks.cases.gpu import gpu
+from benchmarks.options import read_options
 from benchmarks.report import joined, machine_text
 from benchmarks.table import Row, as_json, at_least, at_most
 
@@ -45,3 +49,33 @@ def test_a_goal_is_met_or_missed() -> None:
         "<= 1 s",
     )
     assert missed.verdict(True) == "not judged"
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    """Of the smallest run."""
+    return Bench(read_options(["--small", "--repeats", "1"], []), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_gpu_case_does_on_a_cpu_what_it_would_on_a_device(bench: Bench) -> None:
+    rows = gpu(bench, device="cpu")
+    assert [(row.what.split(",")[0], row.goal_text) for row in rows] == [
+        ("async save", "<= 0.05"),
+        ("step of 0.00023B parameters in fp32", ""),
+        ("staging", ""),
+        ("first save", "<= 1.2"),
+        ("stall of the first async save", ""),
+    ]
+    assert all(len(row.ours) == len(row.theirs) == 1 for row in rows)
+    assert all(0 < seconds < 60 for row in rows for seconds in (*row.ours, *row.theirs))
+    assert {path.name for path in bench.scratch.iterdir()} == {"measured.json"}
+
+
+def test_the_gpu_case_is_skipped_in_one_line_without_a_device(
+    bench: Bench, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu(bench) == []
+    assert capsys.readouterr().err == "  skipped: no CUDA device here\n"
