@@ -10,10 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.__main__ import main
 from benchmarks.bench import Bench
+from benchmarks.cases import CASES, stall
 from benchmarks.cases.gpu import gpu
 from benchmarks.options import read_options
-from benchmarks.report import joined, machine_text
+from benchmarks.plot import MET, MISSED, MUTED, can_plot, color_of, plot
+from benchmarks.ranks import Measured
+from benchmarks.report import joined, machine_text, markdown
 from benchmarks.table import Row, as_json, at_least, at_most
 
 ROOT = Path(__file__).parents[1]
@@ -79,3 +83,46 @@ def test_the_gpu_case_is_skipped_in_one_line_without_a_device(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu(bench) == []
     assert capsys.readouterr().err == "  skipped: no CUDA device here\n"
+
+
+@pytest.mark.parametrize(("options", "seconds"), [(["--small"], "0.05 s"), ([], "2 s")])
+def test_rows_on_computing_name_the_seconds_that_were_computed(
+    options: list[str], seconds: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["ours", "ours step", "raw step", "step", "memcpy"]
+    names += [f"dcp {kind}{what}" for kind in ("thread", "process") for what in ("", " step")]
+    measured = Measured({name: [1.0] for name in names}, {"size": "1 GB"})
+    monkeypatch.setattr(Bench, "launch", lambda *_: measured)
+    told = [row.what for row in stall(Bench(read_options(options, []), tmp_path))]
+    steps = [what for what in told if "of computing" in what]
+    assert len(steps) == 7
+    assert all(what.startswith(f"{seconds} of computing") for what in steps)
+
+
+def test_what_is_not_judged_is_drawn_and_reported_as_neither_met_nor_missed(tmp_path: Path) -> None:
+    met = Row("save", "save", (1.0,), "raw", (0.9,), "s", 0.9, at_least(0.9))
+    missed = Row("save", "load", (1.0,), "raw", (0.1,), "s", 0.1, at_least(0.9))
+    assert [color_of(row, smoke=False) for row in (met, missed)] == [MET, MISSED]
+    assert [color_of(row, smoke=True) for row in (met, missed)] == [MUTED, MUTED]
+    assert "missed" in markdown([missed], smoke=False)
+    assert "| not judged |" in markdown([missed], smoke=True)
+    if can_plot():
+        plot([met, missed], tmp_path / "a.png", "", smoke=True)
+        assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_an_interrupted_run_leaves_the_results_of_the_cases_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(_: Bench) -> list[Row]:
+        raise KeyboardInterrupt
+
+    row = Row("save", "save", (1.0,), "raw", (0.9,), "s", 0.9, at_least(0.9))
+    monkeypatch.setitem(CASES, "save", lambda _: [row])
+    monkeypatch.setitem(CASES, "first", interrupt)
+    where = ["--scratch", str(tmp_path), "--results", str(tmp_path / "results")]
+    with pytest.raises(KeyboardInterrupt):
+        main(["--small", "--only", "save,first", *where])
+    (file,) = (tmp_path / "results").iterdir()
+    (kept,) = json.loads(file.read_text())["rows"]
+    assert (kept["case"], kept["judged"]) == ("save", 0.9)
