@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from benchmarks.__main__ import main
 from benchmarks.bench import Bench
@@ -18,7 +22,10 @@ from benchmarks.options import read_options
 from benchmarks.plot import MET, MISSED, MUTED, can_plot, color_of, plot
 from benchmarks.ranks import Measured
 from benchmarks.report import joined, machine_text, markdown
+from benchmarks.scale import FOLLOWER_CALLS, RANK_0_CALLS
+from benchmarks.scale import main as print_scale
 from benchmarks.table import Row, as_json, at_least, at_most
+from zero_ckpt.core.control import StoreControl
 
 ROOT = Path(__file__).parents[1]
 
@@ -126,3 +133,41 @@ def test_an_interrupted_run_leaves_the_results_of_the_cases_before(
     (file,) = (tmp_path / "results").iterdir()
     (kept,) = json.loads(file.read_text())["rows"]
     assert (kept["case"], kept["judged"]) == ("save", 0.9)
+
+
+class CountingStore:
+    """A store that counts one rank's calls, but for looks whether something is there yet."""
+
+    def __init__(self, store: dist.Store) -> None:
+        self._store, self.calls = store, Counter[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        self.calls[name] += name != "check"
+        return getattr(self._store, name)
+
+
+def test_a_meeting_makes_as_many_calls_to_the_store_as_the_tables_count() -> None:
+    ranks, shared = 4, dist.HashStore()
+    stores = [CountingStore(shared) for _ in range(ranks)]
+    controls = [StoreControl(store, rank, ranks) for rank, store in enumerate(stores)]
+    for store in stores:
+        store.calls.clear()
+    threads = [
+        threading.Thread(target=control.meet, args=("save: vote", b"", lambda _: b"", 30))
+        for control in controls
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert stores[0].calls.total() == RANK_0_CALLS * (ranks - 1)
+    assert [store.calls.total() for store in stores[1:]] == [FOLLOWER_CALLS] * (ranks - 1)
+
+
+def test_the_tables_of_the_page_are_those_that_are_computed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    print_scale()
+    page = (ROOT / "docs" / "scale.md").read_text()
+    _, _, rest = page.partition("<!-- python -m benchmarks.scale -->\n")
+    assert rest.startswith(capsys.readouterr().out)
