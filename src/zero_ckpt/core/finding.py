@@ -219,7 +219,7 @@ def no_checkpoint(
         return nothing_at(storage, directory)
     was_there = {LATEST_NAME, LATEST_UNIVERSAL_NAME} & set(names)
     kind = CheckpointNotFoundError if was_there else NothingSavedError
-    why = f" Tried: {_joined(problems)}" if LATEST_NAME in names else ""
+    why = f" Tried: {_joined(problems)}" if problems and LATEST_NAME in names else ""
     unfinished = [n for n in names if holds_shards(names_in(storage, f"{directory}/{n}"))]
     if unfinished:
         return kind(
