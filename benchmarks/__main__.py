@@ -33,16 +33,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns 0, or 1 when a judged goal was missed."""
     options = read_options(arguments, list(CASES))
     _check_space(options)
-    rows = []
+    file = options.results / f"{time.strftime('%Y-%m-%dT%H%M%S')}.json"
+    rows: list[Row] = []
     for name in options.only or CASES:
         print(f"{name} ...", file=sys.stderr, flush=True)
         rows += _run(name, options)
+        _write(rows, options, file)  # what an interruption leaves
     print(render(rows, smoke=options.smoke))
-    file = _write(rows, options)
     print(f"\nsamples: {file}")
     if can_plot():
         picture = file.with_suffix(".png")
-        plot(rows, picture, machine_text(_machine(options.scratch)))
+        plot(rows, picture, machine_text(_machine(options.scratch)), smoke=options.smoke)
         print(f"picture: {picture}")
     return int(any(row.verdict(options.smoke) == "MISSED" for row in rows))
 
@@ -59,25 +60,27 @@ def _run(name: str, options: Options) -> list[Row]:
 
 def _check_space(options: Options) -> None:
     needed = options.params * BYTES_PER_PARAM * CHECKPOINTS_AT_ONCE
+    if torch.cuda.is_available() and "gpu" in (options.only or CASES):
+        needed = max(needed, options.gpu_params * BYTES_PER_PARAM)
     free = shutil.disk_usage(options.scratch).free
     if free < needed:
         sys.exit(
-            f"{options.scratch}: {needed / 1e9:.0f} GB needed for --params {options.params}, "
-            f"{free / 1e9:.0f} GB free. Give --scratch another folder, or fewer --params."
+            f"{options.scratch}: {needed / 1e9:.0f} GB needed for --params {options.params} and --gpu-params "
+            f"{options.gpu_params}, {free / 1e9:.0f} GB free. Give --scratch another folder, or fewer parameters."
         )
 
 
-def _write(rows: Sequence[Row], options: Options) -> Path:
-    options.results.mkdir(parents=True, exist_ok=True)
-    file = options.results / f"{time.strftime('%Y-%m-%dT%H%M%S')}.json"
+def _write(rows: Sequence[Row], options: Options, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
     given = {name: str(v) if isinstance(v, Path) else v for name, v in asdict(options).items()}
     result = {
         "machine": _machine(options.scratch),
         "options": given,
         "rows": as_json(rows, smoke=options.smoke),
     }
-    file.write_text(json.dumps(result, indent=1) + "\n")
-    return file
+    unfinished = file.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(result, indent=1) + "\n")
+    unfinished.replace(file)
 
 
 def _machine(scratch: Path) -> dict[str, Any]:

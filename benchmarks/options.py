@@ -18,6 +18,7 @@ class Options:
     """One run's sizes and places. It is sent to every rank, so it must pickle."""
 
     params: int  # parameters of the large model (fp32, with Adam state: 12 bytes each on disk)
+    gpu_params: int  # parameters of the model that the case `gpu` trains
     small_tensors: int  # number of tensors per rank in the case of many small tensors
     repeats: int  # timed rounds; one more, untimed in the result, warms everything up
     smoke: bool  # sizes too small to judge: goals are shown, not judged
@@ -34,6 +35,7 @@ def read_options(arguments: Sequence[str] | None, case_names: Sequence[str]) -> 
         "limits of this machine's disk. Exits with 1 when a goal is missed.",
     )
     parser.add_argument("--params", type=_count, help="parameters of the model (250M)")
+    parser.add_argument("--gpu-params", type=_count, help="parameters trained in `gpu` (1G)")
     parser.add_argument("--small-tensors", type=_count, help="small tensors per rank (20k)")
     parser.add_argument("--repeats", type=_count, help="timed rounds of every case (5)")
     parser.add_argument(
@@ -45,11 +47,12 @@ def read_options(arguments: Sequence[str] | None, case_names: Sequence[str]) -> 
     parser.add_argument("--scratch", type=Path, default=HERE, help="folder on the disk to measure")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     given = parser.parse_args(arguments)
-    params, small_tensors, repeats = (
-        (2_000_000, 200, 2) if given.small else (250_000_000, 20_000, 5)
+    params, gpu_params, small_tensors, repeats = (
+        (2_000_000, 500_000, 200, 2) if given.small else (250_000_000, 10**9, 20_000, 5)
     )
     return Options(
         params=given.params or params,
+        gpu_params=given.gpu_params or gpu_params,
         small_tensors=given.small_tensors or small_tensors,
         repeats=given.repeats or repeats,
         smoke=given.small,

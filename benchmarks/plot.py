@@ -21,18 +21,19 @@ def can_plot() -> bool:
     return find_spec("matplotlib") is not None
 
 
-def plot(rows: Sequence[Row], file: Path, subtitle: str) -> None:
-    """Writes a PNG of the rows that have a goal; they are drawn in the order of the table."""
+def plot(rows: Sequence[Row], file: Path, subtitle: str, *, smoke: bool = False) -> None:
+    """Writes a PNG of the rows that have a goal, in the order of the table; those of a smoke run are not judged."""
     from matplotlib.figure import Figure
 
     judged = [row for row in rows if row.goal is not None]
     figure = Figure(figsize=(11, 1.5 + ROW_INCHES * len(judged)), layout="constrained")
     axes = figure.add_subplot()
     for place, row in enumerate(judged):
-        _draw(axes, place, row)
+        _draw(axes, place, row, color_of(row, smoke=smoke))
     _furnish(axes, judged)
     figure.suptitle("zero_ckpt against its goals", x=0.01, ha="left", size=13, weight="bold")
-    caption = f"Bars right of the line: goal met. {subtitle}"
+    told = "Sizes too small to judge" if smoke else "Bars right of the line: goal met"
+    caption = f"{told}. {subtitle}"
     figure.supxlabel(caption, x=0.01, ha="left", size=8.5, color=MUTED)
     figure.savefig(file, dpi=150)
 
@@ -45,9 +46,12 @@ def margin(row: Row) -> float:
     return row.goal.value / max(row.judged, 1e-9)
 
 
-def _draw(axes: Any, place: int, row: Row) -> None:
+def color_of(row: Row, *, smoke: bool) -> str:
+    return {"ok": MET, "MISSED": MISSED}.get(row.verdict(smoke), MUTED)
+
+
+def _draw(axes: Any, place: int, row: Row, color: str) -> None:
     found = min(max(margin(row), 1 / LONGEST), LONGEST)
-    color = MET if margin(row) >= 1 else MISSED
     axes.barh(place, found - 1, left=1, color=color, height=0.62)
     side = {"ha": "left", "x": 5} if found >= 1 else {"ha": "right", "x": -5}
     axes.annotate(

@@ -25,10 +25,11 @@ def main() -> None:
     options = parser.parse_args()
     results = [json.loads(file.read_text()) for file in options.files]
     rows = list(joined(results))
-    print(markdown(rows))
+    smoke = any(result["options"]["smoke"] for result in results)
+    print(markdown(rows, smoke=smoke))
     print(f"\n{machine_text(results[-1]['machine'])}")
     if options.plot:
-        plot(rows, options.plot, machine_text(results[-1]["machine"]))
+        plot(rows, options.plot, machine_text(results[-1]["machine"]), smoke=smoke)
 
 
 def joined(results: Iterable[dict[str, Any]]) -> Iterable[Row]:
@@ -64,14 +65,15 @@ def machine_text(machine: dict[str, Any]) -> str:
     )
 
 
-def markdown(rows: Iterable[Row]) -> str:
-    lines = [HEADINGS, ("---",) * len(HEADINGS), *(_cells(row) for row in rows)]
+def markdown(rows: Iterable[Row], *, smoke: bool) -> str:
+    """`smoke`: some are of sizes too small to judge, so none is judged."""
+    lines = [HEADINGS, ("---",) * len(HEADINGS), *(_cells(row, smoke) for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: Row, smoke: bool) -> tuple[str, ...]:
     theirs = figure(row.theirs, row.unit) if row.theirs else ""
-    verdict = row.verdict(smoke=False).replace("ok", "met").lower()
+    verdict = row.verdict(smoke).replace("ok", "met").lower()
     ours = figure(row.ours, row.unit)
     return row.case, row.what, ours, row.against, theirs, row.judged_text, row.goal_text, verdict
 

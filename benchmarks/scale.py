@@ -25,6 +25,8 @@ FILE_CALL = (
 )
 RECORD = 100e-6  # seconds of rank 0 for the vote and manifest lines of one rank
 MEETINGS = 2  # of a save: agree, vote
+RANK_0_CALLS = 3  # to the store for each other rank and meeting: request, its deletion, answer
+FOLLOWER_CALLS = 3  # of each other rank: request, answer, its deletion; looks come on top
 STAGING_BUFFERS = 6 * (4 << 20)  # bytes per rank of a save that is not async
 
 
@@ -41,13 +43,13 @@ class Cost:
 
     @property
     def messages(self) -> int:
-        """Calls to the store in a save: a request and its header's claim, deletion and answer, for each rank."""
-        return MEETINGS * (self.ranks - 1) * 4
+        """Calls of all ranks to the store in a save, but for looks whether something is there yet."""
+        return MEETINGS * (self.ranks - 1) * (RANK_0_CALLS + FOLLOWER_CALLS)
 
     @property
     def rank_0_seconds(self) -> float:
-        """Of rank 0 for the others: claims and deletions one by one, votes, one look at every file."""
-        store = MEETINGS * (self.ranks - 1) * 2 * STORE_CALL
+        """Of rank 0 for the others: its calls to the store one by one, votes, one look at every file."""
+        store = MEETINGS * (self.ranks - 1) * RANK_0_CALLS * STORE_CALL
         return store + self.ranks * RECORD + self.files * FILE_CALL
 
     @property

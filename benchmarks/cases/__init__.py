@@ -14,6 +14,7 @@ from benchmarks.cases.collapse import collapse
 from benchmarks.cases.commit import commit
 from benchmarks.cases.deepspeed import deepspeed
 from benchmarks.cases.first import first
+from benchmarks.cases.gpu import gpu
 from benchmarks.cases.lightning import lightning
 from benchmarks.cases.load import load
 from benchmarks.cases.ls import ls
@@ -37,6 +38,7 @@ CASES: dict[str, Callable[[Bench], list[Row]]] = {
     "lightning": lightning,
     "verify": verify,
     "stall": stall,
+    "gpu": gpu,
     "plan": plan,
     "ls": ls,
     "commit": commit,

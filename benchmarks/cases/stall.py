@@ -26,13 +26,14 @@ from benchmarks.bench import Bench
 from benchmarks.job import Job
 from benchmarks.limits import RawFiles, Way
 from benchmarks.measure import remove_and_settle, rotated
+from benchmarks.options import Options
 from benchmarks.ours import OursAsync
 from benchmarks.ranks import Measured, Rank
 from benchmarks.table import Row, at_least, at_most, faster, slowdown
 from benchmarks.workload import build_large
 
 RANKS = 2
-COMPUTE = 2.0
+COMPUTE, COMPUTE_SMOKE = 2.0, 0.05
 TO_MEMCPY, TO_DCP, BEYOND_DISK = 0.25, 10.0, 1.05
 RAW_WAY = Way(block=4 << 20, streams=1)
 TARGET_BYTES = 256 << 20
@@ -43,7 +44,7 @@ def stall(bench: Bench) -> list[Row]:
     measured = bench.launch(RANKS, _measure, True)
     alone = bench.launch(1, _measure, False)
     what = f"async save, stall, {measured.labels['size']} per rank"
-    step = f"{COMPUTE:g} s of computing while a save drains"
+    step = f"{_seconds(bench.options):g} s of computing while a save drains"
     spare = f"{step}, 1 rank on 1 core, {alone.labels['size']}"
     return [
         slowdown("stall", what, measured, "ours", "memcpy", at_most(TO_MEMCPY)),
@@ -59,6 +60,10 @@ def stall(bench: Bench) -> list[Row]:
     ]
 
 
+def _seconds(options: Options) -> float:
+    return COMPUTE_SMOKE if options.smoke else COMPUTE
+
+
 @dataclass(frozen=True, slots=True)
 class _Way:
     """`save` returns what to call before the state may change, and what to call to wait for the end."""
@@ -71,7 +76,7 @@ def _measure(rank: Rank, peers: bool) -> Measured:
     if not peers:
         torch.set_num_threads(1)  # and all other cores are free
     job = Job(rank, build_large)
-    work = _Work(0.05 if rank.options.smoke else COMPUTE)
+    work = _Work(_seconds(rank.options))
     ours = OursAsync(job.model, job.optimizer)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": str(rank.rank)}  # for DCP's processes
     ways = [_Way("ours", ours.save), _Way("raw", _raw(RawFiles(rank, job.local_bytes)))]

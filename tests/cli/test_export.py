@@ -57,7 +57,7 @@ def test_damage_leaves_no_output(sharded: Path, tmp_path: Path, command: Command
     result = command("export", sharded / "global_step200", tmp_path / "out")
     assert (result.status, result.out, result.err.count("\n")) == (1, "", 1)
     assert "checksum" in result.err
-    assert list(tmp_path.glob("out/*")) == []
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("allowed", [False, True])
@@ -86,3 +86,15 @@ def test_what_cannot_be_done_is_one_line_and_status_2(
     result = command("export", *(a.format(run=sharded, out=tmp_path) for a in arguments))
     assert (result.status, result.out, result.err.count("\n")) == (2, "", 1)
     assert words in result.err
+
+
+@pytest.mark.parametrize("output", ["", "model-00000-of-00002.safetensors"])
+def test_a_checkpoint_is_never_overwritten_by_its_own_export(
+    output: str, sharded: Path, command: Command
+) -> None:
+    folder = sharded / "global_step100"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    result = command("export", folder, folder / output, "--max-shard-size", "2KB")
+    assert (result.status, result.out, result.err.count("\n")) == (2, "", 1)
+    assert f"such as '{sharded}/fp32'" in result.err
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

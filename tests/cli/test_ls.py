@@ -103,3 +103,47 @@ def test_a_folder_of_exported_weights_is_no_tag(sharded: Path, command: Command)
     (folder / "model.safetensors.index.json").write_text("{}")
     assert len(command("ls", sharded, "--json").document["tags"]) == 2
     assert command("verify", sharded).status == 0
+
+
+@pytest.mark.parametrize("kind", ["damaged", "missing", "whole"])
+def test_ls_and_verify_agree_on_what_is_committed(
+    kind: str, sharded: Path, command: Command
+) -> None:
+    manifest = sharded / "global_step100" / "manifest.json"
+    if kind == "damaged":
+        flip(manifest, -10)
+    if kind == "missing":
+        manifest.unlink()
+    listed = {t["tag"]: t for t in command("ls", sharded, "--json").document["tags"]}
+    verified = {t["tag"]: t for t in command("verify", sharded, "--json").document["checkpoints"]}
+    for tag in listed.keys() | verified.keys():
+        assert listed[tag]["committed"] is verified[tag]["committed"]
+    first = listed["global_step100"]
+    assert first["committed"] is (kind != "missing")
+    assert (first["problem"] is None) is (kind == "whole")
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("empty", "Give the checkpoint directory or a tag's folder"),
+        ("weights", "it holds 'config.json'. Give the checkpoint directory"),
+        ("sharde", "holds 'sharded'. Give the folder that holds the tags"),
+        ("last.ckpt", "read with torch.load"),
+    ],
+)
+@pytest.mark.parametrize("what", ["ls", "inspect"])
+def test_a_wrong_path_is_told_with_what_to_give(
+    what: str, name: str, remedy: str, sharded: Path, command: Command
+) -> None:
+    root = sharded.parent
+    if remedy.startswith("holds"):
+        assert [path.name for path in root.iterdir()] == ["sharded"]
+    else:
+        for folder in ("empty", "weights"):
+            (root / folder).mkdir()
+        (root / "weights" / "config.json").write_text("{}")
+        (root / "last.ckpt").write_bytes(b"PK")
+    result = command(what, root / name)
+    assert (result.status, result.out, result.err.count("\n")) == (2, "", 1)
+    assert remedy in result.err

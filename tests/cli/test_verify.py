@@ -110,6 +110,35 @@ def test_a_save_that_did_not_commit_is_no_damage(sharded: Path, command: Command
     alone = command("verify", sharded / "global_step100")
     assert (alone.status, alone.out, alone.err.count("\n")) == (2, "", 1)
     assert "did not finish" in alone.err
+    assert f"'zero-ckpt repair {sharded}/global_step100'" in alone.err
+
+
+def test_so_it_is_when_latest_names_one_of_them(sharded: Path, command: Command) -> None:
+    for folder in sharded.glob("global_step*"):
+        (folder / MANIFEST_NAME).unlink()
+    result = command("verify", sharded)
+    assert "in 'global_step100', 'global_step200': saves that did not finish" in result.err
+    assert "Tried" not in result.err
+    inspected = command("inspect", sharded)
+    assert f"{sharded}/global_step200: not committed" in inspected.err
+    assert f"'zero-ckpt repair {sharded}/global_step200'" in inspected.err
+
+
+@pytest.mark.parametrize("what", ["verify", "inspect", "export"])
+def test_a_directory_whose_only_tags_are_not_committed_names_them_and_the_repair(
+    what: str, sharded: Path, command: Command
+) -> None:
+    (sharded / "latest").unlink()
+    for folder in sharded.glob("global_step*"):
+        (folder / MANIFEST_NAME).unlink()
+    output = [sharded.parent / "out"] if what == "export" else []
+    result = command(what, sharded, *output)
+    assert (result.status, result.out, result.err.count("\n")) == (2, "", 1)
+    assert "in 'global_step100', 'global_step200': saves that did not finish" in result.err
+    assert f"'zero-ckpt repair {sharded}'" in result.err
+    assert "Give the checkpoint directory" not in result.err
+    assert command("repair", sharded).status == 0
+    assert command(what, sharded, *output).status == 0
 
 
 def test_a_directory_without_any_commit_is_not_called_intact(

@@ -274,7 +274,7 @@ def test_a_damaged_block_is_named_and_nothing_is_put_in_place(tmp_path: Path) ->
     shard.write_bytes(data)
     with pytest.raises(CorruptShardError, match=r"model-00000-of-00001.*block 0.*tensors? '"):
         export_fp32(tmp_path / "checkpoints", tmp_path / "out")
-    assert os.listdir(tmp_path / "out") == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_result_of_other_shape_replaces_the_earlier_one_whole(
@@ -312,8 +312,50 @@ def test_arguments_that_cannot_work_are_refused(saved: tuple[Net, Path], tmp_pat
         export_fp32(saved[1], tmp_path, format="onnx")
     with pytest.raises(ConfigurationError, match=r"named \*\.bin in format 'safetensors'"):
         export_fp32(saved[1], tmp_path / "x.bin", format="safetensors")
+    for name in ("x.pt", "x.ckpt"):
+        with pytest.raises(ConfigurationError, match=r"use '\.safetensors' or a folder"):
+            export_fp32(saved[1], tmp_path / name, format="safetensors")
     with pytest.raises(ConfigurationError, match="leave out max_shard_size"):
         export_fp32(saved[1], tmp_path, format="ckpt", max_shard_size=100)
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "weights.pth", "WEIGHTS.PT"])
+def test_torchs_usual_suffixes_are_files_for_torch(
+    saved: tuple[Net, Path], tmp_path: Path, name: str
+) -> None:
+    assert export_fp32(saved[1], tmp_path / name) == [str(tmp_path / name)]
+    assert_same(load_bin(tmp_path / name), expected(saved[0]))
+    *files, index = export_fp32(saved[1], tmp_path / name, max_shard_size="300B")
+    assert index == str(tmp_path / f"{name}.index.json")
+    assert {Path(file).suffix for file in files} == {Path(name).suffix}
+
+
+def test_a_lightning_file_may_have_torchs_suffix(tmp_path: Path) -> None:
+    save_like_lightning(tmp_path / "checkpoints")
+    (path,) = export_fp32(tmp_path / "checkpoints", tmp_path / "weights.pt", format="ckpt")
+    assert torch.load(path, weights_only=True)["pytorch-lightning_version"] == "2.6.0"
+
+
+@pytest.mark.parametrize("name", ["w.onnx", "w.h5", "w.NPZ", "model.safetensors.index.json"])
+@pytest.mark.parametrize("format", [None, "bin"])
+def test_suffixes_of_other_kinds_of_files_are_refused_with_those_that_are_known(
+    saved: tuple[Net, Path], tmp_path: Path, name: str, format: str | None
+) -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"no format here.*\.safetensors, \.bin, \.pt, \.pth, \.ckpt"
+    ):
+        export_fp32(saved[1], tmp_path / "out" / name, format=format)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoints"]
+
+
+@pytest.mark.parametrize("name", ["run.v1", "llama.fp32", "2026.11.28", "w.onnx/", "w.bin/"])
+def test_folders_may_have_dots_in_their_names(
+    saved: tuple[Net, Path], tmp_path: Path, name: str
+) -> None:
+    for _ in range(2):
+        (path,) = export_fp32(saved[1], f"{tmp_path}/out/{name}")
+        assert path == os.path.join(tmp_path, "out", name, "model.safetensors")
+        assert export_fp32(saved[1], tmp_path / "out" / name) == [path], "it exists as a folder"
 
 
 def test_progress_counts_every_byte(sharded: Path, tmp_path: Path) -> None:

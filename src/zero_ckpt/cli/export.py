@@ -15,10 +15,14 @@ DESCRIPTION = """\
 Writes the full fp32 weights of a checkpoint, collapsed from the shards of all ranks, in one process and with little
 memory. Every byte read is verified. For a checkpoint directory: of its latest. An earlier result in OUT is replaced,
 when the new one is whole. After an interruption run the same command again: it goes on after the last whole file of
-several, if the checkpoint and the options are the same, and starts anew otherwise."""
+several, if the checkpoint and the options are the same, and starts anew otherwise.
+
+OUT is a file when its suffix is .safetensors, .bin, .pt or .pth (both as .bin), or .ckpt, and else a folder, such as
+run.v1. What exists as a folder, or ends in a slash, is a folder in any case. Suffixes of other kinds of files, such as
+.onnx or .h5, are refused, and so are folders that hold a checkpoint."""
 EXAMPLES = """\
   zero-ckpt export checkpoints fp32                              a folder: fp32/model.safetensors
-  zero-ckpt export checkpoints weights.bin                       one file, its format by the suffix
+  zero-ckpt export checkpoints weights.pt                        one file, its format by the suffix: for torch.load
   zero-ckpt export checkpoints/global_step100 fp32 --max-shard-size 5GB"""
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zero_ckpt.cli.text import age_text, iso_time, json_text, printable, size_text, table
-from zero_ckpt.core.finding import NOT_COMMITTED, TagInfo, list_tags
+from zero_ckpt.core.finding import NOT_COMMITTED, TagInfo, list_tags, no_checkpoint
 from zero_ckpt.core.places import AnyStorage, absolute, is_url
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.core.tag_folder import check_files, is_tag_folder
@@ -19,10 +19,11 @@ from zero_ckpt.errors import CheckpointNotFoundError, CorruptShardError
 SUMMARY = "list the checkpoints of a directory"
 DESCRIPTION = """\
 Lists every tag of a checkpoint directory, oldest first. Reads manifests and file lengths, no data: 'verify' does that.
-A tag that is 'not committed' is a save that crashed or still runs; it is never loaded."""
+A tag that is 'not committed' is a save that crashed or still runs; it is never loaded. In the JSON, of 'verify', too,
+a tag is 'committed' when it has a manifest, also a damaged one: what is wrong with it is its 'problem'."""
 EXAMPLES = """\
   zero-ckpt ls checkpoints
-  zero-ckpt ls checkpoints --json | jq -r '.tags[] | select(.committed) | .tag'"""
+  zero-ckpt ls checkpoints --json | jq -r '.tags[] | select(.committed and .problem == null) | .tag'"""
 
 
 @dataclass(slots=True)
@@ -50,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
         )
     infos = list_tags(storage, directory)
     if not infos:
-        raise CheckpointNotFoundError(f"{options.path}: no zero_ckpt checkpoints in this directory")
+        raise no_checkpoint(storage, directory)
     latest, links = read_latest(storage, directory), _links(directory)
     rows = []
     for info in infos:
@@ -131,7 +132,7 @@ def _record(directory: str, row: Row) -> dict[str, Any]:
     return {
         "tag": row.info.name,
         "path": f"{directory}/{row.info.name}",
-        "committed": m is not None,
+        "committed": row.info.problem != NOT_COMMITTED,
         "latest": row.is_latest,
         "step": m and m.step,
         "nbytes": row.nbytes,

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from zero_ckpt.core.manifest import Manifest, Summary
+from zero_ckpt.core.manifest import MANIFEST_NAME, Manifest, Summary
 from zero_ckpt.core.places import resolved
 from zero_ckpt.core.shard_file import REMEDY
 from zero_ckpt.core.storage import Storage
@@ -24,6 +24,7 @@ from zero_ckpt.core.tag_folder import (
     names_in,
     nothing_at,
     read_tag,
+    shown_tags,
     summarize_tag,
     why_unread,
 )
@@ -68,10 +69,13 @@ def list_tags(storage: Storage, directory: str) -> list[TagInfo]:
         entries = storage.list(directory)
     except NotADirectoryError as error:
         raise CheckpointNotFoundError(
-            f"{directory}: a file, where a checkpoint directory or a tag's folder was expected"
+            f"{directory}: a file, where a checkpoint directory or a tag's folder was expected. Give one of these; "
+            "Lightning's own .ckpt and other single files are read with torch.load"
         ) from error
     except FileNotFoundError as error:
-        raise NothingSavedError(f"{directory}: no such checkpoint directory") from error
+        raise NothingSavedError(
+            f"{directory}: no such checkpoint directory; {_beside(storage, directory)}"
+        ) from error
     except OSError as error:
         raise CheckpointNotFoundError(
             f"{directory}: cannot be opened as a checkpoint directory: {why_unread(error)}"
@@ -215,8 +219,21 @@ def no_checkpoint(
         return nothing_at(storage, directory)
     was_there = {LATEST_NAME, LATEST_UNIVERSAL_NAME} & set(names)
     kind = CheckpointNotFoundError if was_there else NothingSavedError
-    why = f" Tried: {_joined(problems)}" if LATEST_NAME in names else ""
+    why = f" Tried: {_joined(problems)}" if problems and LATEST_NAME in names else ""
+    unfinished = [n for n in names if holds_shards(names_in(storage, f"{directory}/{n}"))]
+    if unfinished:
+        return kind(
+            f"{directory}: no committed checkpoint here, only shard files without {MANIFEST_NAME} in "
+            f"{shown_tags(unfinished)}: saves that did not finish, or still run, or whose {MANIFEST_NAME} was deleted. "
+            f"Where all shard files are there, 'zero-ckpt repair {directory}' rebuilds it.{why}"
+        )
     return kind(
         f"{directory}: no committed checkpoint here, it {contents(storage, directory)}. Give the checkpoint directory "
         f"or a tag's folder.{why}"
     )
+
+
+def _beside(storage: Storage, directory: str) -> str:
+    """What to give instead of a directory that is not there."""
+    parent = os.path.dirname(directory)
+    return f"{parent} {contents(storage, parent)}. Give the folder that holds the tags"

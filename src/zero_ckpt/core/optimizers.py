@@ -1,7 +1,8 @@
 """What a load must read for an optimizer. Its state is created from the manifest, without a dummy step.
 
 Parameters are matched by name, so order and grouping may differ between the runs. Owns the checks that a stored state
-is this optimizer's, and what is put into it at the end; changes nothing before `Restoration.install`.
+is this optimizer's, and what is put into it at the end; changes nothing before `Restoration.install`. Whether weights
+were loaded before, as under Lightning, is not known here, so no error may deny it.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def _check_kind(path: str, optimizer: torch.optim.Optimizer, record: Mapping[str
     if saved and mine != saved and not ({mine, saved} <= {"Adam", "AdamW"}):
         raise StateMismatchError(
             f"{path}: the optimizer was {saved} when it was saved and is {mine} now; their states are not the same "
-            "thing. Nothing was loaded. Use the same class, or load with load_optimizer_states=False."
+            "thing. No optimizer was changed. Use the same class, or load with load_optimizer_states=False."
         )
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "nothing_at",
     "read_manifest",
     "read_tag",
+    "shown_tags",
     "summarize_tag",
     "why_unread",
 ]
@@ -125,7 +126,7 @@ def nothing_at(storage: Storage, folder: str) -> CheckpointNotFoundError:
         names = [entry.name for entry in storage.list(folder)]
     except NotADirectoryError:
         return CheckpointNotFoundError(
-            f"{folder}: a file, where a checkpoint's folder was expected"
+            f"{folder}: a file, where a checkpoint's folder was expected. Single files are read with torch.load"
         )
     except FileNotFoundError:
         directory = os.path.dirname(folder)
@@ -135,18 +136,20 @@ def nothing_at(storage: Storage, folder: str) -> CheckpointNotFoundError:
                 f"{folder}: no such checkpoint; {directory} {contents(storage, directory)}"
             )
         return CheckpointNotFoundError(
-            f"{folder}: no such checkpoint; {directory} has {_shown(tags)}. Give one of these tags, or none for the "
-            "newest."
+            f"{folder}: no such checkpoint; {directory} has {shown_tags(tags)}. Give one of these tags, or none for "
+            "the newest."
         )
     except OSError as error:
         return CheckpointNotFoundError(f"{folder}: cannot be opened: {why_unread(error)}")
     if holds_shards(names):
         return CheckpointNotFoundError(
             f"{folder}: not committed: it holds shard files, but no {MANIFEST_NAME}. Its save did not finish, or "
-            "still runs, or that file was deleted; use another tag"
+            f"still runs, or that file was deleted: 'zero-ckpt repair {folder}' rebuilds it where all files are there. "
+            "Else use another tag"
         )
     return CheckpointNotFoundError(
-        f"{folder}: not a zero_ckpt checkpoint: no {MANIFEST_NAME} there, it {contents(storage, folder)}"
+        f"{folder}: not a zero_ckpt checkpoint: no {MANIFEST_NAME} there, it {contents(storage, folder)}. Give a "
+        "folder that a save has made"
     )
 
 
@@ -170,8 +173,8 @@ def _natural(tag: str) -> list[tuple[int, str]]:
     return [(len(part) if part.isdigit() else 0, part) for part in parts]
 
 
-def _shown(tags: Sequence[str]) -> str:
-    """The last few."""
+def shown_tags(tags: Sequence[str]) -> str:
+    """The last few of these."""
     return ("... " if len(tags) > 4 else "") + ", ".join(f"'{tag}'" for tag in tags[-4:])
 
 

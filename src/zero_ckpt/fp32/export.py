@@ -24,6 +24,7 @@ from zero_ckpt.core.notices import warn_on_first
 from zero_ckpt.core.places import AnyStorage, absolute
 from zero_ckpt.errors import DisagreementError, RankTimeoutError, SaveError, ZeroCkptError, by_name
 from zero_ckpt.fp32.contents import Contents, Options
+from zero_ckpt.fp32.destination import check_destination, folders_to_make, remove_empty
 from zero_ckpt.fp32.identity import export_key, source_state
 from zero_ckpt.fp32.journal import Journal
 from zero_ckpt.fp32.lanes import Progress, ShareWriter, lanes_of, shared_files
@@ -50,10 +51,12 @@ def export_fp32(
     """Write the full state dict of a checkpoint to `output`; returns the paths of the files, an index file last.
 
     `checkpoint_dir`, `tag`: as for `get_fp32_state_dict_from_zero_checkpoint`, whose tensors these are.
-    `output`: a folder, or a file with the suffix of a format; a path or a URL. An earlier result of that name is
-    replaced at the end.
+    `output`: a folder, or a file with the suffix of a format; a path or a URL. A `/` at its end makes it a folder, and
+    suffixes of other kinds of files, such as `.onnx`, are refused. An earlier result of that name is
+    replaced at the end. A checkpoint's folder is refused, since shard files have such names, too.
     `format`: `safetensors` (`model.safetensors`), `bin` (`pytorch_model.bin`, for `torch.load`) or `ckpt`
-    (`model.ckpt`, for Lightning's `load_from_checkpoint`); None: by the suffix, else `safetensors`.
+    (`model.ckpt`, for Lightning's `load_from_checkpoint`); None: by the suffix, where `.pt` and `.pth` stand for `bin`,
+    else `safetensors`.
     `max_shard_size`: bytes, or a text like `5GB`; more than that becomes several files and a Hugging Face index.
     `strip_prefix`: names that start with it lose it. `dtype`: `fp32`, `bf16`, `fp16` or `keep`, of floating parameters.
     `weights_only=False` allows pickled objects in what `bin` and `ckpt` take over, whose opening can run code.
@@ -95,6 +98,7 @@ class _Export:
         self._storage = AnyStorage()
         self._contents: Contents | None = None
         self._journal: Journal | None = None
+        self._made: list[str] = []
         self._is_unchanged: Callable[[], bool] = lambda: True
 
     def run(self, path: str, tag: str | None) -> list[str]:
@@ -104,6 +108,7 @@ class _Export:
             if self._control.rank == 0 and self._journal is not None:
                 with suppress(OSError):
                     self._clean_up(self._journal, error)
+                remove_empty(self._made)
             raise
         finally:
             if self._contents is not None:
@@ -149,12 +154,14 @@ class _Export:
                 f"ranks were asked for different exports: rank 0: {asked[0]}; {odd}. Pass the same arguments on each."
             )
         path, tag, _ = asked[0]
+        check_destination(self._storage, self._output)
         found = find_checkpoint(self._storage, path, tag)
         state = source_state(found.folder, found.manifest)
         self._is_unchanged = lambda: source_state(found.folder, found.manifest) == state
         contents = self._open(found.folder)
         sizes = [contents.layout(file).nbytes for file in range(len(contents.names))]
         key, nonce = export_key(contents, self._options, state), uuid.uuid4().hex[:8]
+        self._made = folders_to_make(self._output.folder)
         journal = self._journal = Journal(self._storage, self._output, key, nonce)
         try:
             kept = journal.take_over(contents.names, sizes, self._control.beat)

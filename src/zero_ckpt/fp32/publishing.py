@@ -27,6 +27,20 @@ FORMATS = {
 }
 """Format -> name of its file in a folder."""
 
+_SUFFIXES = {
+    ".safetensors": ("safetensors",),
+    ".bin": ("bin",),
+    ".pt": ("bin", "ckpt"),
+    ".pth": ("bin", "ckpt"),
+    ".ckpt": ("ckpt",),
+}
+"""Suffix of a file's name -> the formats that it may be, the first unless another is asked for."""
+
+_NOT_OURS = re.compile(
+    r"\.(gguf|gz|h5|hdf5|joblib|json|keras|msgpack|np[yz]|onnx|pb|pickle|pkl|pt2|pte|safetensor|st|tar|tflite|zip)"
+)
+"""Suffixes by which somebody means a file, in a format that is none of ours. Any other may end a folder's name."""
+
 _INDEX_LIMIT = 1 << 30
 
 
@@ -101,19 +115,36 @@ class Output:
 
 
 def output_of(path: str | os.PathLike[str], format: str | None) -> Output:
-    """A path with the suffix of a format is a file's, any other a folder's. Raises `ConfigurationError`."""
+    """Where an export to `path` goes: a file if it has a format's suffix, else a folder.
+
+    A path that ends in `/`, or that is a folder already, is a folder whatever its suffix. Raises `ConfigurationError`
+    for a format that is unknown or not the suffix's, and for the suffix of another kind of file.
+    """
     if format is not None and format not in FORMATS:
         raise ConfigurationError(f"format is one of {', '.join(FORMATS)}; found {format!r}")
     target = absolute(path)
     folder, _, name = target.rpartition("/")
     stem, suffix = os.path.splitext(name)
-    suffixes = {suffix: name for name, (_, suffix) in FORMATS.items()}
-    if suffix not in suffixes or (not is_url(target) and os.path.isdir(target)):
+    kinds = () if _is_folder(path, target) else _kinds(target, suffix.lower())
+    if not kinds:
         kind = format or "safetensors"
         return Output(target, *FORMATS[kind], kind)
-    kind = suffixes[suffix]
-    if format is not None and format != kind:
+    if format is not None and format not in kinds:
         raise ConfigurationError(
             f"{target}: a file named *{suffix} in format {format!r}; use '{FORMATS[format][1]}' or a folder"
         )
-    return Output(folder or "/", stem, suffix, kind)
+    return Output(folder or "/", stem, suffix, format or kinds[0])
+
+
+def _is_folder(path: str | os.PathLike[str], target: str) -> bool:
+    return os.fspath(path).endswith("/") or (not is_url(target) and os.path.isdir(target))
+
+
+def _kinds(target: str, suffix: str) -> tuple[str, ...]:
+    """Formats of a file with this suffix; none when it is a folder's."""
+    if _NOT_OURS.fullmatch(suffix):
+        raise ConfigurationError(
+            f"{target}: '{suffix}' is the suffix of no format here. Known are {', '.join(_SUFFIXES)}; a folder of that "
+            "name is meant by a '/' at its end."
+        )
+    return _SUFFIXES.get(suffix, ())
