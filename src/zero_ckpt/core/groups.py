@@ -31,8 +31,8 @@ def check_same_parameters(path: str, groups: Groups, saved: Saved) -> None:
         parts = [f"not in the checkpoint: {_names(new)}"] if new else []
         parts += [f"only in the checkpoint: {_names(gone)}"] if gone else []
         raise StateMismatchError(
-            f"{path}: the optimizer has other parameters than when it was saved: {'; '.join(parts)}. Nothing was "
-            "loaded. Give it the same parameters, or load with load_optimizer_states=False."
+            f"{path}: the optimizer has other parameters than when it was saved: {'; '.join(parts)}. No optimizer was "
+            "changed. Give it the same parameters, or load with load_optimizer_states=False."
         )
 
 
@@ -51,7 +51,7 @@ def matched_options(path: str, groups: Groups, saved: Saved) -> list[Mapping[str
         if any(not _same(found[0], other) for other in found[1:]):
             raise StateMismatchError(
                 f"{path}: parameter group {index} joins parameters of the saved groups {homes}, whose options "
-                "differ. Nothing was loaded. Group the parameters as they were, keep the new options with "
+                "differ. No optimizer was changed. Group the parameters as they were, keep the new options with "
                 "override_hyperparameters=True, or load with load_optimizer_states=False."
             )
         matched.append(found[0])
