@@ -20,6 +20,7 @@ from tests.lightning.harness import whole
 from zero_ckpt.accelerate import attach
 from zero_ckpt.accelerate.huggingface import save_configuration
 from zero_ckpt.core.places import AnyStorage
+from zero_ckpt.errors import ConfigurationError
 
 
 def weights_of(made: Any) -> dict[str, torch.Tensor]:
@@ -149,6 +150,33 @@ def group_is_gone(out: str) -> None:
     made[0].save_state(out)
     dist.destroy_process_group()
     made[0].end_training()
+
+
+@pytest.mark.parametrize("kind", ["plain", 3])
+def test_saves_and_loads_after_the_end_are_refused_and_touch_nothing(
+    kind: Any, tmp_path: Path
+) -> None:
+    on_ranks(after_the_end, 2, str(tmp_path), kind)
+    assert os.listdir(tmp_path / "checkpoints") == ["checkpoint_0"]
+
+
+def after_the_end(root: str, kind: Any) -> None:
+    config = ProjectConfiguration(root, automatic_checkpoint_naming=True, total_limit=1)
+    made = make(kind, project_config=config)
+    accelerator = made[0]
+    train(made, batches(1))
+    accelerator.save_state()
+    accelerator.end_training()
+    before = contents(root)
+    with pytest.raises(ConfigurationError, match=r"2 processes.*Call save_state before that"):
+        accelerator.save_state()
+    with pytest.raises(ConfigurationError, match=r"2 processes.*Call load_state before that"):
+        accelerator.load_state()
+    assert contents(root) == before
+
+
+def contents(root: str) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in Path(root).rglob("*") if path.is_file()}
 
 
 def test_hooks_that_keep_the_weights_leave_nothing_to_export(tmp_path: Path) -> None:

@@ -88,6 +88,7 @@ class TrainerMixin(Host):  # type: ignore[misc]
         if not accelerator.zero_is_ours:
             super()._save_optimizer_and_scheduler(output_dir)
             return
+        accelerator.zero_check_group("the Trainer's save")
         step, options = int(self.state.global_step), accelerator._zero_options
         os.makedirs(output_dir, exist_ok=True)
         handle = accelerator.zero_engine.save(
