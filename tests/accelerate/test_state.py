@@ -185,11 +185,12 @@ def scaler(out: str) -> None:
 def test_a_save_within_an_accumulation_window_loses_nothing(
     kind: Any, sync_each: int, tmp_path: Path
 ) -> None:
-    for uninterrupted, resumed in on_ranks(window, 2, str(tmp_path), kind, sync_each):
+    for uninterrupted, resumed, saved_again in on_ranks(window, 2, str(tmp_path), kind, sync_each):
         assert_same(uninterrupted, resumed)
+        assert_same(uninterrupted, saved_again)
 
 
-def window(out: str, kind: Any, left: int) -> tuple[Any, Any]:
+def window(out: str, kind: Any, left: int) -> tuple[Any, Any, Any]:
     made = make(kind)
     accelerator = made[0]
     accelerator.gradient_accumulation_steps = 4
@@ -197,11 +198,16 @@ def window(out: str, kind: Any, left: int) -> tuple[Any, Any]:
     accelerator.save_state(out)
     train(made, batches(4 - left, 4 + left))
     uninterrupted = state_of(made)
+    accelerator.load_state(out)
+    accelerator.save_state(f"{out}/again")
     train(made, batches(2))  # leaves gradients of its own
     accelerator.load_state(out)
     assert accelerator.step == 4 + left
     train(made, batches(4 - left, 4 + left))
-    return uninterrupted, state_of(made)
+    resumed = state_of(made)
+    accelerator.load_state(f"{out}/again")
+    train(made, batches(4 - left, 4 + left))
+    return uninterrupted, resumed, state_of(made)
 
 
 def test_a_window_begins_anew_at_another_world_size(tmp_path: Path) -> None:
