@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,31 @@ def export_fails(root: str) -> list[str]:
         warnings.simplefilter("always")
         made[0].end_training()
     assert not dist.is_initialized()
+    return [str(each.message) for each in told if "export" in str(each.message)]
+
+
+@pytest.mark.parametrize("given", ["auto", "path"])
+def test_a_save_that_was_removed_is_not_exported(given: str, tmp_path: Path) -> None:
+    export = {"auto": "auto", "path": str(tmp_path / "weights")}[given]
+    told, other = on_ranks(removed, 2, str(tmp_path), export)
+    assert other == []
+    if given == "auto":
+        assert len(told) == 1
+        assert "global_step0 was removed after it was saved" in told[0]
+        assert os.listdir(tmp_path) == []
+    else:
+        assert told == []
+        Net().load_state_dict(load_file(tmp_path / "weights" / "model.safetensors"))
+
+
+def removed(root: str, export: str) -> list[str]:
+    made = make(2, export=export)
+    made[0].save_state(f"{root}/out")
+    if made[0].is_main_process:
+        shutil.rmtree(f"{root}/out")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        made[0].end_training()
     return [str(each.message) for each in told if "export" in str(each.message)]
 
 

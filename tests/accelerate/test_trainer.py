@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import GPT2LMHeadModel, Trainer
 
 from tests.accelerate import trainer_jobs as jobs
@@ -147,11 +148,21 @@ def test_a_trainer_resumes_in_the_program_that_saved(
 
 
 @pytest.mark.parametrize("stage", [None, 2])
-def test_the_best_model_is_loaded_at_the_end(tmp_path: Path, stage: Stage) -> None:
-    arguments = (("eval_strategy", "steps"), ("eval_steps", 3), ("load_best_model_at_end", True))
-    best, weights = run_ranks(jobs.best_at_end, 2, Job(str(tmp_path), stage, arguments=arguments))[
-        0
-    ]
+def test_the_best_model_is_loaded_and_exported_at_the_end(tmp_path: Path, stage: Stage) -> None:
+    arguments = (
+        ("eval_strategy", "steps"),
+        ("eval_steps", 3),
+        ("load_best_model_at_end", True),
+        ("metric_for_best_model", "eval_loss"),
+        ("greater_is_better", True),  # so that the first is the best
+        ("save_total_limit", 1),  # so that the last is removed at the end
+        ("max_steps", 6),
+    )
+    job = Job(str(tmp_path), stage, arguments=arguments)
+    best, weights = run_ranks(jobs.best_at_end, 2, job)[0]
+    assert os.listdir(tmp_path) == ["checkpoint-3"]
+    exported = load_file(f"{best}/fp32/model.safetensors")
+    assert_same({key: weights[key] for key in exported}, exported)
     with open_checkpoint(best) as checkpoint:
         stored = {key: checkpoint.tensor("model", key) for key in checkpoint.keys("model")}
     assert_same({key: weights[key] for key in stored}, stored)

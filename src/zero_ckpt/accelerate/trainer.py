@@ -28,12 +28,16 @@ from zero_ckpt.accelerate.attach import attach
 from zero_ckpt.accelerate.base import ZeroBase, raw_optimizer
 from zero_ckpt.accelerate.content import make_snapshot
 from zero_ckpt.accelerate.hooks import Edits
+from zero_ckpt.accelerate.meeting import together
 from zero_ckpt.core.bound import Wanted
 from zero_ckpt.core.checkpoint import Checkpoint
+from zero_ckpt.core.finding import find_checkpoint
+from zero_ckpt.core.handle import Committed, SaveHandle
 from zero_ckpt.core.loading import load_together
+from zero_ckpt.core.places import absolute
 from zero_ckpt.core.restoring import Restoration
 from zero_ckpt.core.state import Snapshot
-from zero_ckpt.errors import ConfigurationError
+from zero_ckpt.errors import ConfigurationError, ZeroCkptError
 
 if TYPE_CHECKING:
     from typing import Any as Host
@@ -129,12 +133,30 @@ class TrainerMixin(Host):  # type: ignore[misc]
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
-        """As the Trainer's, whose way does not know sharded weights."""
+        """As the Trainer's, whose way does not know sharded weights. They are then what `end_training` exports."""
         best = self.state.best_model_checkpoint
+        self.accelerator._zero_runtime.saved = self._zero_saved_in(best)
         if self._zero_is_sharded() and self._zero_holds_model(best):
             self._zero_load(best, Wanted(optimizers=False, schedulers=False, module_only=True))
         else:
             super()._load_best_model()
+
+    def _zero_saved_in(self, directory: str) -> SaveHandle | None:
+        """The save that rank 0 finds there, or None for a folder that the Trainer alone wrote."""
+        accelerator = self.accelerator
+        if not self._zero_is_our_folder(directory):
+            return None
+
+        def find(_: Any) -> str | None:
+            try:
+                storage = accelerator.zero_engine.storage
+                return find_checkpoint(storage, absolute(directory), None).folder
+            except ZeroCkptError:
+                return None
+
+        timeout = accelerator._zero_options.timeout
+        folder = together(accelerator.zero_control, "load: best", lambda: None, find, timeout)
+        return None if folder is None else Committed(folder, os.path.basename(folder), {})
 
     def _zero_load(self, directory: str, wanted: Wanted) -> None:
         accelerator = self.accelerator
