@@ -118,6 +118,19 @@ def test_a_folder_that_the_trainer_wrote_resumes(
     )
 
 
+@pytest.mark.parametrize(("world_size", "stage"), [(1, None), (2, 2)])
+def test_an_order_that_goes_on_from_epoch_to_epoch_is_resumed(
+    tmp_path: Path, world_size: int, stage: Stage
+) -> None:
+    sampler = ("accelerator_config", {"use_seedable_sampler": False})
+    arguments = (sampler, ("save_steps", 2), ("max_steps", 11))
+    whole = run_ranks(jobs.run, world_size, Job(str(tmp_path), stage, arguments=arguments))[0]
+    for done in (6, 8):  # within an epoch, and between two
+        job = Job(str(tmp_path), stage, resume=f"{tmp_path}/checkpoint-{done}", arguments=arguments)
+        seen = run_ranks(jobs.run, world_size, job)[0]
+        assert seen.losses == {step: loss for step, loss in whole.losses.items() if step > done}
+
+
 @pytest.mark.slow
 def test_resume_true_takes_the_last_checkpoint_and_old_ones_are_rotated(tmp_path: Path) -> None:
     limit = (("save_total_limit", 1), ("max_steps", 7))
