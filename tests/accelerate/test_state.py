@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
@@ -26,6 +27,7 @@ from tests.accelerate.harness import (
 )
 from tests.lightning.harness import whole
 from zero_ckpt.accelerate import attach
+from zero_ckpt.accelerate.base import innermost
 from zero_ckpt.errors import CheckpointNotFoundError, StateMismatchError, UnsafeObjectError
 
 
@@ -208,6 +210,29 @@ def window(out: str, kind: Any, left: int) -> tuple[Any, Any, Any]:
     accelerator.load_state(f"{out}/again")
     train(made, batches(4 - left, 4 + left))
     return uninterrupted, resumed, state_of(made)
+
+
+@pytest.mark.parametrize("kind", ["plain", 1, 2])
+def test_buffers_that_are_not_shared_come_back_to_their_rank(kind: Any, tmp_path: Path) -> None:
+    (first, *_), (second, *_) = results = on_ranks(own_buffers, 2, str(tmp_path), kind)
+    assert not torch.equal(first["norm.running_mean"], second["norm.running_mean"])
+    for saved, loaded in results:
+        assert_same(saved, loaded)
+
+
+def own_buffers(out: str, kind: Any) -> tuple[Any, Any]:
+    apart = DistributedDataParallelKwargs(broadcast_buffers=False)
+    made = make(kind, kwargs_handlers=[apart])
+    train(made, batches(2))
+    made[0].save_state(out)
+    saved = buffers_of(made)
+    train(made, batches(1))
+    made[0].load_state(out)
+    return saved, buffers_of(made)
+
+
+def buffers_of(made: Any) -> dict[str, torch.Tensor]:
+    return {name: buffer.clone() for name, buffer in innermost(made[1]).named_buffers()}
 
 
 def test_a_window_begins_anew_at_another_world_size(tmp_path: Path) -> None:

@@ -100,6 +100,13 @@ class ZeroBase(Host):  # type: ignore[misc]
         return kind.value not in FOREIGN
 
     @property
+    def zero_shares_buffers(self) -> bool:
+        """Whether buffers are kept those of rank 0: not under Accelerate's FSDP, nor with `broadcast_buffers=False`."""
+        given = self.ddp_handler
+        wanted = given is None or bool(given.broadcast_buffers)
+        return wanted and self.distributed_type != DistributedType.FSDP
+
+    @property
     def zero_stage(self) -> int:
         """What shards the prepared models: 0, 1, 2 or 3."""
         if self._zero_runtime.shardings:

@@ -9,7 +9,6 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from accelerate.utils import DistributedType
 from torch import nn
 
 from zero_ckpt.accelerate import data
@@ -104,7 +103,7 @@ class PlanMixin(ZeroBase):
         control, own = self.zero_control, objects.get(ENTRY, {})
         same = checkpoint.manifest.world_size == control.world_size
         gradients, step = self._zero_window(checkpoint.path, own, ranks, same, notices)
-        apart = same and self.distributed_type == DistributedType.FSDP
+        apart = same and not self.zero_shares_buffers
         buffers = ranks.get("buffers", {}) if apart else {}
         loaders = data.plan_loaders(
             self,

@@ -124,10 +124,9 @@ class TrainerMixin(Host):  # type: ignore[misc]
         snapshot = make_snapshot(self.accelerator, Edits(), {}, None, exclude_frozen=has_adapter)
         snapshot.objects["lr_schedulers"] = {SCHEDULER: self.lr_scheduler.state_dict()}
         snapshot.objects["global_step"] = step
-        snapshot.rank_objects = {
-            "rng": snapshot.rank_objects["rng"],
-            ORDER: self._zero_order.state(),
-        }
+        own = snapshot.rank_objects
+        snapshot.rank_objects = {"rng": own["rng"], "buffers": own["buffers"]}
+        snapshot.rank_objects[ORDER] = self._zero_order.state()
         return snapshot
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
