@@ -239,7 +239,7 @@ def test_a_window_begins_anew_at_another_world_size(tmp_path: Path) -> None:
     on_ranks(in_window, 2, str(tmp_path))
     (told,) = on_ranks(after_window, 1, str(tmp_path))
     assert any("the window begins anew" in text for text in told)
-    assert any("AcceleratedScheduler makes 1 steps" in text for text in told)
+    assert any("AcceleratedScheduler makes 1 step for each" in text for text in told)
 
 
 def in_window(out: str) -> None:

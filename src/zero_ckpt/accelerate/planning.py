@@ -177,8 +177,9 @@ class PlanMixin(ZeroBase):
         if notice:
             self._zero_warn(notice)
         if own is not None and own["num_processes"] != world_size and self._zero_steps_by_size():
+            steps = "1 step" if world_size == 1 else f"{world_size} steps"
             self._zero_warn(
-                f"AcceleratedScheduler makes {world_size} steps for each optimizer step, and made "
+                f"AcceleratedScheduler makes {steps} for each optimizer step, and made "
                 f"{own['num_processes']} when {checkpoint.path} was saved: the learning rate changes faster or slower "
                 "than before. split_batches=True in the DataLoaderConfiguration makes it independent of that."
             )
