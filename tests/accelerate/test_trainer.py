@@ -181,6 +181,22 @@ def test_the_best_model_is_loaded_and_exported_at_the_end(tmp_path: Path, stage:
     assert_same({key: weights[key] for key in stored}, stored)
 
 
+def ended(job: Job) -> None:
+    trainer, _ = jobs.make_trainer(job)
+    trainer.train()
+    trainer.accelerator.end_training()
+    for call in (trainer._save_optimizer_and_scheduler, trainer._load_optimizer_and_scheduler):
+        with pytest.raises(ConfigurationError, match="their process group is gone"):
+            call(f"{job.folder}/checkpoint-1")
+
+
+def test_a_trainer_saves_and_loads_nothing_after_the_end(tmp_path: Path) -> None:
+    job = Job(str(tmp_path), 2, arguments=(("max_steps", 1), ("save_steps", 1)))
+    run_ranks(ended, 2, job)
+    with open_checkpoint(f"{tmp_path}/checkpoint-1") as checkpoint:
+        assert checkpoint.manifest.world_size == 2
+
+
 def test_damage_ends_the_resume(runs: Any, tmp_path: Path) -> None:
     run_ranks(jobs.run, 2, Job(str(tmp_path), 2, arguments=(("max_steps", 3),)))
     file = tmp_path / "checkpoint-3" / "global_step3" / "optim-00001-of-00002.safetensors"

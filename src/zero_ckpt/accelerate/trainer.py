@@ -171,6 +171,7 @@ class TrainerMixin(Host):  # type: ignore[misc]
 
     def _zero_load(self, directory: str, wanted: Wanted) -> None:
         accelerator = self.accelerator
+        accelerator.zero_check_group("the Trainer's load")
         self._zero_bind_model()
 
         def prepare(checkpoint: Checkpoint) -> tuple[Restoration, Restoration]:
