@@ -117,10 +117,26 @@ def refused() -> None:
     accelerator = Accelerator(cpu=True)
     wrong: list[tuple[str, dict[str, Any]]] = [
         ("stage=4", {"stage": 4}),
+        ("stage=True", {"stage": True}),
         ("cpu_offload and sharding_size", {"stage": 1, "cpu_offload": True}),
         ("export_format='zip'", {"export_format": "zip"}),
+        ("export_format='ckpt'", {"export_format": "ckpt"}),
+        ("export=None", {"export": None}),
+        ("export=''", {"export": ""}),
+        (r"model\.bin: a file named \*\.bin in format 'safetensors'", {"export": "out/model.bin"}),
+        ("max_shard_size", {"max_shard_size": "5XB"}),
+        ("max_shard_size", {"max_shard_size": 0}),
         ("keep_last", {"keep_last": 0}),
+        ("keep_last", {"keep_last": 1.5}),
+        ("timeout=-1", {"timeout": -1}),
+        ("timeout='x'", {"timeout": "x"}),
+        ("timeout=True", {"timeout": True}),
         ("tag_validation", {"tag_validation": "maybe"}),
+        ("async_save='yes'", {"async_save": "yes"}),
+        ("wrap='nonsense'", {"wrap": "nonsense"}),
+        ("wrap=5", {"stage": 3, "wrap": 5}),
+        (r"subclasses of torch\.nn\.Module", {"stage": 3, "wrap": [int]}),
+        ("sharding_size=0", {"stage": 2, "sharding_size": 0}),
     ]
     for text, options in wrong:
         with pytest.raises(ConfigurationError, match=text):

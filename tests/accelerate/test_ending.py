@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tests.lightning.harness import whole
 from zero_ckpt.accelerate import attach
 from zero_ckpt.accelerate.huggingface import save_configuration
 from zero_ckpt.core.places import AnyStorage
+from zero_ckpt.errors import ConfigurationError
 
 
 def weights_of(made: Any) -> dict[str, torch.Tensor]:
@@ -123,6 +125,31 @@ def export_fails(root: str) -> list[str]:
     return [str(each.message) for each in told if "export" in str(each.message)]
 
 
+@pytest.mark.parametrize("given", ["auto", "path"])
+def test_a_save_that_was_removed_is_not_exported(given: str, tmp_path: Path) -> None:
+    export = {"auto": "auto", "path": str(tmp_path / "weights")}[given]
+    told, other = on_ranks(removed, 2, str(tmp_path), export)
+    assert other == []
+    if given == "auto":
+        assert len(told) == 1
+        assert "global_step0 was removed after it was saved" in told[0]
+        assert os.listdir(tmp_path) == []
+    else:
+        assert told == []
+        Net().load_state_dict(load_file(tmp_path / "weights" / "model.safetensors"))
+
+
+def removed(root: str, export: str) -> list[str]:
+    made = make(2, export=export)
+    made[0].save_state(f"{root}/out")
+    if made[0].is_main_process:
+        shutil.rmtree(f"{root}/out")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        made[0].end_training()
+    return [str(each.message) for each in told if "export" in str(each.message)]
+
+
 def test_rank_0_exports_alone_when_the_others_have_left(tmp_path: Path) -> None:
     saved = on_ranks(left_alone, 2, str(tmp_path))[0]
     assert_same(saved, load_file(tmp_path / "fp32" / "model.safetensors"))
@@ -149,6 +176,33 @@ def group_is_gone(out: str) -> None:
     made[0].save_state(out)
     dist.destroy_process_group()
     made[0].end_training()
+
+
+@pytest.mark.parametrize("kind", ["plain", 3])
+def test_saves_and_loads_after_the_end_are_refused_and_touch_nothing(
+    kind: Any, tmp_path: Path
+) -> None:
+    on_ranks(after_the_end, 2, str(tmp_path), kind)
+    assert os.listdir(tmp_path / "checkpoints") == ["checkpoint_0"]
+
+
+def after_the_end(root: str, kind: Any) -> None:
+    config = ProjectConfiguration(root, automatic_checkpoint_naming=True, total_limit=1)
+    made = make(kind, project_config=config)
+    accelerator = made[0]
+    train(made, batches(1))
+    accelerator.save_state()
+    accelerator.end_training()
+    before = contents(root)
+    with pytest.raises(ConfigurationError, match=r"2 processes.*Call save_state before that"):
+        accelerator.save_state()
+    with pytest.raises(ConfigurationError, match=r"2 processes.*Call load_state before that"):
+        accelerator.load_state()
+    assert contents(root) == before
+
+
+def contents(root: str) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in Path(root).rglob("*") if path.is_file()}
 
 
 def test_hooks_that_keep_the_weights_leave_nothing_to_export(tmp_path: Path) -> None:

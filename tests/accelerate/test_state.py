@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
@@ -26,6 +27,7 @@ from tests.accelerate.harness import (
 )
 from tests.lightning.harness import whole
 from zero_ckpt.accelerate import attach
+from zero_ckpt.accelerate.base import innermost
 from zero_ckpt.errors import CheckpointNotFoundError, StateMismatchError, UnsafeObjectError
 
 
@@ -185,11 +187,12 @@ def scaler(out: str) -> None:
 def test_a_save_within_an_accumulation_window_loses_nothing(
     kind: Any, sync_each: int, tmp_path: Path
 ) -> None:
-    for uninterrupted, resumed in on_ranks(window, 2, str(tmp_path), kind, sync_each):
+    for uninterrupted, resumed, saved_again in on_ranks(window, 2, str(tmp_path), kind, sync_each):
         assert_same(uninterrupted, resumed)
+        assert_same(uninterrupted, saved_again)
 
 
-def window(out: str, kind: Any, left: int) -> tuple[Any, Any]:
+def window(out: str, kind: Any, left: int) -> tuple[Any, Any, Any]:
     made = make(kind)
     accelerator = made[0]
     accelerator.gradient_accumulation_steps = 4
@@ -197,18 +200,46 @@ def window(out: str, kind: Any, left: int) -> tuple[Any, Any]:
     accelerator.save_state(out)
     train(made, batches(4 - left, 4 + left))
     uninterrupted = state_of(made)
+    accelerator.load_state(out)
+    accelerator.save_state(f"{out}/again")
     train(made, batches(2))  # leaves gradients of its own
     accelerator.load_state(out)
     assert accelerator.step == 4 + left
     train(made, batches(4 - left, 4 + left))
-    return uninterrupted, state_of(made)
+    resumed = state_of(made)
+    accelerator.load_state(f"{out}/again")
+    train(made, batches(4 - left, 4 + left))
+    return uninterrupted, resumed, state_of(made)
+
+
+@pytest.mark.parametrize("kind", ["plain", 1, 2])
+def test_buffers_that_are_not_shared_come_back_to_their_rank(kind: Any, tmp_path: Path) -> None:
+    (first, *_), (second, *_) = results = on_ranks(own_buffers, 2, str(tmp_path), kind)
+    assert not torch.equal(first["norm.running_mean"], second["norm.running_mean"])
+    for saved, loaded in results:
+        assert_same(saved, loaded)
+
+
+def own_buffers(out: str, kind: Any) -> tuple[Any, Any]:
+    apart = DistributedDataParallelKwargs(broadcast_buffers=False)
+    made = make(kind, kwargs_handlers=[apart])
+    train(made, batches(2))
+    made[0].save_state(out)
+    saved = buffers_of(made)
+    train(made, batches(1))
+    made[0].load_state(out)
+    return saved, buffers_of(made)
+
+
+def buffers_of(made: Any) -> dict[str, torch.Tensor]:
+    return {name: buffer.clone() for name, buffer in innermost(made[1]).named_buffers()}
 
 
 def test_a_window_begins_anew_at_another_world_size(tmp_path: Path) -> None:
     on_ranks(in_window, 2, str(tmp_path))
     (told,) = on_ranks(after_window, 1, str(tmp_path))
     assert any("the window begins anew" in text for text in told)
-    assert any("AcceleratedScheduler makes 1 steps" in text for text in told)
+    assert any("AcceleratedScheduler makes 1 step for each" in text for text in told)
 
 
 def in_window(out: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import GPT2LMHeadModel, Trainer
 
 from tests.accelerate import trainer_jobs as jobs
@@ -117,6 +118,19 @@ def test_a_folder_that_the_trainer_wrote_resumes(
     )
 
 
+@pytest.mark.parametrize(("world_size", "stage"), [(1, None), (2, 2)])
+def test_an_order_that_goes_on_from_epoch_to_epoch_is_resumed(
+    tmp_path: Path, world_size: int, stage: Stage
+) -> None:
+    sampler = ("accelerator_config", {"use_seedable_sampler": False})
+    arguments = (sampler, ("save_steps", 2), ("max_steps", 11))
+    whole = run_ranks(jobs.run, world_size, Job(str(tmp_path), stage, arguments=arguments))[0]
+    for done in (6, 8):  # within an epoch, and between two
+        job = Job(str(tmp_path), stage, resume=f"{tmp_path}/checkpoint-{done}", arguments=arguments)
+        seen = run_ranks(jobs.run, world_size, job)[0]
+        assert seen.losses == {step: loss for step, loss in whole.losses.items() if step > done}
+
+
 @pytest.mark.slow
 def test_resume_true_takes_the_last_checkpoint_and_old_ones_are_rotated(tmp_path: Path) -> None:
     limit = (("save_total_limit", 1), ("max_steps", 7))
@@ -147,14 +161,40 @@ def test_a_trainer_resumes_in_the_program_that_saved(
 
 
 @pytest.mark.parametrize("stage", [None, 2])
-def test_the_best_model_is_loaded_at_the_end(tmp_path: Path, stage: Stage) -> None:
-    arguments = (("eval_strategy", "steps"), ("eval_steps", 3), ("load_best_model_at_end", True))
-    best, weights = run_ranks(jobs.best_at_end, 2, Job(str(tmp_path), stage, arguments=arguments))[
-        0
-    ]
+def test_the_best_model_is_loaded_and_exported_at_the_end(tmp_path: Path, stage: Stage) -> None:
+    arguments = (
+        ("eval_strategy", "steps"),
+        ("eval_steps", 3),
+        ("load_best_model_at_end", True),
+        ("metric_for_best_model", "eval_loss"),
+        ("greater_is_better", True),  # so that the first is the best
+        ("save_total_limit", 1),  # so that the last is removed at the end
+        ("max_steps", 6),
+    )
+    job = Job(str(tmp_path), stage, arguments=arguments)
+    best, weights = run_ranks(jobs.best_at_end, 2, job)[0]
+    assert os.listdir(tmp_path) == ["checkpoint-3"]
+    exported = load_file(f"{best}/fp32/model.safetensors")
+    assert_same({key: weights[key] for key in exported}, exported)
     with open_checkpoint(best) as checkpoint:
         stored = {key: checkpoint.tensor("model", key) for key in checkpoint.keys("model")}
     assert_same({key: weights[key] for key in stored}, stored)
+
+
+def ended(job: Job) -> None:
+    trainer, _ = jobs.make_trainer(job)
+    trainer.train()
+    trainer.accelerator.end_training()
+    for call in (trainer._save_optimizer_and_scheduler, trainer._load_optimizer_and_scheduler):
+        with pytest.raises(ConfigurationError, match="their process group is gone"):
+            call(f"{job.folder}/checkpoint-1")
+
+
+def test_a_trainer_saves_and_loads_nothing_after_the_end(tmp_path: Path) -> None:
+    job = Job(str(tmp_path), 2, arguments=(("max_steps", 1), ("save_steps", 1)))
+    run_ranks(ended, 2, job)
+    with open_checkpoint(f"{tmp_path}/checkpoint-1") as checkpoint:
+        assert checkpoint.manifest.world_size == 2
 
 
 def test_damage_ends_the_resume(runs: Any, tmp_path: Path) -> None:

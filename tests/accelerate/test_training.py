@@ -72,6 +72,29 @@ def clipped(made: Any) -> list[Any]:
     return told
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_model_with_buffers_may_be_called_twice_before_a_backward_pass(stage: int) -> None:
+    for ddp, sharded in on_ranks(called_twice, 2, stage):
+        torch.testing.assert_close(sharded, ddp, rtol=1e-5, atol=1e-6)
+
+
+def called_twice(stage: int) -> list[Any]:
+    """Losses and the buffers on this rank, under DDP and at `stage`."""
+    return [real_and_fake(make(kind)) for kind in (0, stage)]
+
+
+def real_and_fake(made: Any) -> tuple[list[float], list[torch.Tensor]]:
+    accelerator, model, optimizer, _ = made
+    losses = []
+    for real, fake in zip(batches(3), batches(3, start=3), strict=True):
+        loss = (model(real) - 1).pow(2).mean() + model(fake).pow(2).mean()
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses, [buffer.clone() for buffer in innermost(model).buffers()]
+
+
 def test_nothing_is_sent_within_an_accumulation_window() -> None:
     on_ranks(silent, 2)
 

@@ -142,8 +142,10 @@ def train_twice(job: Job, checkpoint: str) -> tuple[dict[int, float], dict[int, 
 
 
 def best_at_end(job: Job) -> tuple[str, dict[str, torch.Tensor]]:
-    """The folder of the best checkpoint, and the weights that the trainer ends with."""
+    """The folder of the best checkpoint, and the weights that the trainer ends with, which are exported."""
     trainer, losses = make_trainer(job)
     trainer.train()
     assert trainer.state.best_model_checkpoint is not None
-    return trainer.state.best_model_checkpoint, _seen(trainer, losses).weights
+    weights = _seen(trainer, losses).weights
+    trainer.accelerator.end_training()
+    return trainer.state.best_model_checkpoint, weights

@@ -163,6 +163,12 @@ def manifest_of(plan: SavePlan, ranks: int) -> Manifest:
     )
 
 
+def test_a_mesh_of_ranks_that_do_not_save_is_refused() -> None:
+    sharded = Layout("F32", (8,), Mesh((2,), (0, 1)), ("S0",))
+    with pytest.raises(StateMismatchError, match=r"ranks up to 1, but 1 ranks save"):
+        plan_of({"t": sharded}, ranks=1)
+
+
 def test_the_manifest_grows_with_tensors_plus_ranks() -> None:
     """Every tensor costs a line, every rank its files' lines, and no tensor anything for a rank."""
 

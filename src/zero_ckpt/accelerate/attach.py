@@ -130,7 +130,7 @@ def attach(
         the model (hybrid sharding), and whether parameters live in host memory. See `zero_ckpt.zero`.
     export: what `end_training()` does with the fp32 weights. "auto": those of the last save of this run go to `fp32/`
         in its checkpoint directory. A path: they go there, and without a save the live weights do. False: nothing.
-    export_format: "safetensors", "bin" or "ckpt". max_shard_size: bytes, or a text like "5GB".
+    export_format: "safetensors" or "bin". max_shard_size: bytes, or a text like "5GB".
     export_dtype: "fp32", "bf16", "fp16" or "keep", of floating parameters.
     tag_validation: what to do when ranks give different directories or tags: "ignore", "warn" or "fail".
     keep_last: tags to keep in a checkpoint directory; None keeps all, 1 lets each save replace the one before.

@@ -25,6 +25,7 @@ from zero_ckpt.core.decoupled import make_engine
 from zero_ckpt.core.engine import SyncEngine
 from zero_ckpt.core.handle import SaveHandle
 from zero_ckpt.core.outcome import LoadResult
+from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.zero import Sharding
 
 if TYPE_CHECKING:
@@ -77,6 +78,19 @@ class ZeroBase(Host):  # type: ignore[misc]
     def zero_control(self) -> ControlPlane:
         return self.zero_engine.control
 
+    def zero_check_group(self, call: str) -> None:
+        """Raises `ConfigurationError` when `call` would not reach all of the accelerator's processes.
+
+        Without their group each would take itself for the only one, and write what the others write.
+        """
+        found, expected = self.zero_control.world_size, self.num_processes
+        if expected > 1 and found != expected:
+            raise ConfigurationError(
+                f"{call}: this accelerator has {expected} processes, but their process group is gone (found a world "
+                f"size of {found}): end_training() or destroy_process_group() has ended it. Nothing was written or "
+                f"changed. Call {call} before that."
+            )
+
     @property
     def zero_is_ours(self) -> bool:
         """Whether checkpoints of this kind of training are ours to write. Else they are Accelerate's."""
@@ -84,6 +98,13 @@ class ZeroBase(Host):  # type: ignore[misc]
         if kind == DistributedType.FSDP:
             return bool(self.is_fsdp2)
         return kind.value not in FOREIGN
+
+    @property
+    def zero_shares_buffers(self) -> bool:
+        """Whether buffers are kept those of rank 0: not under Accelerate's FSDP, nor with `broadcast_buffers=False`."""
+        given = self.ddp_handler
+        wanted = given is None or bool(given.broadcast_buffers)
+        return wanted and self.distributed_type != DistributedType.FSDP
 
     @property
     def zero_stage(self) -> int:

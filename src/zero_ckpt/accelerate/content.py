@@ -9,7 +9,8 @@ the object `accelerate`:
     custom                  state of the objects that were registered for checkpointing, in their order
     scaler                  state of the gradient scaler, or None
 
-Of every rank: `rng`, `dataloaders` (see `data`), `gradients` (see `gradients`), and under Accelerate's FSDP `buffers`.
+Of every rank: `rng`, `dataloaders` (see `data`), `gradients` (see `gradients`), and `buffers` where they are not rank
+0's.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
 
 from zero_ckpt.accelerate import data
 from zero_ckpt.accelerate.base import ZeroBase
@@ -72,8 +72,8 @@ def make_snapshot(
 
 
 def _own_buffers(accelerator: ZeroBase, state: ModelState) -> dict[str, torch.Tensor]:
-    """Accelerate's FSDP lets buffers of the ranks differ; rank 0's are among the weights."""
-    if accelerator.distributed_type != DistributedType.FSDP or accelerator.process_index == 0:
+    """Where buffers of the ranks may differ; rank 0's are among the weights."""
+    if accelerator.zero_shares_buffers or accelerator.process_index == 0:
         return {}
     return {key: state.tensors[key].detach() for key in sorted(state.buffers)}
 

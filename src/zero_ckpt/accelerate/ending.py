@@ -12,6 +12,7 @@ import os
 from typing import Any
 
 from zero_ckpt.accelerate.huggingface import save_configuration
+from zero_ckpt.accelerate.meeting import together
 from zero_ckpt.accelerate.saving import SaveMixin
 from zero_ckpt.core.control import ControlPlane, LocalControl
 from zero_ckpt.core.handle import SaveHandle
@@ -20,7 +21,7 @@ from zero_ckpt.core.places import absolute
 from zero_ckpt.core.retention import remove_tag
 from zero_ckpt.core.state import Snapshot, capture_models
 from zero_ckpt.core.tag_folder import read_manifest
-from zero_ckpt.errors import RankTimeoutError, ZeroCkptError
+from zero_ckpt.errors import CheckpointNotFoundError, RankTimeoutError, ZeroCkptError
 from zero_ckpt.fp32 import export_fp32
 
 __all__ = ["EndMixin"]
@@ -70,10 +71,17 @@ class EndMixin(SaveMixin):
         saved = self._zero_runtime.saved
         if saved is not None:
             directory = os.path.dirname(saved.path)
-            path = path or f"{directory}/{FOLDER}"
-            if self._zero_collapse(directory, saved.tag, path, control) and control.rank == 0:
-                _logger.info("the weights of %s are in %s", saved.path, path)
-        elif path is not None and self._models:
+            target = path or f"{directory}/{FOLDER}"
+            try:
+                if self._zero_collapse(directory, saved.tag, target, control) and control.rank == 0:
+                    _logger.info("the weights of %s are in %s", saved.path, target)
+                return
+            except CheckpointNotFoundError:
+                if path is None:
+                    text = "was removed after it was saved, so no weights were exported"
+                    remedy = "Give attach an export=PATH, and the weights as they are go there."
+                    warn_on_first(control.rank, [f"{saved.path} {text}. {remedy}"])
+        if path is not None and self._models:
             self._zero_export_live(path, control)
 
     def _zero_export_control(self) -> ControlPlane | None:
@@ -116,21 +124,35 @@ class EndMixin(SaveMixin):
                 remove_tag(self.zero_engine.storage, folder, handle.tag)
 
     def _zero_collapse(self, directory: str, tag: str, path: str, control: ControlPlane) -> bool:
-        """Whether there were weights to export."""
-        if not read_manifest(self.zero_engine.storage, f"{directory}/{tag}").tensors["model"]:
-            return False  # hooks keep the weights
+        """Whether there were weights to export.
+
+        Raises `CheckpointNotFoundError` on every rank when rank 0 does not find the save any more.
+        """
         options: dict[str, Any] = {
             "format": self._zero_options.export_format,
             "dtype": self._zero_options.export_dtype,
             "max_shard_size": self._zero_options.max_shard_size,
             "timeout": self._zero_options.timeout,
         }
-        try:
+
+        def has_weights(_: Any) -> bool:
+            manifest = read_manifest(self.zero_engine.storage, f"{directory}/{tag}")
+            return bool(manifest.tensors["model"])  # else hooks keep them
+
+        def collapse(control: ControlPlane) -> bool:
+            if not together(control, "end: weights", lambda: None, has_weights, options["timeout"]):
+                return False
             export_fp32(directory, path, tag, control=control, **options)
+            return True
+
+        try:
+            exported = collapse(control)
         except RankTimeoutError:
             if control.rank != 0:
                 raise
-            export_fp32(directory, path, tag, **options)  # the other ranks are gone
+            exported = collapse(LocalControl())  # the other ranks are gone
+        if not exported:
+            return False
         models = list(self.zero_models().values())
         if control.rank == 0 and len(models) == 1:
             save_configuration(models[0], path, self._zero_options.export_dtype)

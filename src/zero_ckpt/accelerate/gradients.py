@@ -72,7 +72,11 @@ def gradients_fit(accelerator: ZeroBase, gradients: Mapping[str, torch.Tensor]) 
 
 @torch.no_grad()
 def restore_gradients(accelerator: ZeroBase, gradients: Mapping[str, torch.Tensor]) -> None:
-    """Continue the window with these gradients, which fit; without any, there is none."""
+    """Continue the window with these gradients, which fit; without any, there is none.
+
+    Accelerate learns of the window only from its next batch, and a save before that would take it to be closed.
+    """
+    accelerator.gradient_state.sync_gradients = not gradients
     for place in _places(accelerator):
         parameter, record = place.parameter, place.record
         part, whole = gradients.get(place.name + PART), gradients.get(place.name)

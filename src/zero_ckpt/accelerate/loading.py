@@ -71,6 +71,7 @@ class LoadMixin(PlanMixin, SaveMixin):
         if not self.zero_is_ours:
             self._zero_pass_on("load_state", tag)
             return super().load_state(input_dir, load_kwargs, **load_model_func_kwargs)
+        self.zero_check_group("load_state")
         self.wait_for_saves()
         self._zero_runtime.loaded = None
         where = self._zero_find(input_dir, tag, missing_ok)

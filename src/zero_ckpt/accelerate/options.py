@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, fields
 from typing import Any
@@ -9,16 +10,24 @@ from typing import Any
 from zero_ckpt.core.agreement import check_tag_validation
 from zero_ckpt.core.decoupled import AsyncSave
 from zero_ckpt.errors import ConfigurationError
-from zero_ckpt.fp32.publishing import FORMATS
+from zero_ckpt.fp32.layout import parse_size
+from zero_ckpt.fp32.publishing import output_of
 from zero_ckpt.fp32.selection import DTYPES
 from zero_ckpt.zero import WrapPolicy
+from zero_ckpt.zero.wrap import check_wrap
 
 __all__ = ["Options"]
+
+FORMATS = ("safetensors", "bin")
+"""Of those that an export can write: a Lightning .ckpt takes more than an accelerator's checkpoint holds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The keyword arguments of `attach` and `ZeroAccelerator`, which document them."""
+    """The keyword arguments of `attach` and `ZeroAccelerator`, which document them.
+
+    Raises `ConfigurationError` for all that can be known to be wrong now, and not when the training has ended.
+    """
 
     stage: int | None = None
     wrap: WrapPolicy = "auto"
@@ -34,12 +43,38 @@ class Options:
     async_save: bool | AsyncSave = False
 
     def __post_init__(self) -> None:
-        if self.stage not in (None, 0, 1, 2, 3):
+        self._check_sharding()
+        self._check_export()
+        check_tag_validation(self.tag_validation)
+        if self.keep_last is not None and not _is_count(self.keep_last):
+            raise ConfigurationError(
+                f"keep_last must be at least 1 or None, found {self.keep_last!r}"
+            )
+        if self.timeout is not None and not _is_duration(self.timeout):
+            raise ConfigurationError(
+                f"timeout={self.timeout!r}: expected a number of seconds above 0, or None."
+            )
+        if not isinstance(self.async_save, (bool, AsyncSave)):
+            raise ConfigurationError(
+                f"async_save={self.async_save!r}: expected True, False or an AsyncSave."
+            )
+
+    def _check_sharding(self) -> None:
+        if isinstance(self.stage, bool) or self.stage not in (None, 0, 1, 2, 3):
             raise ConfigurationError(f"stage={self.stage!r}: expected None, 0, 1, 2 or 3.")
         if self.stage not in (2, 3) and (self.cpu_offload or self.sharding_size is not None):
             raise ConfigurationError(
                 f"cpu_offload and sharding_size are for stages 2 and 3, not for stage={self.stage}."
             )
+        if self.sharding_size is not None and not _is_count(self.sharding_size):
+            raise ConfigurationError(
+                f"sharding_size={self.sharding_size!r}: expected a divisor of the number of processes, or None."
+            )
+        check_wrap(self.wrap)
+
+    def _check_export(self) -> None:
+        if not isinstance(self.export, (str, os.PathLike, bool)) or self.export == "":
+            raise ConfigurationError(f"export={self.export!r}: expected 'auto', a path, or False.")
         if self.export_format not in FORMATS:
             raise ConfigurationError(
                 f"export_format={self.export_format!r}: expected one of {', '.join(FORMATS)}."
@@ -48,14 +83,22 @@ class Options:
             raise ConfigurationError(
                 f"export_dtype={self.export_dtype!r}: expected one of {', '.join(DTYPES)}."
             )
-        if self.keep_last is not None and self.keep_last < 1:
-            raise ConfigurationError(
-                f"keep_last must be at least 1 or None, found {self.keep_last}"
-            )
-        check_tag_validation(self.tag_validation)
+        if self.max_shard_size is not None:
+            parse_size(self.max_shard_size)
+        if not isinstance(self.export, bool) and self.export != "auto":
+            output_of(self.export, self.export_format)
 
     @classmethod
     def taken_from(cls, arguments: dict[str, Any]) -> Options:
         """Made of those keyword arguments that are ours, which are removed from `arguments`."""
         own = {field.name for field in fields(cls)} & arguments.keys()
         return cls(**{name: arguments.pop(name) for name in own})
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_duration(value: object) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and math.isfinite(value) and value > 0  # type: ignore[arg-type, operator]

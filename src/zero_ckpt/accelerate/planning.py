@@ -9,7 +9,6 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from accelerate.utils import DistributedType
 from torch import nn
 
 from zero_ckpt.accelerate import data
@@ -104,7 +103,7 @@ class PlanMixin(ZeroBase):
         control, own = self.zero_control, objects.get(ENTRY, {})
         same = checkpoint.manifest.world_size == control.world_size
         gradients, step = self._zero_window(checkpoint.path, own, ranks, same, notices)
-        apart = same and self.distributed_type == DistributedType.FSDP
+        apart = same and not self.zero_shares_buffers
         buffers = ranks.get("buffers", {}) if apart else {}
         loaders = data.plan_loaders(
             self,
@@ -178,8 +177,9 @@ class PlanMixin(ZeroBase):
         if notice:
             self._zero_warn(notice)
         if own is not None and own["num_processes"] != world_size and self._zero_steps_by_size():
+            steps = "1 step" if world_size == 1 else f"{world_size} steps"
             self._zero_warn(
-                f"AcceleratedScheduler makes {world_size} steps for each optimizer step, and made "
+                f"AcceleratedScheduler makes {steps} for each optimizer step, and made "
                 f"{own['num_processes']} when {checkpoint.path} was saved: the learning rate changes faster or slower "
                 "than before. split_batches=True in the DataLoaderConfiguration makes it independent of that."
             )

@@ -138,7 +138,7 @@ class PrepareMixin(ZeroBase):
             cpu_offload=options.cpu_offload,
         )
         runtime.shardings.append((model, sharding))
-        if is_new and (self.ddp_handler is None or self.ddp_handler.broadcast_buffers):
+        if is_new and self.zero_shares_buffers:
             share_buffers(model, runtime.mesh, lambda: bool(self.sync_gradients))
 
     def _zero_rebind(self, optimizer: Optimizer) -> None:

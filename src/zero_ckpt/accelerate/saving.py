@@ -58,7 +58,8 @@ class SaveMixin(ZeroBase):
         training, as in Accelerate.
 
         Raises the same error on every rank (see `zero_ckpt.errors`); then nothing was committed. A hook's own error is
-        raised on its rank. DeepSpeed, FSDP1, Megatron-LM and XLA are saved by Accelerate's own code.
+        raised on its rank. `ConfigurationError` after `end_training`, which ends the process group of several
+        processes. DeepSpeed, FSDP1, Megatron-LM and XLA are saved by Accelerate's own code.
         """
         if not self.zero_is_ours:
             ours = {"client_state": client_state, "per_rank_client_state": per_rank_client_state}
@@ -67,6 +68,7 @@ class SaveMixin(ZeroBase):
             kwargs = {**save_model_func_kwargs, **extra}
             saved: Path = super().save_state(output_dir, safe_serialization, **kwargs)
             return saved
+        self.zero_check_group("save_state")
         name = f"global_step{self._zero_step}" if tag is None else str(tag)
         place = self._zero_save_place(output_dir, name)
         directory = place.directory

@@ -8,7 +8,7 @@ weights from it too; a folder that the Trainer alone wrote resumes as ever.
 The Trainer never calls `save_state`; what it does call for its optimizer and scheduler is overridden, by a subclass of
 its own class. Its accelerator is attached as by `attach`. The Trainer finds its place in the data by itself, by
 counting steps; only the epoch has to be told to the sampler before batches are skipped, which it forgets on several
-processes.
+processes, and samplers that know of no epoch get their generators back (`trainer_order`).
 
 May not import transformers: what is needed of it is the Trainer that is given.
 """
@@ -28,12 +28,18 @@ from zero_ckpt.accelerate.attach import attach
 from zero_ckpt.accelerate.base import ZeroBase, raw_optimizer
 from zero_ckpt.accelerate.content import make_snapshot
 from zero_ckpt.accelerate.hooks import Edits
+from zero_ckpt.accelerate.meeting import together
+from zero_ckpt.accelerate.trainer_order import EpochOrder
 from zero_ckpt.core.bound import Wanted
 from zero_ckpt.core.checkpoint import Checkpoint
+from zero_ckpt.core.finding import find_checkpoint
+from zero_ckpt.core.handle import Committed, SaveHandle
 from zero_ckpt.core.loading import load_together
+from zero_ckpt.core.per_rank import read_own
+from zero_ckpt.core.places import absolute
 from zero_ckpt.core.restoring import Restoration
 from zero_ckpt.core.state import Snapshot
-from zero_ckpt.errors import ConfigurationError
+from zero_ckpt.errors import ConfigurationError, ZeroCkptError
 
 if TYPE_CHECKING:
     from typing import Any as Host
@@ -46,6 +52,9 @@ T = TypeVar("T")
 SCHEDULER = ""
 """The Trainer's only scheduler, as a single one is named in checkpoints."""
 
+ORDER = "epoch_order"
+"""The object of each rank that only a Trainer's checkpoint has."""
+
 
 class TrainerMixin(Host):  # type: ignore[misc]
     """All overrides; in front of a Trainer's class."""
@@ -54,6 +63,7 @@ class TrainerMixin(Host):  # type: ignore[misc]
     """Arguments of `attach`."""
     _zero_kept: Sequence[tuple[Any, Any]] = ()
     """Models that were sharded by an earlier call of `train`."""
+    _zero_order: EpochOrder
 
     def create_accelerator_and_postprocess(self) -> None:
         """As the Trainer's; it may make another accelerator for another batch size."""
@@ -72,6 +82,9 @@ class TrainerMixin(Host):  # type: ignore[misc]
         """As the Trainer's; the loader that skips batches does not hand the epoch on to a sharded sampler."""
         if hasattr(train_dataloader, "set_epoch"):
             train_dataloader.set_epoch(epoch)
+        if self.args.ignore_data_skip:
+            self._zero_order.load(None)  # the epoch is another one, and takes what it finds
+        self._zero_order.begin(epoch, train_dataloader)
         return super()._run_epoch(
             model=model, epoch=epoch, train_dataloader=train_dataloader, **others
         )
@@ -88,6 +101,7 @@ class TrainerMixin(Host):  # type: ignore[misc]
         if not accelerator.zero_is_ours:
             super()._save_optimizer_and_scheduler(output_dir)
             return
+        accelerator.zero_check_group("the Trainer's save")
         step, options = int(self.state.global_step), accelerator._zero_options
         os.makedirs(output_dir, exist_ok=True)
         handle = accelerator.zero_engine.save(
@@ -110,7 +124,9 @@ class TrainerMixin(Host):  # type: ignore[misc]
         snapshot = make_snapshot(self.accelerator, Edits(), {}, None, exclude_frozen=has_adapter)
         snapshot.objects["lr_schedulers"] = {SCHEDULER: self.lr_scheduler.state_dict()}
         snapshot.objects["global_step"] = step
-        snapshot.rank_objects = {"rng": snapshot.rank_objects["rng"]}
+        own = snapshot.rank_objects
+        snapshot.rank_objects = {"rng": own["rng"], "buffers": own["buffers"]}
+        snapshot.rank_objects[ORDER] = self._zero_order.state()
         return snapshot
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -128,21 +144,45 @@ class TrainerMixin(Host):  # type: ignore[misc]
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
-        """As the Trainer's, whose way does not know sharded weights."""
+        """As the Trainer's, whose way does not know sharded weights. They are then what `end_training` exports."""
         best = self.state.best_model_checkpoint
+        self.accelerator._zero_runtime.saved = self._zero_saved_in(best)
         if self._zero_is_sharded() and self._zero_holds_model(best):
             self._zero_load(best, Wanted(optimizers=False, schedulers=False, module_only=True))
         else:
             super()._load_best_model()
 
+    def _zero_saved_in(self, directory: str) -> SaveHandle | None:
+        """The save that rank 0 finds there, or None for a folder that the Trainer alone wrote."""
+        accelerator = self.accelerator
+        if not self._zero_is_our_folder(directory):
+            return None
+
+        def find(_: Any) -> str | None:
+            try:
+                storage = accelerator.zero_engine.storage
+                return find_checkpoint(storage, absolute(directory), None).folder
+            except ZeroCkptError:
+                return None
+
+        timeout = accelerator._zero_options.timeout
+        folder = together(accelerator.zero_control, "load: best", lambda: None, find, timeout)
+        return None if folder is None else Committed(folder, os.path.basename(folder), {})
+
     def _zero_load(self, directory: str, wanted: Wanted) -> None:
         accelerator = self.accelerator
+        accelerator.zero_check_group("the Trainer's load")
         self._zero_bind_model()
 
         def prepare(checkpoint: Checkpoint) -> tuple[Restoration, Restoration]:
             objects = checkpoint.objects()
             plan, _ = accelerator._zero_plan(checkpoint, objects, accelerator.zero_models(), wanted)
             schedulers = objects.get("lr_schedulers", {})
+            same = checkpoint.manifest.world_size == accelerator.zero_control.world_size
+            if not wanted.module_only:
+                own = read_own(checkpoint, accelerator.zero_control, wanted.weights_only)
+                order = own.get(ORDER) if same else None
+                plan.installs.append(lambda: self._zero_order.load(order))
             if not wanted.module_only and SCHEDULER in schedulers:
                 state = schedulers[SCHEDULER]
                 plan.installs.append(lambda: self.lr_scheduler.load_state_dict(state))
@@ -238,5 +278,6 @@ def attach_trainer(trainer: T, stage: int | None = None, **options: Any) -> T:
     attach(given.accelerator, stage, **options)
     own: Any = type(given)
     given.__class__ = _attached_class(own)
+    given._zero_order = EpochOrder()
     given._zero_attach = {"stage": stage, **options}
     return trainer

@@ -60,9 +60,9 @@ class SavePlan:
 
 
 def plan_save(tables: Sequence[tuple[Table, Sequence[int]]]) -> SavePlan:
-    """The plan for a job whose distinct tables are each held by the given ranks (ascending).
+    """The plan for a job whose distinct tables are each held by the given ranks (ascending), each rank in one of them.
 
-    Raises `StateMismatchError` when two ranks describe one key differently.
+    Raises `StateMismatchError` when two ranks describe one key differently, or a mesh has ranks that hold no table.
     """
     return _Planner(tables).plan()
 
@@ -72,6 +72,7 @@ class _Planner:
 
     def __init__(self, tables: Sequence[tuple[Table, Sequence[int]]]) -> None:
         self._tables = tables
+        self._world_size = sum(len(ranks) for _, ranks in tables)
         self._known: dict[tuple[tuple[int, ...], tuple[int, ...]], _Held] = {}
         self._columns: dict[tuple[Mesh, tuple[int, ...]], _Columns] = {}
         self._placed: dict[tuple[int, int, int], Placed] = {}
@@ -112,6 +113,12 @@ class _Planner:
         layout = layouts[0]
         if len(layouts) > 1 and any(item != layout for item in layouts):
             layout = _stacked(key, layouts)
+        if layout.mesh is not None and max(layout.mesh.ranks) >= self._world_size:
+            raise StateMismatchError(
+                f"tensor '{key}' is sharded over ranks up to {max(layout.mesh.ranks)}, but {self._world_size} ranks "
+                "save: its process group is gone, or is not the one that saves. Nothing was committed. Save before "
+                "the process group is destroyed."
+            )
         holders = sorted(chain.from_iterable(self._tables[i][1] for i in having))
         grid = Grid(layout, tuple(holders))
         columns = self._columns.setdefault(

@@ -154,7 +154,9 @@ def broadcast_from_first(tensors: Sequence[torch.Tensor], mesh: DeviceMesh) -> N
     """Overwrite tensors with those of the mesh's first rank. Collective over the mesh.
 
     Works wherever the tensors live: they travel in buckets over the mesh's device. A DTensor (of a
-    mesh with more dimensions, such as tensor parallelism) has its local part broadcast.
+    mesh with more dimensions, such as tensor parallelism) has its local part broadcast. Unnoticed
+    by autograd, as DDP's broadcast of buffers is: a backward pass may still wait for what an
+    earlier forward pass has kept of them.
     """
     for bucket in buckets([local_part(t) for t in tensors if t.numel()]):
         # As bytes: not every backend knows every dtype.
@@ -165,7 +167,8 @@ def broadcast_from_first(tensors: Sequence[torch.Tensor], mesh: DeviceMesh) -> N
             group = mesh.get_group(dimension)
             dist.broadcast(flat, src=dist.get_global_rank(group, 0), group=group)
         for tensor, part in zip(bucket, torch.split(flat, [p.numel() for p in parts]), strict=True):
-            tensor.copy_(part.view(tensor.dtype).view(tensor.shape))
+            # Through .data, whose writes do not count as changes.
+            tensor.data.copy_(part.view(tensor.dtype).view(tensor.shape))
 
 
 def mesh_device(mesh: DeviceMesh) -> torch.device:

@@ -55,12 +55,9 @@ def resolve_units(
 
     Raises `ConfigurationError` when given classes match nothing.
     """
+    check_wrap(wrap)
     tree = list(_walk(module))
     if isinstance(wrap, str):
-        if wrap != "auto":
-            raise ConfigurationError(
-                f"wrap={wrap!r}: expected 'auto', module classes, or a callable."
-            )
         chosen = _automatic(module, tree, root)
     elif isinstance(wrap, type):
         chosen = _of_classes(tree, (wrap,))
@@ -70,6 +67,22 @@ def resolve_units(
         chosen = {id(o.module) for o in tree if _can_be_unit(o.module) and wrap(o.module)}
     chosen = _lift_wrappers(tree, chosen - {id(module)})
     return _in_order(tree, _without_shared_parameters(tree, chosen))
+
+
+def check_wrap(wrap: object) -> None:
+    """Raises `ConfigurationError` for what is no policy for any module."""
+    if isinstance(wrap, str):
+        if wrap == "auto":
+            return
+    elif isinstance(wrap, (type, Collection)):
+        classes = (wrap,) if isinstance(wrap, type) else tuple(wrap)
+        wrong = [c for c in classes if not (isinstance(c, type) and issubclass(c, nn.Module))]
+        if not wrong:
+            return
+        raise ConfigurationError(f"wrap: expected subclasses of torch.nn.Module, found {wrong}.")
+    elif callable(wrap):
+        return
+    raise ConfigurationError(f"wrap={wrap!r}: expected 'auto', module classes, or a callable.")
 
 
 def _walk(root: nn.Module) -> Iterator[Occurrence]:
@@ -149,9 +162,6 @@ def _own_parameters(module: nn.Module, units: set[int]) -> list[nn.Parameter]:
 
 
 def _of_classes(tree: list[Occurrence], classes: tuple[type[nn.Module], ...]) -> set[int]:
-    wrong = [c for c in classes if not (isinstance(c, type) and issubclass(c, nn.Module))]
-    if wrong:
-        raise ConfigurationError(f"wrap: expected subclasses of torch.nn.Module, found {wrong}.")
     chosen = {
         id(o.module) for o in tree if isinstance(o.module, classes) and _can_be_unit(o.module)
     }
