@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import chain
 
 from zero_ckpt.core.chunks import Box
@@ -113,9 +114,9 @@ class _Planner:
         layout = layouts[0]
         if len(layouts) > 1 and any(item != layout for item in layouts):
             layout = _stacked(key, layouts)
-        if layout.mesh is not None and max(layout.mesh.ranks) >= self._world_size:
+        if layout.mesh is not None and _highest(layout.mesh) >= self._world_size:
             raise StateMismatchError(
-                f"tensor '{key}' is sharded over ranks up to {max(layout.mesh.ranks)}, but {self._world_size} ranks "
+                f"tensor '{key}' is sharded over ranks up to {_highest(layout.mesh)}, but {self._world_size} ranks "
                 "save: its process group is gone, or is not the one that saves. Nothing was committed. Save before "
                 "the process group is destroyed."
             )
@@ -187,6 +188,11 @@ def _stacked(key: str, layouts: tuple[Layout, ...]) -> Layout:
     ranks = tuple(rank for mesh in meshes for rank in mesh.ranks)
     mesh = Mesh((len(meshes), *meshes[0].shape), ranks)
     return Layout(first.dtype, first.shape, mesh, ("R", *first.placements), first.whole)
+
+
+@lru_cache(maxsize=1024)
+def _highest(mesh: Mesh) -> int:
+    return max(mesh.ranks)
 
 
 def needed_chunks(placed: Placed, wanted: Box) -> Iterator[tuple[int, Box]]:
