@@ -113,6 +113,7 @@ class RestoreMixin(StrategyBase):
                 self.world_size,
                 self.root_device,
                 weights_only is not False,
+                self._current_trainer().accumulate_grad_batches,
             )
         return content
 

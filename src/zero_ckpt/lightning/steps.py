@@ -128,7 +128,7 @@ class StepMixin(StrategyBase):
         if trainer is None or not (self.is_fitting and trainer.training):
             return super().process_dataloader(dataloader)
         if self._zero_resumption is not None:
-            return self._zero_resumption.bind(dataloader)
+            return self._zero_resumption.bind(trainer, dataloader)
         if isinstance(dataloader, DataLoader) and can_resume(dataloader):
             return make_resumable(dataloader)
         return dataloader
@@ -136,6 +136,7 @@ class StepMixin(StrategyBase):
     def on_train_start(self) -> None:
         super().on_train_start()
         if self._zero_resumption is not None:
+            self._zero_resumption.settle(self._current_trainer().fit_loop)
             self._zero_resumption.pending.at_train_start()
             self._zero_resumption = None
 
