@@ -117,6 +117,12 @@ def test_used_as_a_tensor_it_has_the_values(use: str, lazy: LazyTensor) -> None:
     assert found.dtype == expected.dtype
 
 
+def test_a_chain_of_changes_stays_in_it(lazy: LazyTensor) -> None:
+    assert lazy.mul_(2).add_(1) is lazy
+    assert torch.equal(lazy.clone(), VALUES * 2 + 1)
+    assert lazy.cpu() is not lazy
+
+
 def test_values_that_were_changed_are_not_read_again(lazy: LazyTensor) -> None:
     lazy.mul_(2)
     assert torch.equal(lazy + 0, VALUES * 2)

@@ -167,7 +167,7 @@ class StrategyBase(Host):
 
     def __getstate__(self) -> dict[str, Any]:
         """For launchers that pickle the strategy: connections of this process stay behind."""
-        here = ("_zero_engine", "_zero_sharding", "_zero_mesh", "_zero_source")
+        here = ("_zero_engine", "_zero_sharding", "_zero_mesh", "_zero_source", "_zero_handed_out")
         return {**super().__getstate__(), **dict.fromkeys(here)}
 
 

@@ -13,6 +13,7 @@ import torch
 from zero_ckpt.core.checkpoint import open_checkpoint
 from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.lightning.content import from_checkpoint
+from zero_ckpt.lightning.kept import HandedOut
 from zero_ckpt.lightning.namespaces import Namespace, installed, load
 from zero_ckpt.lightning.paths import is_checkpoint_folder
 
@@ -65,9 +66,12 @@ def load_module(
         content = from_checkpoint(
             checkpoint, namespace.version, weights_only, with_optimizers=False
         )
+        handed_out = HandedOut(content)
         left_out = checkpoint.manifest.excluded
         build = partial(_build, namespace, module_class, content, checkpoint.path)
         module = _build_without(left_out, build, content, strict, kwargs)
+        del content, build
+        handed_out.read_kept(checkpoint)
     return module if map_location is None else module.to(map_location)
 
 

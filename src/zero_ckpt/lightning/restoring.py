@@ -31,6 +31,7 @@ from zero_ckpt.errors import DisagreementError, StateMismatchError
 from zero_ckpt.lightning.base import StrategyBase
 from zero_ckpt.lightning.checkpoint_io import ZeroCheckpointIO
 from zero_ckpt.lightning.content import from_checkpoint
+from zero_ckpt.lightning.kept import HandedOut
 from zero_ckpt.lightning.optimizers import Pristine, plan_state
 from zero_ckpt.lightning.paths import is_checkpoint_folder
 from zero_ckpt.lightning.ranks import restore_rank
@@ -53,6 +54,7 @@ class RestoreMixin(StrategyBase):
 
     is_set_up = False
     _zero_source: Checkpoint | None = None
+    _zero_handed_out: HandedOut | None = None
     _zero_pristine: tuple[Pristine, ...] = ()
     _zero_deferred: _Deferred | None = None
     _zero_asked = False
@@ -98,6 +100,7 @@ class RestoreMixin(StrategyBase):
         self._zero_source = loaded.checkpoint
         content, notice = loaded.prepared
         self._tell([notice])
+        self._zero_handed_out = HandedOut(content)
         content = self._only_wanted(content)
         states = content.get("optimizer_states", [])
         prefixes = [""] if len(states) == 1 else [f"{i}/" for i in range(len(states))]
@@ -301,9 +304,19 @@ class RestoreMixin(StrategyBase):
     def _pristine(self, index: int) -> Pristine | None:
         return self._zero_pristine[index] if index < len(self._zero_pristine) else None
 
+    def read_what_is_kept(self) -> None:
+        """Collective: all is restored. What hooks still hold of the checkpoint is read now."""
+        handed_out, self._zero_handed_out = self._zero_handed_out, None
+        source = self._zero_source
+        self._zero_pristine = ()
+        if handed_out is not None and source is not None:
+            self._together("resume: what hooks kept", lambda: handed_out.read_kept(source))
+            source.close()
+
     def close_checkpoint(self) -> None:
         """Forget the checkpoint that was loaded last."""
         source, self._zero_source = self._zero_source, None
+        self._zero_handed_out = None
         self._zero_pristine = ()
         if source is not None:
             source.close()
