@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from zero_ckpt import zero
 from zero_ckpt.core.notices import warn_user
 from zero_ckpt.errors import ConfigurationError, ZeroCkptError
-from zero_ckpt.lightning.copies import shard_copies
+from zero_ckpt.lightning.copies import allow_copies, shard_copies
 from zero_ckpt.lightning.export import attach_export, run_export
 from zero_ckpt.lightning.restoring import RestoreMixin
 from zero_ckpt.lightning.steps import StepMixin
@@ -100,6 +100,7 @@ class SetupMixin(RestoreMixin, StepMixin):
         )
         recover(model)
         zero.reshard(model)
+        allow_copies(model)
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
