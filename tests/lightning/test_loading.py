@@ -102,6 +102,35 @@ def test_configure_model_and_the_load_hook_are_called(
     assert torch.equal(load_module(Built, directory).head.weight, weights["head.weight"] * 2)  # type: ignore[union-attr, arg-type]
 
 
+class Table(nn.Module):
+    """Has a buffer that no checkpoint keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.arange(3.0), persistent=False)
+
+    def reset_parameters(self) -> None:
+        self.rows.copy_(torch.arange(3.0))
+
+
+class OnMeta(Built):
+    def configure_model(self) -> None:
+        if self.head is None:
+            with torch.device("meta"):
+                self.head = nn.Linear(6, 3, bias=False)
+                self.table = Table()
+
+
+def test_what_is_made_on_the_meta_device_is_loaded(
+    trained: tuple[Path, dict[str, torch.Tensor]],
+) -> None:
+    directory, weights = trained
+    model = load_module(OnMeta, directory)
+    assert torch.equal(model.head.weight, weights["head.weight"] * 2)  # type: ignore[union-attr, arg-type]
+    assert torch.equal(model.table.rows, torch.arange(3.0))
+    assert "load_state_dict" not in vars(OnMeta)
+
+
 def test_files_of_optimizer_state_are_not_read(tmp_path: Path) -> None:
     (weights,) = on_ranks(train_default, 1, tmp_path)
     tag = tmp_path / "checkpoints" / "step=2.ckpt"
