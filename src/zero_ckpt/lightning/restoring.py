@@ -208,6 +208,11 @@ class RestoreMixin(StrategyBase):
             return
         if not self.is_set_up and self.stage < 2:
             self.materialize_replicated()
+        if not self.is_set_up and isinstance(
+            self.precision_plugin, self.namespace.double_precision
+        ):
+            assert self.lightning_module is not None
+            self.precision_plugin.convert_module(self.lightning_module)  # floats would round them
         self._load_weights(state_dict, strict)
 
     def materialize_replicated(self) -> None:
