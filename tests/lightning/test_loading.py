@@ -193,6 +193,14 @@ def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
         load_module(Model, tmp_path / "no-such")
 
 
+def test_an_exported_file_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ConfigurationError, match=r"Give the checkpoint's folder.*load_file"):
+        load_module(Model, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigurationError, match="is an export of weights alone"):
+        ZeroCheckpointIO().load_checkpoint(tmp_path / "model.safetensors")
+
+
 def test_what_is_no_class_of_modules_is_refused(tmp_path: Path) -> None:
     for given in (nn.Linear, Model()):
         with pytest.raises(ConfigurationError, match="expected a LightningModule class, found"):

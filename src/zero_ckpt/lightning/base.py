@@ -108,6 +108,8 @@ class StrategyBase(Host):
         self._zero_sharding: Sharding | None = None
         self._zero_mesh: DeviceMesh | None = None
         self._zero_resumption: Resumption | None = None
+        # Whether other ranks did not come to a save after an exception.
+        self._zero_is_alone = False
 
     @property
     def engine(self) -> SyncEngine:

@@ -25,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
 from zero_ckpt import zero
 
-__all__ = ["allow_copies", "shard_copies"]
+__all__ = ["allow_copies", "shard_copies", "users_class"]
 
 _Tensors = tuple[torch.Tensor, ...] | list[torch.Tensor]
 

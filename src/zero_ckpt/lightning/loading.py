@@ -16,7 +16,7 @@ from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.lightning.content import from_checkpoint
 from zero_ckpt.lightning.kept import HandedOut
 from zero_ckpt.lightning.namespaces import Namespace, installed, load
-from zero_ckpt.lightning.paths import is_checkpoint_folder
+from zero_ckpt.lightning.paths import is_checkpoint_folder, refuse_export
 from zero_ckpt.zero.initial import materialize
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ def load_module(
     `UnsafeObjectError`, and what the module's own `__init__` and `load_state_dict` raise.
     """
     if tag is None and not is_checkpoint_folder(path) and os.path.isfile(path):
+        refuse_export(path)
         return module_class.load_from_checkpoint(
             os.fspath(path),
             map_location=map_location,

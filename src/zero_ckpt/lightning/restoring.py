@@ -28,12 +28,12 @@ from zero_ckpt.core.restoring import Restoration
 from zero_ckpt.core.shares import verify_share
 from zero_ckpt.core.tag_folder import is_tag_folder, nothing_at
 from zero_ckpt.errors import DisagreementError, StateMismatchError
+from zero_ckpt.lightning import paths
 from zero_ckpt.lightning.base import StrategyBase
 from zero_ckpt.lightning.checkpoint_io import ZeroCheckpointIO
 from zero_ckpt.lightning.content import from_checkpoint
 from zero_ckpt.lightning.kept import HandedOut
 from zero_ckpt.lightning.optimizers import Pristine, plan_state
-from zero_ckpt.lightning.paths import is_checkpoint_folder
 from zero_ckpt.lightning.ranks import restore_rank
 from zero_ckpt.lightning.wanted import PER_RANK, follow_schedules, leave_out
 from zero_ckpt.lightning.weights import load_weights
@@ -72,6 +72,7 @@ class RestoreMixin(StrategyBase):
         super().connect(model)
         self.is_set_up = False
         self._zero_asked = False
+        self._zero_is_alone = False
         self._zero_deferred = None
         self._zero_resumption = None
 
@@ -162,13 +163,14 @@ class RestoreMixin(StrategyBase):
 
     def _is_ours(self, path: str) -> bool:
         """Whether to read `path` as a sharded checkpoint; another plugin may write folders too."""
-        if not is_checkpoint_folder(path):
+        if not paths.is_checkpoint_folder(path):
             return False
         io = self.checkpoint_io
         return isinstance(io, ZeroCheckpointIO) or is_tag_folder(self.engine.storage, path)
 
     def _load_file(self, path: str, weights_only: bool | None) -> dict[str, Any]:
         torch.cuda.empty_cache()
+        paths.refuse_export(path)
         try:
             content: dict[str, Any] = self.checkpoint_io.load_checkpoint(
                 path, weights_only=weights_only
