@@ -100,11 +100,11 @@ def _save_everywhere(root: Path) -> None:
         run.fit(Told(fail_at=4), _rows())
 
 
-def _resume(root: Path, name: str, accumulate: int) -> dict[str, Any]:
+def _resume(root: Path, name: str, accumulate: int, **limits: Any) -> dict[str, Any]:
     warnings.filterwarnings("ignore", ".*is resumed by")
     model = Told()
     best = ModelCheckpoint(root / f"best-{name}", monitor="val_loss")
-    options: dict[str, Any] = {"max_epochs": 2, "accumulate_grad_batches": accumulate}
+    options = {"max_epochs": 2, "accumulate_grad_batches": accumulate, **limits}
     run = trainer(root, 2, callbacks=[best], **options)
     run.fit(model, _rows(), loader(8), ckpt_path=str(root / f"{name}.ckpt"))
     seen: list[Any] = [None] * dist.get_world_size()
@@ -141,3 +141,14 @@ def test_the_rest_of_an_epoch_is_seen_once_and_ends_as_it_should(
         first = [] if len(run["epochs"]) == 1 else [*rest, "validated"]  # it may be over already
         assert run["events"] == [*first, *steps, "validated"], name
         assert run["best"], name
+
+
+def _resume_limited(root: Path) -> dict[str, Any]:
+    return _resume(root, "11", 2, limit_train_batches=6)
+
+
+def test_an_epoch_that_is_shorter_now_ends_with_its_last_window(tmp_path: Path) -> None:
+    on_ranks(_save_everywhere, 2, tmp_path)
+    (run,) = on_ranks(_resume_limited, 1, tmp_path)
+    assert run["epochs"] == [list(range(8, 12)), list(range(12))]
+    assert run["events"] == [5, "validated", 1, 3, 5, "validated"]

@@ -117,8 +117,8 @@ class Resumption:
     ) -> Mapping[str, Any]:
         """`position`, before the end of the epoch as this run has it (it may be limited, or drop a batch)."""
         batches = _batches(loader, trainer.limit_train_batches)
-        if self.place is None or batches is None or position["yielded"] != self.place:
-            return position
+        if self.place is None or batches is None or position["yielded"] < self.place:
+            return position  # a shorter loader, which begins again within the epoch
         self.place = epochs.within(self.place, batches, trainer.accumulate_grad_batches)
         return {**position, "yielded": self.place}
 
