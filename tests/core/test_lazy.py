@@ -14,7 +14,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from tests.workers import run_ranks
 from zero_ckpt.core.chunks import Box, full_box
 from zero_ckpt.core.lazy import LazyTensor
 from zero_ckpt.core.objects import decode_objects, encode_objects
@@ -117,6 +120,12 @@ def test_used_as_a_tensor_it_has_the_values(use: str, lazy: LazyTensor) -> None:
     assert found.dtype == expected.dtype
 
 
+def test_a_chain_of_changes_stays_in_it(lazy: LazyTensor) -> None:
+    assert lazy.mul_(2).add_(1) is lazy
+    assert torch.equal(lazy.clone(), VALUES * 2 + 1)
+    assert lazy.cpu() is not lazy
+
+
 def test_values_that_were_changed_are_not_read_again(lazy: LazyTensor) -> None:
     lazy.mul_(2)
     assert torch.equal(lazy + 0, VALUES * 2)
@@ -215,3 +224,27 @@ def test_stored_in_objects_it_is_a_plain_tensor(lazy: LazyTensor) -> None:
     (found,) = decode_objects(encoded.json, encoded.entries.__getitem__, dtensor=str)
     assert type(found) is torch.Tensor
     assert torch.equal(found, VALUES)
+
+
+def _meet_dtensors() -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    parts = {
+        "w": distribute_tensor(VALUES.clone(), mesh, [Shard(0)]),
+        "b": distribute_tensor(torch.arange(6.0), mesh, [Shard(0)]),
+    }
+    lazies = {"w": lazy_of(VALUES), "b": lazy_of(torch.arange(6.0))}
+    torch._foreach_add_(list(lazies.values()), list(parts.values()))
+    for name, lazy in lazies.items():  # changed with parts, they are parts
+        assert isinstance(lazy.materialize(), DTensor)
+        assert torch.equal(lazy.full_tensor(), parts[name].full_tensor() * 2)
+    row = lazy_of(torch.arange(6.0))  # of another shape than what it meets
+    assert torch.equal((parts["w"] + row).full_tensor(), VALUES + torch.arange(6.0))
+    assert not row.is_read
+    average = lazy_of(VALUES)
+    average.mul_(0.5).add_(parts["w"], alpha=0.5)
+    assert torch.equal(average.full_tensor(), VALUES)
+    assert not hasattr(row, "full_tensor")
+
+
+def test_one_that_meets_dtensors_is_combined_with_them_part_by_part() -> None:
+    run_ranks(_meet_dtensors, 2)

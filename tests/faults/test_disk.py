@@ -272,7 +272,7 @@ def fill_disk(root: str, reserve: bool, sized: bool) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("reserve", "sized", "text"),
     [
-        (True, True, "MB are free. Nothing was written. Make room, or lower keep_last."),
+        (True, True, "MB are free. Nothing was written. Make room, or keep fewer checkpoints."),
         (True, False, ".safetensors: No space left on device. Nothing was committed"),
         (False, False, ".safetensors: No space left on device. Nothing was committed"),
     ],

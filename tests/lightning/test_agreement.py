@@ -25,6 +25,7 @@ from tests.lightning.harness import (
 from tests.told import told_once
 from zero_ckpt.errors import (
     CheckpointNotFoundError,
+    ConfigurationError,
     CorruptShardError,
     DisagreementError,
     StateMismatchError,
@@ -162,16 +163,24 @@ def _mismatches(root: Path) -> list[str]:
         with pytest.raises(CheckpointNotFoundError) as misspelled:
             _fit(root, stage, root / "c" / "q.ckpt", Model())
         problems.append(str(misspelled.value))
+    with pytest.raises(ConfigurationError, match=r"is an export of weights alone.*folder"):
+        _fit(root, 2, root / "c" / "model.safetensors", Model())
+    model = Model()
+    _fit(root, 3, root / "c" / "a.ckpt", model)
+    with pytest.raises(ConfigurationError, match=r"^Model is sharded already"):
+        _fit(root, 1, root / "c" / "a.ckpt", model)
     return problems
 
 
 @pytest.mark.usefixtures("saved")
 def test_another_model_or_optimizer_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "c" / "model.safetensors").touch()
     for problems in on_ranks(_mismatches, 2, tmp_path):
         for optimizers, groups, shape, misspelled in (problems[:4], problems[4:]):
             assert "1 optimizers" in optimizers
             assert "'blocks.0.lower.weight'" in groups
             assert shape.startswith(f"{tmp_path}/c/a.ckpt does not fit the model. ")
+            assert "Error(s) in loading state_dict for Resized:" in shape
             assert "size mismatch for scale" in shape
             assert shape.endswith("Nothing was loaded.")
             assert misspelled.startswith(

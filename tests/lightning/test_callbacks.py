@@ -100,3 +100,45 @@ def test_callback_works_and_resumes_at_every_stage(tmp_path: Path, kind: str) ->
             assert resumed[0] == full[0][6:]  # two epochs of three steps
             assert_same(resumed[1], full[1])
             assert all(full[2]) == (stage >= 2) or not full[2]
+
+
+class Watching(Model):
+    """Has a hook of its own, which a copy must keep."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head.register_forward_hook(double)
+
+
+def double(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+    return output * 2
+
+
+def _run_before(root: Path, stage: int, kind: str) -> Any:
+    L.seed_everything(4)
+    model = Watching()
+    trainer(root, stage).validate(model, loader(8), verbose=False)
+    for _ in range(2):  # the second fit is of a model that a first one has averaged
+        callbacks = _callbacks(kind)
+        run = trainer(root, stage, max_epochs=3, callbacks=callbacks, enable_checkpointing=False)
+        run.fit(model, loader(24), loader(8))
+    average = _copy_of(callbacks[0])
+    assert type(average) is Watching
+    assert [*average.head._forward_hooks.values()] == [double]
+    kinds = [isinstance(parameter, DTensor) for parameter in average.parameters()]
+    return model.losses, whole_weights(model), whole_weights(average), kinds
+
+
+def _run_before_everywhere(root: Path, kind: str) -> list[Any]:
+    return [_run_before(root, stage, kind) for stage in (0, 2, 3)]
+
+
+@pytest.mark.parametrize("kind", ["ema", "swa"])
+def test_a_model_that_was_run_before_can_be_averaged(tmp_path: Path, kind: str) -> None:
+    for plain, *sharded in on_ranks(_run_before_everywhere, 2, tmp_path, kind):
+        for losses, weights, average, kinds in sharded:
+            assert losses == [(i, pytest.approx(loss, rel=1e-5)) for i, loss in plain[0]]
+            for found, expected in ((weights, plain[1]), (average, plain[2])):
+                for key, value in expected.items():
+                    torch.testing.assert_close(found[key], value, rtol=1e-5, atol=1e-6)
+            assert any(kinds)

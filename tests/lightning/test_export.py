@@ -91,7 +91,8 @@ class ChangesItself(Model):
 
 
 def live_weights(root: Path) -> None:
-    weights, _ = fit(root, 3, ChangesItself(), callbacks=[Average()], enable_checkpointing=False)
+    options: dict[str, Any] = {"callbacks": [Average()], "enable_checkpointing": False}
+    weights, _ = fit(root, 3, ChangesItself(), Fp32Export(), **options)
     exported = load_file(root / "fp32" / "model.safetensors")
     assert_same(exported, weights)
     assert (exported["scale"] > 900).all(), "the module's on_train_end came before"
@@ -133,10 +134,22 @@ def no_export(root: Path) -> None:
         fit(root, 2, Fails(), **keeper)
     fit(root, 2, Model(), fast_dev_run=True)
     fit(root / "off", 2, Model(), export=False)
+    fit(root / "quiet", 2, Model(), enable_checkpointing=False)
+    bare = L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        strategy=ZeroStrategy(2, export=Fp32Export(root / "bare" / "fp32")),
+        barebones=True,
+        max_epochs=1,
+        default_root_dir=root,
+    )
+    bare.fit(Model(), loader(16))
     assert not list(root.rglob("fp32"))
 
 
-def test_nothing_is_exported_after_an_exception_nor_when_switched_off(tmp_path: Path) -> None:
+def test_nothing_is_exported_after_an_exception_nor_by_a_trainer_that_keeps_nothing(
+    tmp_path: Path,
+) -> None:
     on_ranks(no_export, 1, tmp_path)
 
 

@@ -14,7 +14,8 @@ from torch import nn
 
 from tests.lightning.harness import FEATURES, Model, loader, on_ranks, trainer, whole, whole_weights
 from tests.told import warned
-from zero_ckpt.errors import UnsafeObjectError
+from zero_ckpt.errors import CorruptShardError, UnsafeObjectError
+from zero_ckpt.lightning.kept import HandedOut
 
 STAGES = (0, 1, 2, 3)
 
@@ -250,3 +251,121 @@ def test_validate_test_and_predict_around_fit(tmp_path: Path) -> None:
             torch.testing.assert_close(other[2], expected[2])
             for key, value in expected[3].items():
                 torch.testing.assert_close(other[3][key], value)
+
+
+class Keeping(Model):
+    """Keeps what it is given, and works with it after the checkpoint is gone, as with its live weights."""
+
+    kept: dict[str, Any] | None = None
+    average: dict[str, Any] | None = None
+    full: dict[str, Any] | None = None
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["average"] = self.average or dict(self.state_dict())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.average = checkpoint["average"]
+        self.kept = {"head.weight": checkpoint["state_dict"]["head.weight"]}
+
+    def on_train_start(self) -> None:
+        if self.average is None:
+            return
+        with torch.no_grad():
+            for name, value in self.state_dict().items():
+                if value.is_floating_point():
+                    self.average[name].mul_(0.5).add_(value, alpha=0.5)
+                    assert torch.allclose(whole(self.average[name]), whole(value))
+
+
+def _keep(root: Path, stage: int) -> tuple[Any, ...]:
+    path = str(root / f"stage{stage}.ckpt")
+    trainer_options: dict[str, Any] = {"limit_train_batches": 1, "max_epochs": 1}
+    first = trainer(root, stage, **trainer_options)
+    first.fit(Keeping(), loader())
+    first.save_checkpoint(path)
+    model = Keeping()
+    second = trainer(root, stage, max_epochs=1)
+    second.validate(model, loader(8), ckpt_path=path, verbose=False)
+    saved = whole_weights(model)
+    first.save_checkpoint(path)  # what was loaded is gone
+    assert model.kept is not None
+    kept = model.kept["head.weight"] + 0
+    third = trainer(root, stage, max_epochs=2, limit_train_batches=1, callbacks=[RemoveIt(path)])
+    third.fit(fitted := Keeping(), loader(), ckpt_path=path)
+    third.save_checkpoint(path)  # averages that are kept are saved again
+    second.validate(again := Keeping(), loader(8), ckpt_path=path, verbose=False)
+    assert fitted.average is not None
+    assert again.average is not None
+    averages = {k: (whole(fitted.average[k]), again.average[k] + 0) for k in fitted.average}
+    return saved["head.weight"], kept, averages
+
+
+class RemoveIt(L.Callback):
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.strategy.remove_checkpoint(self.path)
+        trainer.strategy.barrier("removed")
+
+
+def _keep_everywhere(root: Path) -> list[Any]:
+    return [_keep(root, stage) for stage in (1, 3)]
+
+
+def test_what_a_hook_keeps_outlives_the_checkpoint(tmp_path: Path) -> None:
+    for results in on_ranks(_keep_everywhere, 2, tmp_path):
+        for weight, kept, averages in results:
+            assert torch.equal(kept, weight)
+            for before, after in averages.values():
+                assert torch.equal(before, after)
+
+
+class Counting(Model):
+    """Keeps one tensor."""
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.kept = checkpoint["state_dict"]["scale"]
+
+
+def _read_again(root: Path) -> list[str]:
+    run = trainer(root, 2, max_steps=1)
+    run.fit(Model(), loader())
+    run.save_checkpoint(root / "a.ckpt")
+    asked: list[str] = []
+    ask = HandedOut._kept
+
+    def telling(self: HandedOut, checkpoint: Any) -> Any:
+        kept = ask(self, checkpoint)
+        asked.extend(each.key for each in kept)
+        return kept
+
+    HandedOut._kept = telling  # type: ignore[method-assign]
+    trainer(root, 2, max_steps=2).fit(Counting(), loader(), ckpt_path=str(root / "a.ckpt"))
+    return asked
+
+
+def test_what_nobody_keeps_is_not_read_again(tmp_path: Path) -> None:
+    for asked in on_ranks(_read_again, 2, tmp_path):
+        assert set(asked) == {"scale"}
+
+
+def _keep_on_one_rank(root: Path) -> Any:
+    """Rank 1 keeps what is damaged; both must hear of it."""
+    run = trainer(root, 2, max_steps=1)
+    run.fit(Model(), loader())
+    run.save_checkpoint(root / "a.ckpt")
+    read = HandedOut.read_kept
+
+    def damaged(self: HandedOut, checkpoint: Any) -> None:
+        if dist.get_rank() == 1:
+            raise CorruptShardError("a.ckpt: damaged")
+        read(self, checkpoint)
+
+    HandedOut.read_kept = damaged  # type: ignore[method-assign]
+    with pytest.raises(CorruptShardError, match=r"rank 1: .*damaged"):
+        trainer(root, 2, max_steps=2).fit(Counting(), loader(), ckpt_path=str(root / "a.ckpt"))
+
+
+def test_no_rank_fails_alone_over_what_it_keeps(tmp_path: Path) -> None:
+    on_ranks(_keep_on_one_rank, 2, tmp_path)

@@ -102,6 +102,35 @@ def test_configure_model_and_the_load_hook_are_called(
     assert torch.equal(load_module(Built, directory).head.weight, weights["head.weight"] * 2)  # type: ignore[union-attr, arg-type]
 
 
+class Table(nn.Module):
+    """Has a buffer that no checkpoint keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("rows", torch.arange(3.0), persistent=False)
+
+    def reset_parameters(self) -> None:
+        self.rows.copy_(torch.arange(3.0))
+
+
+class OnMeta(Built):
+    def configure_model(self) -> None:
+        if self.head is None:
+            with torch.device("meta"):
+                self.head = nn.Linear(6, 3, bias=False)
+                self.table = Table()
+
+
+def test_what_is_made_on_the_meta_device_is_loaded(
+    trained: tuple[Path, dict[str, torch.Tensor]],
+) -> None:
+    directory, weights = trained
+    model = load_module(OnMeta, directory)
+    assert torch.equal(model.head.weight, weights["head.weight"] * 2)  # type: ignore[union-attr, arg-type]
+    assert torch.equal(model.table.rows, torch.arange(3.0))
+    assert "load_state_dict" not in vars(OnMeta)
+
+
 def test_files_of_optimizer_state_are_not_read(tmp_path: Path) -> None:
     (weights,) = on_ranks(train_default, 1, tmp_path)
     tag = tmp_path / "checkpoints" / "step=2.ckpt"
@@ -162,6 +191,14 @@ def test_pickled_hyper_parameters_are_opened_only_when_that_is_allowed(tmp_path:
 def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointNotFoundError, match="no-such"):
         load_module(Model, tmp_path / "no-such")
+
+
+def test_an_exported_file_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ConfigurationError, match=r"Give the checkpoint's folder.*load_file"):
+        load_module(Model, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigurationError, match="is an export of weights alone"):
+        ZeroCheckpointIO().load_checkpoint(tmp_path / "model.safetensors")
 
 
 def test_what_is_no_class_of_modules_is_refused(tmp_path: Path) -> None:

@@ -177,3 +177,37 @@ def test_any_loader_continues_where_it_was(tmp_path: Path, kind: str, names: lis
         assert len(losses) > 1, name
         assert losses == full[0][-len(losses) :], name
         assert_same(weights, full[1], name)
+
+
+class Looking(L.Callback):
+    """Sees the weights before the strategy is set up."""
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
+        assert trainer.state.fn == "fit"
+
+
+def _in_precision(root: Path, stage: int, precision: Any, ckpt_path: str | None) -> Any:
+    L.seed_everything(7 if ckpt_path is None else 1234)
+    model = Model(dropout=0.4)
+    saver = ModelCheckpoint(root, every_n_train_steps=3, save_top_k=-1, filename="{step}")
+    callbacks = [Looking(), *([saver] if ckpt_path is None else [])]
+    run = trainer(root, stage, max_steps=6, precision=precision, callbacks=callbacks)
+    run.fit(model, loader(shuffle=True), ckpt_path=ckpt_path)
+    return model.losses, whole_weights(model)
+
+
+def _in_precisions(root: Path, precision: str) -> list[Any]:
+    found = []
+    for stage in (0, 3):
+        folder = root / str(stage)
+        full = _in_precision(folder, stage, precision, None)
+        found.append((full, _in_precision(folder, stage, precision, str(folder / "step=3.ckpt"))))
+    return found
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-true"])
+def test_weights_of_any_precision_come_back_exactly(tmp_path: Path, precision: str) -> None:
+    for results in on_ranks(_in_precisions, 2, tmp_path, precision):
+        for full, resumed in results:
+            assert resumed[0] == full[0][3:]
+            assert_same(resumed[1], full[1])

@@ -208,3 +208,29 @@ def _go_on_from(root: Path, path: Path) -> Any:
     run = trainer(root, 2, max_steps=8, callbacks=[probe])
     run.fit(Model(), loader(), ckpt_path=str(path))
     return probe.seen["weights"]
+
+
+def _take_turns(root: Path, stages: tuple[int, ...]) -> list[Any]:
+    found: list[Any] = []
+    for stage in stages:
+        L.seed_everything(5)
+        model = Gan()
+        try:
+            trainer(root, stage, max_steps=8).fit(model, loader(32))
+        except RuntimeError as error:
+            found.append(str(error))
+        else:
+            found.append(model.losses)
+    return found
+
+
+def test_optimizers_that_take_turns_need_no_option_in_one_process(tmp_path: Path) -> None:
+    [(replicated, partitioned, sharded)] = on_ranks(_take_turns, 1, tmp_path, (0, 1, 2))
+    assert len(sharded) == 4
+    assert replicated == partitioned
+    assert replicated == [(i, pytest.approx(loss, rel=2e-6)) for i, loss in sharded]
+
+
+def test_what_ddp_refuses_is_told_with_this_strategys_remedy(tmp_path: Path) -> None:
+    for (refusal,) in on_ranks(_take_turns, 2, tmp_path, (1,)):
+        assert "ZeroStrategy(stage=1, find_unused_parameters=True), or stage 2 or 3" in refusal

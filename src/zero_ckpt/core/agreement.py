@@ -178,7 +178,7 @@ def _check_space(storage: Storage, directory: str, needed: int) -> None:
     if free is not None and needed > free:
         raise SaveError(
             f"{directory}: the checkpoint needs {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free. Nothing was "
-            "written. Make room, or lower keep_last."
+            "written. Make room, or keep fewer checkpoints."
         )
 
 

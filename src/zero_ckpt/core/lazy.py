@@ -3,7 +3,7 @@
 A `LazyTensor` is a `torch.Tensor` for whoever only asks what it is. Any operation on it (`.contiguous()`, indexing,
 arithmetic, `copy_` from it) first reads the stored values; indexing with integers and slices reads only the bytes
 that the result needs. One that meets a DTensor of its shape becomes a DTensor that is sharded alike, of which each rank
-reads its own part. Pickling or deep-copying one gives the values.
+reads its own part, and stays one if the operation changed it. Pickling or deep-copying one gives the values.
 
 Values stay in memory only where somebody could tell: when an operation changed them, or its result shares their
 memory. So a model that is loaded from a dict of lazy tensors takes the memory of one tensor beside its own.
@@ -11,12 +11,12 @@ memory. So a model that is loaded from a dict of lazy tensors takes the memory o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.utils._pytree import tree_leaves, tree_map
 
 from zero_ckpt.core.chunks import Box, full_box
@@ -91,10 +91,17 @@ class LazyTensor(torch.Tensor):
         """Whether the values are here already; a caller may have changed them since."""
         return self._value is not None
 
+    def become(self, values: torch.Tensor) -> None:
+        """Have `values` from now on: the stored ones, which somebody has read."""
+        self._value = values
+
     def materialize(self) -> torch.Tensor:
-        """The values, as a plain tensor, which stay here. Raises `CorruptShardError` for damaged bytes."""
+        """The values, which stay here: a plain tensor, or a DTensor if this was changed together with one.
+
+        Raises `CorruptShardError` for damaged bytes.
+        """
         if self._value is None:
-            self._value = self._read(full_box(tuple(self.shape)))
+            self._value = self._read(_whole(self))
         return self._value
 
     def read_box(self, box: Box) -> torch.Tensor:
@@ -110,6 +117,13 @@ class LazyTensor(torch.Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"LazyTensor({self.key!r}, shape={list(self.shape)}, dtype={self.dtype})"
+
+    def __getattr__(self, name: str) -> Any:
+        """What a DTensor has beside a tensor (`full_tensor`, `placements`, ...), once this is one."""
+        value = vars(self).get("_value")
+        if isinstance(value, DTensor):
+            return getattr(value, name)
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         box = _box_of(index, tuple(self.shape))
@@ -129,15 +143,13 @@ class LazyTensor(torch.Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        like = next((leaf for leaf in tree_leaves(args) if isinstance(leaf, DTensor)), None)
-        use = _Use(like)
+        use = _Use(tree_leaves((args, kwargs)))
         args, kwargs = tree_map(use.value_of, (args, kwargs or {}))
         result = func(*args, **kwargs)
-        if (
-            func is not torch.Tensor.contiguous
-        ):  # a tensor of its own, as DeepSpeed's stand-ins give
-            use.keep(result)
-        return result
+        if func is torch.Tensor.contiguous:
+            return result  # a tensor of its own, as DeepSpeed's stand-ins give
+        use.keep(result)
+        return use.owner(result)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -148,23 +160,27 @@ class LazyTensor(torch.Tensor):
 
 
 class _Use:
-    """The values that one operation reads. `like`: a DTensor that it reads, too."""
+    """The values that one operation reads. `operands`: all that it works with."""
 
-    def __init__(self, like: DTensor | None) -> None:
-        self._like = like
+    def __init__(self, operands: Iterable[Any]) -> None:
+        parts = [each for each in map(_shown, operands) if isinstance(each, DTensor)]
+        self._alike = {part.shape: part for part in reversed(parts)}
+        self._any = parts[0] if parts else None
         self._read: dict[int, tuple[LazyTensor, torch.Tensor, int | None]] = {}
 
     def value_of(self, given: Any) -> Any:
         if not isinstance(given, LazyTensor):
             return given
-        if self._like is not None and self._like.shape == given.shape:
-            return _part(given, self._like)
-        if given._value is not None:
-            return given._value
         if id(given) not in self._read:
-            value = given._read(full_box(tuple(given.shape)))
+            value = self._value(given)
             self._read[id(given)] = given, value, _version(value)
         return self._read[id(given)][1]
+
+    def _value(self, given: LazyTensor) -> torch.Tensor:
+        if self._any is None or isinstance(given._value, DTensor):
+            return given._value if given._value is not None else given._read(_whole(given))
+        like = self._alike.get(given.shape)
+        return _replica(given, self._any) if like is None else _part(given, like)
 
     def keep(self, result: Any) -> None:
         """Those that the operation changed, or whose memory `result` has, as far as that can be told."""
@@ -178,21 +194,41 @@ class _Use:
             if unknown or changed or _memory(value) in shared:
                 lazy._value = value
 
+    def owner(self, result: Any) -> Any:
+        """The lazy tensor that the operation changed and returned, so that a chain of changes stays in it."""
+        for lazy, value, version in self._read.values():
+            if result is value and version is not None and _version(value) != version:
+                return lazy
+        return result
+
 
 _PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 
 
 def _has_own_memory(leaf: Any) -> bool:
-    return type(leaf) in (torch.Tensor, torch.nn.Parameter) and leaf.layout is torch.strided
+    local = leaf._local_tensor if isinstance(leaf, DTensor) else leaf
+    return type(local) in (torch.Tensor, torch.nn.Parameter) and local.layout is torch.strided
 
 
 def _version(tensor: torch.Tensor) -> int | None:
     """A number that every change in place raises; None where torch does not count them."""
-    return None if tensor.is_inference() else tensor._version
+    if tensor.is_inference():
+        return None
+    return tensor._version + (tensor._local_tensor._version if isinstance(tensor, DTensor) else 0)
 
 
 def _memory(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+    return local.untyped_storage().data_ptr()
+
+
+def _shown(value: Any) -> Any:
+    """What an operation gets for `value`, as far as it is here."""
+    return value._value if isinstance(value, LazyTensor) else value
+
+
+def _whole(value: LazyTensor) -> Box:
+    return full_box(tuple(value.shape))
 
 
 def _value_of(value: Any) -> Any:
@@ -207,6 +243,14 @@ def _part(value: LazyTensor, like: DTensor) -> DTensor:
     if box is not None and box.numel:
         value.read_into(box, local)
     return part
+
+
+def _replica(value: LazyTensor, like: DTensor) -> DTensor:
+    """The whole values on each rank of `like`'s mesh, which `like` can be combined with."""
+    whole = value._value if value._value is not None else value._read(_whole(value))
+    placements = [Replicate()] * like.device_mesh.ndim
+    whole = whole.to(like.device)
+    return DTensor.from_local(whole, like.device_mesh, placements, run_check=False)
 
 
 def _as_tuple(index: Any) -> tuple[Any, ...]:

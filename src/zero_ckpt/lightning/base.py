@@ -108,6 +108,8 @@ class StrategyBase(Host):
         self._zero_sharding: Sharding | None = None
         self._zero_mesh: DeviceMesh | None = None
         self._zero_resumption: Resumption | None = None
+        # Whether other ranks did not come to a save after an exception.
+        self._zero_is_alone = False
 
     @property
     def engine(self) -> SyncEngine:
@@ -167,7 +169,7 @@ class StrategyBase(Host):
 
     def __getstate__(self) -> dict[str, Any]:
         """For launchers that pickle the strategy: connections of this process stay behind."""
-        here = ("_zero_engine", "_zero_sharding", "_zero_mesh", "_zero_source")
+        here = ("_zero_engine", "_zero_sharding", "_zero_mesh", "_zero_source", "_zero_handed_out")
         return {**super().__getstate__(), **dict.fromkeys(here)}
 
 

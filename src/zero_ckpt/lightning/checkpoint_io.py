@@ -77,6 +77,7 @@ class ZeroCheckpointIO(_AllCheckpointIOs):
         `weights_only` None or True refuses objects that were stored as pickles.
         """
         if not paths.is_checkpoint_folder(path):
+            paths.refuse_export(path)
             return load_file(path, map_location, weights_only)
         version = load(installed()[0]).version
         with open_checkpoint(path) as checkpoint:

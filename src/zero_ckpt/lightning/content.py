@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.custom import lazy_state_dict
 from zero_ckpt.core.dtensors import TORCH_DTYPES, local_tensor
+from zero_ckpt.core.lazy import LazyTensor
 from zero_ckpt.core.naming import Naming, naming_of
 from zero_ckpt.core.objects import decode_objects
 from zero_ckpt.core.state import (
@@ -84,7 +86,7 @@ def to_snapshot(
     A dict in an unknown shape (a hook may have changed it) is stored as it is, in `client_state`.
     """
     client = dict(checkpoint)
-    objects: dict[str, Any] = {"client_state": client, "global_step": _step(checkpoint)}
+    objects: dict[str, Any] = {"global_step": _step(checkpoint)}
     snapshot = Snapshot(objects=objects, rank_objects=rank_objects)
     if isinstance(client.get("state_dict"), Mapping):
         _take_weights(snapshot, client.pop("state_dict"), names)
@@ -95,6 +97,7 @@ def to_snapshot(
         objects["optimizers"] = {n: _take_optimizer(snapshot, n, s) for n, s in states.items()}
     if isinstance(client.get("lr_schedulers"), list):
         objects["lr_schedulers"] = named(client.pop("lr_schedulers"))
+    objects["client_state"] = tree_map_only(LazyTensor, LazyTensor.materialize, client)
     return snapshot
 
 

@@ -40,7 +40,7 @@ class Fp32ExportMixin(Host):
     weights as they are when none was saved. The result is in `fp32/` beside the checkpoint, or in
     the log directory, else in `default_root_dir`, and takes the place of an earlier one.
     An export that fails is a warning: the training is done, and its checkpoints are intact.
-    Nothing is written after an exception, nor in a `fast_dev_run`.
+    Nothing is written after an exception, nor in a `fast_dev_run`, nor by `Trainer(barebones=True)`.
 
     dirpath: another folder to write to.
     format: "safetensors", "bin" (`pytorch_model.bin`), or "ckpt" (for `load_from_checkpoint`).
@@ -52,6 +52,8 @@ class Fp32ExportMixin(Host):
     """
 
     namespace: ClassVar[Namespace]
+    is_asked_for = True
+    """False of the one that the strategy adds: it writes nothing when the trainer keeps no checkpoints."""
 
     def __init__(
         self,
@@ -87,7 +89,7 @@ class Fp32ExportMixin(Host):
 
     def run(self, trainer: Any) -> None:
         """Collective: export once in this fit, or warn why that failed."""
-        if self._is_done or trainer.fast_dev_run:
+        if self._is_done or trainer.fast_dev_run or trainer.barebones:
             return
         self._is_done = True
         try:
@@ -104,7 +106,7 @@ class Fp32ExportMixin(Host):
         if source:
             where = self._collapse(trainer, source, os.path.join(os.path.dirname(source), FOLDER))
             self._say(f"fp32 weights of {source} are in {where}")
-        elif self._has_trained:
+        elif self._has_trained and (self.is_asked_for or trainer.checkpoint_callbacks):
             folder = os.path.join(trainer.log_dir or trainer.default_root_dir, FOLDER)
             source = strategy.broadcast(os.path.join(absolute(folder), LIVE_TAG))
             trainer.save_checkpoint(source, weights_only=True)
@@ -160,8 +162,12 @@ def attach_export(trainer: Any, namespace: Namespace, export: Any) -> None:
     """
     if trainer.state.fn != "fit" or export is False:
         return
-    if not any(isinstance(callback, Fp32ExportMixin) for callback in trainer.callbacks):
-        trainer.callbacks.append(make_export(namespace.name)() if export is True else export)
+    if any(isinstance(callback, Fp32ExportMixin) for callback in trainer.callbacks):
+        return
+    if export is True:
+        export = make_export(namespace.name)()
+        export.is_asked_for = False
+    trainer.callbacks.append(export)
 
 
 def run_export(trainer: Any) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial, wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -13,8 +14,10 @@ import torch
 from zero_ckpt.core.checkpoint import open_checkpoint
 from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.lightning.content import from_checkpoint
+from zero_ckpt.lightning.kept import HandedOut
 from zero_ckpt.lightning.namespaces import Namespace, installed, load
-from zero_ckpt.lightning.paths import is_checkpoint_folder
+from zero_ckpt.lightning.paths import is_checkpoint_folder, refuse_export
+from zero_ckpt.zero.initial import materialize
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -39,7 +42,9 @@ def load_module(
     What `module_class.load_from_checkpoint` does with a file: hyper-parameters come from the
     checkpoint and `kwargs` override them, `configure_model` and `on_load_checkpoint` are called,
     weights are loaded as they were saved (not converted to fp32). They are read one by one,
-    straight from the shard files; those of optimizer state are not opened.
+    straight from the shard files; those of optimizer state are not opened. What `configure_model`
+    makes on the meta device gets memory, and the values of its `reset_parameters` where the
+    checkpoint has none.
 
     path: a checkpoint's folder, or a checkpoint directory, of which `tag` or else the latest is
         loaded. A file of Lightning's is loaded by Lightning.
@@ -53,6 +58,7 @@ def load_module(
     `UnsafeObjectError`, and what the module's own `__init__` and `load_state_dict` raise.
     """
     if tag is None and not is_checkpoint_folder(path) and os.path.isfile(path):
+        refuse_export(path)
         return module_class.load_from_checkpoint(
             os.fspath(path),
             map_location=map_location,
@@ -65,9 +71,12 @@ def load_module(
         content = from_checkpoint(
             checkpoint, namespace.version, weights_only, with_optimizers=False
         )
+        handed_out = HandedOut(content)
         left_out = checkpoint.manifest.excluded
         build = partial(_build, namespace, module_class, content, checkpoint.path)
         module = _build_without(left_out, build, content, strict, kwargs)
+        del content, build
+        handed_out.read_kept(checkpoint)
     return module if map_location is None else module.to(map_location)
 
 
@@ -112,5 +121,27 @@ def _build(
     key = module_class.CHECKPOINT_HYPER_PARAMS_KEY
     content.setdefault(key, {}).update(kwargs)
     saving = namespace.module("core.saving")
-    module: Module = saving._load_state(module_class, content, strict=strict, **kwargs)
+    with _in_memory(module_class):
+        module: Module = saving._load_state(module_class, content, strict=strict, **kwargs)
     return module
+
+
+@contextmanager
+def _in_memory(module_class: type[Any]) -> Iterator[None]:
+    """Inside, what `configure_model` has made on the meta device gets memory and initial values before it loads."""
+    own = vars(module_class).get("load_state_dict")
+    load_state_dict = module_class.load_state_dict
+
+    @wraps(load_state_dict)
+    def load(self: Any, *args: Any, **kwargs: Any) -> Any:
+        materialize(self, list(self.modules()), torch.device("cpu"))
+        return load_state_dict(self, *args, **kwargs)
+
+    module_class.load_state_dict = load
+    try:
+        yield
+    finally:
+        if own is None:
+            del module_class.load_state_dict
+        else:
+            module_class.load_state_dict = own

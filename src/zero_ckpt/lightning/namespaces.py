@@ -32,6 +32,7 @@ class Namespace:
     wrapping_checkpoint_io: type[Any]
     mixed_precision: type[Any]
     half_precision: type[Any]
+    double_precision: type[Any]
     registry: Any
     version: str
 
@@ -79,6 +80,7 @@ def load(name: str) -> Namespace:
         wrapping_checkpoint_io=import_module(f"{name}.plugins.io.wrapper")._WrappingCheckpointIO,
         mixed_precision=plugins.MixedPrecision,
         half_precision=plugins.HalfPrecision,
+        double_precision=plugins.DoublePrecision,
         registry=strategies.StrategyRegistry,
         version=str(root.__version__),
     )

@@ -20,9 +20,9 @@ from zero_ckpt.core.places import AnyStorage, absolute, is_url
 from zero_ckpt.core.retention import remove_tag
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.core.tags import check_tag, read_latest
-from zero_ckpt.errors import CheckpointNotFoundError
+from zero_ckpt.errors import CheckpointNotFoundError, ConfigurationError
 
-__all__ = ["is_checkpoint_folder", "making_way", "remove", "split"]
+__all__ = ["is_checkpoint_folder", "making_way", "refuse_export", "remove", "split"]
 
 
 def split(path: Any) -> tuple[str, str]:
@@ -40,6 +40,17 @@ def is_checkpoint_folder(path: Any) -> bool:
         AnyStorage().list(place)
         return True
     return False
+
+
+def refuse_export(path: Any) -> None:
+    """Raise `ConfigurationError` for a file of weights alone, which was exported from a checkpoint."""
+    place = absolute(path)
+    if place.endswith((".safetensors", ".safetensors.index.json")):
+        raise ConfigurationError(
+            f"{place} is an export of weights alone, no checkpoint. Give the checkpoint's folder (ckpt_path, or "
+            "load_module() for the module in one process), or load these weights yourself: "
+            "module.load_state_dict(safetensors.torch.load_file(path))."
+        )
 
 
 @contextmanager

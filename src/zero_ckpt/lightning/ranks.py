@@ -7,8 +7,9 @@ the same world size; at another one it is derived, with a warning.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader
 from zero_ckpt.core import rng
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.notices import warn_on_first
+from zero_ckpt.lightning import epochs
 from zero_ckpt.lightning.data import PendingRng, can_resume, make_resumable
 
 __all__ = ["Resumption", "capture_rank", "restore_rank"]
@@ -30,8 +32,6 @@ def capture_rank(trainer: Any, checkpoint: dict[str, Any], device: torch.device)
     """
     if trainer is None:  # the module was connected to the strategy by hand
         return {}
-    progress = trainer.fit_loop.epoch_loop.batch_progress
-    done = progress.current.ready
     loaders = _take_loaders(checkpoint)
     fetched_ahead = len(getattr(trainer.fit_loop._data_fetcher, "batches", ()))
     for state in loaders:
@@ -39,7 +39,8 @@ def capture_rank(trainer: Any, checkpoint: dict[str, Any], device: torch.device)
             state["yielded"] -= fetched_ahead
     return {
         "rng": _rng_after_validation(trainer, device),
-        "in_epoch": bool(0 < done < trainer.num_training_batches and not progress.is_last_batch),
+        "in_epoch": epochs.is_within(trainer),
+        "window": trainer.accumulate_grad_batches,
         "loaders": loaders,
     }
 
@@ -85,22 +86,59 @@ def _take_loaders(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
 
 @dataclass(slots=True)
 class Resumption:
-    """Where this rank's training continues. `positions`: of its loaders, in their order."""
+    """Where this rank's training continues.
+
+    positions: of its loaders, in their order.
+    place: batches of the epoch that the loop has behind it; None: as Lightning has it.
+    scaled: whether the place was that of another number of ranks.
+    """
 
     pending: PendingRng
     in_epoch: bool
     positions: list[Mapping[str, Any]] = field(default_factory=list)
+    place: int | None = None
+    scaled: bool = False
 
-    def bind(self, loader: object) -> object:
+    def bind(self, trainer: Any, loader: object) -> object:
         """The next training loader of the run: let it continue where it was."""
         if isinstance(loader, DataLoader) and can_resume(loader):
             position = self.positions.pop(0) if self.positions else None
             if position is not None and "zero_ckpt_loader" not in position:
                 position = None  # it had another kind of loader's place
+            if position is not None and self.scaled and self.in_epoch:
+                position = self._within(trainer, loader, position)
             return make_resumable(loader, self.pending, position, in_epoch=self.in_epoch)
         if hasattr(loader, "load_state_dict") and self.positions:
             self.positions.pop(0)  # Lightning gives it its state
         return loader
+
+    def _within(
+        self, trainer: Any, loader: DataLoader[Any], position: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """`position`, before the end of the epoch as this run has it (it may be limited, or drop a batch)."""
+        batches = _batches(loader, trainer.limit_train_batches)
+        if self.place is None or batches is None or position["yielded"] < self.place:
+            return position  # a shorter loader, which begins again within the epoch
+        self.place = epochs.within(self.place, batches, trainer.accumulate_grad_batches)
+        return {**position, "yielded": self.place}
+
+    def settle(self, fit_loop: Any) -> None:
+        """Loaders are bound, and the loop is about to run: let it count from where they are."""
+        progress = fit_loop.epoch_loop.batch_progress
+        if self.in_epoch:
+            if self.place is not None:
+                epochs.settle(fit_loop.epoch_loop, self.place, within_epoch=True)
+        elif self.scaled and progress.is_last_batch and fit_loop.max_batches != float("inf"):
+            epochs.settle(fit_loop.epoch_loop, fit_loop.max_batches, within_epoch=False)
+
+
+def _batches(loader: DataLoader[Any], limit: float) -> int | None:
+    """Of an epoch under `limit_train_batches`; None when nobody knows."""
+    try:
+        length = len(loader)
+    except (TypeError, NotImplementedError):
+        return None
+    return min(length, limit) if isinstance(limit, int) else int(length * limit)
 
 
 def restore_rank(
@@ -110,11 +148,13 @@ def restore_rank(
     world_size: int,
     device: torch.device,
     weights_only: bool,
+    window: int,
 ) -> Resumption | None:
     """What `rank` of `world_size` continues with; None when the checkpoint has nothing of it.
 
-    May change `lightning_state`: the loops' place in the epoch at another world size, and users'
-    stateful loaders' own states per rank.
+    window: batches for which gradients are accumulated now.
+
+    May change `lightning_state`: users' stateful loaders' own states per rank.
     """
     saved = checkpoint.manifest.world_size
     state = checkpoint.rank_objects(rank % saved, weights_only)
@@ -122,14 +162,20 @@ def restore_rank(
         return None
     loaders = state.get("loaders", [])
     in_epoch = bool(state.get("in_epoch", False))
+    place = None
     if saved == world_size:
         _give_loaders(lightning_state, loaders)
+        if in_epoch:
+            place, loaders = _placed(lightning_state, loaders, lambda done: done)
     else:
         _warn_derived(checkpoint, rank, world_size)
-        loaders = _rescale(lightning_state, loaders, saved, world_size) if in_epoch else loaders
+        if in_epoch:
+            windows = {"window": window, "saved_window": state.get("window", window)}
+            scale = partial(epochs.scaled, saved=saved, world_size=world_size, **windows)
+            place, loaders = _placed(lightning_state, loaders, scale)
         state["rng"] = _derived(state["rng"], rank, device)
     pending = PendingRng(state["rng"], device)
-    return Resumption(pending, in_epoch, list(loaders))
+    return Resumption(pending, in_epoch, list(loaders), place, scaled=saved != world_size)
 
 
 def _give_loaders(lightning_state: dict[str, Any], loaders: list[dict[str, Any]]) -> None:
@@ -157,14 +203,20 @@ def _derived(state: Mapping[str, Any], rank: int, device: torch.device) -> dict[
         rng.restore(now, device)
 
 
-def _rescale(
-    lightning_state: dict[str, Any], loaders: list[dict[str, Any]], saved: int, world_size: int
-) -> list[dict[str, Any]]:
-    """The same place in the epoch, in batches of another number of ranks."""
+def _placed(
+    lightning_state: Mapping[str, Any],
+    loaders: list[dict[str, Any]],
+    scale: Callable[[int], int],
+) -> tuple[int | None, list[dict[str, Any]]]:
+    """The loop's place by `scale` and its loaders there; None when they keep their places themselves."""
     if not loaders or any("zero_ckpt_loader" not in each for each in loaders):
-        return loaders
+        return None, loaders
     fit_loop = lightning_state.get("loops", {}).get("fit_loop", {})
-    progress = fit_loop.get("epoch_loop.batch_progress", {}).get("current", {})
-    for name in progress:
-        progress[name] = progress[name] * saved // world_size
-    return [{**each, "yielded": each["yielded"] * saved // world_size} for each in loaders]
+    counters = fit_loop.get("epoch_loop.batch_progress", {}).get("current", {})
+    place = scale(epochs.batches_trained(counters))
+    given = epochs.batches_given(counters)
+    along = [each["yielded"] == given for each in loaders]
+    return place if any(along) else None, [
+        {**each, "yielded": place if follows else scale(each["yielded"])}
+        for each, follows in zip(loaders, along, strict=True)
+    ]

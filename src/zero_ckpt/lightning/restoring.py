@@ -28,11 +28,12 @@ from zero_ckpt.core.restoring import Restoration
 from zero_ckpt.core.shares import verify_share
 from zero_ckpt.core.tag_folder import is_tag_folder, nothing_at
 from zero_ckpt.errors import DisagreementError, StateMismatchError
+from zero_ckpt.lightning import paths
 from zero_ckpt.lightning.base import StrategyBase
 from zero_ckpt.lightning.checkpoint_io import ZeroCheckpointIO
 from zero_ckpt.lightning.content import from_checkpoint
+from zero_ckpt.lightning.kept import HandedOut
 from zero_ckpt.lightning.optimizers import Pristine, plan_state
-from zero_ckpt.lightning.paths import is_checkpoint_folder
 from zero_ckpt.lightning.ranks import restore_rank
 from zero_ckpt.lightning.wanted import PER_RANK, follow_schedules, leave_out
 from zero_ckpt.lightning.weights import load_weights
@@ -53,6 +54,7 @@ class RestoreMixin(StrategyBase):
 
     is_set_up = False
     _zero_source: Checkpoint | None = None
+    _zero_handed_out: HandedOut | None = None
     _zero_pristine: tuple[Pristine, ...] = ()
     _zero_deferred: _Deferred | None = None
     _zero_asked = False
@@ -70,6 +72,7 @@ class RestoreMixin(StrategyBase):
         super().connect(model)
         self.is_set_up = False
         self._zero_asked = False
+        self._zero_is_alone = False
         self._zero_deferred = None
         self._zero_resumption = None
 
@@ -98,6 +101,7 @@ class RestoreMixin(StrategyBase):
         self._zero_source = loaded.checkpoint
         content, notice = loaded.prepared
         self._tell([notice])
+        self._zero_handed_out = HandedOut(content)
         content = self._only_wanted(content)
         states = content.get("optimizer_states", [])
         prefixes = [""] if len(states) == 1 else [f"{i}/" for i in range(len(states))]
@@ -113,6 +117,7 @@ class RestoreMixin(StrategyBase):
                 self.world_size,
                 self.root_device,
                 weights_only is not False,
+                self._current_trainer().accumulate_grad_batches,
             )
         return content
 
@@ -158,13 +163,14 @@ class RestoreMixin(StrategyBase):
 
     def _is_ours(self, path: str) -> bool:
         """Whether to read `path` as a sharded checkpoint; another plugin may write folders too."""
-        if not is_checkpoint_folder(path):
+        if not paths.is_checkpoint_folder(path):
             return False
         io = self.checkpoint_io
         return isinstance(io, ZeroCheckpointIO) or is_tag_folder(self.engine.storage, path)
 
     def _load_file(self, path: str, weights_only: bool | None) -> dict[str, Any]:
         torch.cuda.empty_cache()
+        paths.refuse_export(path)
         try:
             content: dict[str, Any] = self.checkpoint_io.load_checkpoint(
                 path, weights_only=weights_only
@@ -204,6 +210,11 @@ class RestoreMixin(StrategyBase):
             return
         if not self.is_set_up and self.stage < 2:
             self.materialize_replicated()
+        if not self.is_set_up and isinstance(
+            self.precision_plugin, self.namespace.double_precision
+        ):
+            assert self.lightning_module is not None
+            self.precision_plugin.convert_module(self.lightning_module)  # floats would round them
         self._load_weights(state_dict, strict)
 
     def materialize_replicated(self) -> None:
@@ -300,9 +311,19 @@ class RestoreMixin(StrategyBase):
     def _pristine(self, index: int) -> Pristine | None:
         return self._zero_pristine[index] if index < len(self._zero_pristine) else None
 
+    def read_what_is_kept(self) -> None:
+        """Collective: all is restored. What hooks still hold of the checkpoint is read now."""
+        handed_out, self._zero_handed_out = self._zero_handed_out, None
+        source = self._zero_source
+        self._zero_pristine = ()
+        if handed_out is not None and source is not None:
+            self._together("resume: what hooks kept", lambda: handed_out.read_kept(source))
+            source.close()
+
     def close_checkpoint(self) -> None:
         """Forget the checkpoint that was loaded last."""
         source, self._zero_source = self._zero_source, None
+        self._zero_handed_out = None
         self._zero_pristine = ()
         if source is not None:
             source.close()

@@ -13,7 +13,7 @@ from typing import Any
 from zero_ckpt.core.naming import parameter_names
 from zero_ckpt.core.notices import warn_user
 from zero_ckpt.core.per_rank import CLIENT_STATE
-from zero_ckpt.errors import ConfigurationError, ZeroCkptError
+from zero_ckpt.errors import ConfigurationError, RankTimeoutError, ZeroCkptError
 from zero_ckpt.lightning import paths
 from zero_ckpt.lightning.base import INTERRUPTED_TIMEOUT, StrategyBase
 from zero_ckpt.lightning.checkpoint_io import ZeroCheckpointIO
@@ -73,7 +73,8 @@ class SaveMixin(StrategyBase):
 
         With `async_save` the commit follows, and what goes wrong is raised by the next save or when fit ends.
 
-        In an exception handler a failure is a warning: the exception shall surface, not it.
+        In an exception handler a failure is a warning: the exception shall surface, not it. When other
+        ranks did not come to one such save, those after it are left out: they would wait in vain.
         """
         if self.has_foreign_io:
             self._save_by_plugin(checkpoint, filepath, storage_options)
@@ -84,11 +85,15 @@ class SaveMixin(StrategyBase):
                 f"writes to a mounted file system. Got {storage_options!r}."
             )
         if not self.interrupted:
+            self._zero_is_alone = False
             self._save(checkpoint, filepath, self.save_timeout)
+            return
+        if self._zero_is_alone:
             return
         try:
             self._save(checkpoint, filepath, min(self.save_timeout or 300.0, INTERRUPTED_TIMEOUT))
         except (ZeroCkptError, OSError) as error:
+            self._zero_is_alone = isinstance(error, RankTimeoutError)
             warn_user(f"no checkpoint was written at {filepath}: {error}")
 
     def _save_by_plugin(self, checkpoint: dict[str, Any], filepath: Any, options: Any) -> None:

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from zero_ckpt import zero
 from zero_ckpt.core.notices import warn_user
 from zero_ckpt.errors import ConfigurationError, ZeroCkptError
-from zero_ckpt.lightning.copies import shard_copies
+from zero_ckpt.lightning.copies import allow_copies, shard_copies, users_class
 from zero_ckpt.lightning.export import attach_export, run_export
 from zero_ckpt.lightning.restoring import RestoreMixin
 from zero_ckpt.lightning.steps import StepMixin
@@ -100,6 +100,7 @@ class SetupMixin(RestoreMixin, StepMixin):
         )
         recover(model)
         zero.reshard(model)
+        allow_copies(model)
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -118,7 +119,7 @@ class SetupMixin(RestoreMixin, StepMixin):
         assert self.lightning_module is not None
         if is_sharded(self.lightning_module):
             raise ConfigurationError(
-                f"{type(self.lightning_module).__name__} is sharded already (by configure_model or "
+                f"{users_class(type(self.lightning_module)).__name__} is sharded already (by configure_model or "
                 f"an earlier run), which stage={self.stage} cannot train. Use stage 2 or 3, or a "
                 "fresh model."
             )

@@ -20,6 +20,9 @@ from zero_ckpt.zero.initial import broadcast_from_first
 
 __all__ = ["StepMixin"]
 
+_UNUSED = "Expected to have finished reduction in the prior iteration"
+"""How DDP's error about parameters without a gradient begins."""
+
 
 class StepMixin(StrategyBase):
     """Overrides of the strategy that run between setup and teardown."""
@@ -128,7 +131,7 @@ class StepMixin(StrategyBase):
         if trainer is None or not (self.is_fitting and trainer.training):
             return super().process_dataloader(dataloader)
         if self._zero_resumption is not None:
-            return self._zero_resumption.bind(dataloader)
+            return self._zero_resumption.bind(trainer, dataloader)
         if isinstance(dataloader, DataLoader) and can_resume(dataloader):
             return make_resumable(dataloader)
         return dataloader
@@ -136,6 +139,7 @@ class StepMixin(StrategyBase):
     def on_train_start(self) -> None:
         super().on_train_start()
         if self._zero_resumption is not None:
+            self._zero_resumption.settle(self._current_trainer().fit_loop)
             self._zero_resumption.pending.at_train_start()
             self._zero_resumption = None
 
@@ -145,10 +149,24 @@ class StepMixin(StrategyBase):
             self._wrap_anew_when_unfrozen(self.model)
 
     def configure_ddp(self) -> None:
+        """One process alone has nobody to exchange gradients with: its model stays plain."""
         assert self.model is not None
         attach_experts(self.model)
-        super().configure_ddp()
+        if self.world_size > 1:
+            super().configure_ddp()
         self._zero_trainable = sum(p.requires_grad for p in self.model.parameters())
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Name the remedy that this strategy has for what DDP refuses."""
+        remedy = (
+            "a backward pass gave some trainable parameters no gradient, which DDP takes for an error. If that is "
+            "intended (several optimizers that take turns, unused branches), use "
+            f"ZeroStrategy(stage={self.stage}, find_unused_parameters=True), or stage 2 or 3."
+        )
+        exception.args = tuple(
+            remedy if isinstance(text, str) and _UNUSED in text else text for text in exception.args
+        )
+        super().on_exception(exception)
 
     def _wrap_anew_when_unfrozen(self, wrapped: DistributedDataParallel) -> None:
         """DDP reduces only what was trainable when it wrapped the model: not what a finetuning

@@ -16,6 +16,9 @@ from zero_ckpt.lightning.setup import SetupMixin
 
 __all__ = ["ZeroStrategyMixin", "make_strategy"]
 
+RESTORED = "_CheckpointConnector.resume_end"
+"""The barrier that Lightning enters when all is restored and it has dropped the checkpoint's dict."""
+
 
 class ZeroStrategyMixin(SetupMixin, SaveMixin):
     """Trains with ZeRO and writes every checkpoint as a committed folder of per-rank shards.
@@ -49,10 +52,13 @@ class ZeroStrategyMixin(SetupMixin, SaveMixin):
 
     strategy_name = "zero_ckpt"
 
-    def barrier(self, *args: Any, **kwargs: Any) -> None:
+    def barrier(self, name: str | None = None) -> None:
         """None while an exception ends the run: other ranks may never come."""
-        if not self.interrupted:
-            super().barrier(*args, **kwargs)
+        if self.interrupted:
+            return
+        if name == RESTORED:
+            self.read_what_is_kept()
+        super().barrier(name)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """While an exception ends the run, this rank's own object."""

@@ -22,6 +22,7 @@ from zero_ckpt.core.naming import is_elsewhere, naming_of
 from zero_ckpt.core.outcome import LoadReport
 from zero_ckpt.core.reader import Request
 from zero_ckpt.errors import StateMismatchError
+from zero_ckpt.lightning.copies import users_class
 
 __all__ = ["UnfitWeightsError", "load_weights"]
 
@@ -78,6 +79,8 @@ def load_weights(
         if not is_torchs:
             raise
         source = "the checkpoint" if checkpoint is None else checkpoint.path
+        kind = type(module)
+        reasons = users_class(kind).__name__ + reasons.removeprefix(kind.__name__)
         raise UnfitWeightsError(
             f"{source} does not fit the model. {is_torchs}{reasons}\nNothing was loaded."
         ) from error

@@ -1,0 +1,61 @@
+"""The place in an epoch: where its loop and its loaders go on, and that they agree about it.
+
+Lightning counts what a rank was given (`ready`), has trained on (`processed`), and has run all hooks for (`completed`).
+A save may come in between. What counts here is what was trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["batches_given", "batches_trained", "is_within", "scaled", "settle", "within"]
+
+
+def batches_given(counters: Mapping[str, int]) -> int:
+    """Batches that the loop has taken in this epoch."""
+    return int(counters.get("ready", 0))
+
+
+def batches_trained(counters: Mapping[str, int]) -> int:
+    """Batches of this epoch that the model has learned from."""
+    return int(counters.get("processed", 0))
+
+
+def scaled(
+    done: int, saved: int, world_size: int, *, window: int = 1, saved_window: int = 1
+) -> int:
+    """The place after `done` batches of each of `saved` ranks, in batches of `world_size` ranks.
+
+    Always where a window of `window` batches (gradient accumulation) begins: gradients that wait in a window are not in
+    a checkpoint. So nothing is skipped, and less than one window of either job is repeated.
+
+    saved_window: the window of the job that saved.
+    """
+    stepped = done // saved_window * saved_window
+    return stepped * saved // world_size // window * window
+
+
+def within(place: int, batches: int, window: int) -> int:
+    """`place`, or the beginning of the last window of an epoch of `batches`, if that is earlier."""
+    return max(0, min(place, (batches - 1) // window * window))
+
+
+def is_within(trainer: Any) -> bool:
+    """Whether the loop has begun an epoch and has batches left to train on."""
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    given, done = progress.current.ready, progress.current.processed
+    over = progress.is_last_batch and given == done
+    return bool(given > 0 and done < trainer.num_training_batches and not over)
+
+
+def settle(epoch_loop: Any, place: int, *, within_epoch: bool) -> None:
+    """Let the loop go on after `place` batches. Call it in the strategy's `on_train_start`.
+
+    Lightning adds one to `completed` there when the save came from `on_train_batch_end`.
+    """
+    progress = epoch_loop.batch_progress
+    current = progress.current
+    current.ready = current.started = current.processed = place
+    current.completed = place - epoch_loop.restarted_on_train_batch_end
+    progress.is_last_batch = not within_epoch
