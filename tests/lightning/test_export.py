@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 
 from tests.lightning.harness import Model, assert_same, loader, on_ranks, trainer, whole_weights
+from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.fp32 import get_fp32_state_dict_from_zero_checkpoint
 from zero_ckpt.lightning import Fp32Export, ZeroCheckpointIO, ZeroStrategy
 
@@ -188,3 +189,12 @@ def plain_strategy(root: Path) -> None:
 
 def test_the_callback_works_with_lightnings_own_strategies(tmp_path: Path) -> None:
     on_ranks(plain_strategy, 1, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"format": "onnx"}, {"dtype": "fp8"}, {"max_shard_size": "5XB"}, {"dirpath": "weights.h5"}],
+)
+def test_options_that_cannot_work_are_refused_at_once(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigurationError):
+        Fp32Export(**wrong)

@@ -15,7 +15,7 @@ from zero_ckpt.core.manifest import Manifest
 from zero_ckpt.core.planner import Placed
 from zero_ckpt.errors import ConfigurationError
 
-__all__ = ["DTYPES", "OutTensor", "select", "stored_tensor"]
+__all__ = ["DTYPES", "OutTensor", "check_dtype", "select", "stored_tensor"]
 
 DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "keep": None}
 """Choice of dtype -> that of floating parameters in the output; None leaves each as stored."""
@@ -48,6 +48,12 @@ def stored_tensor(role: str, key: str, placed: Placed) -> OutTensor:
     return OutTensor((key,), role, key, placed, placed.dtype)
 
 
+def check_dtype(dtype: str) -> None:
+    """Raises `ConfigurationError` for what is no choice of dtype."""
+    if dtype not in DTYPES:
+        raise ConfigurationError(f"dtype is one of {', '.join(DTYPES)}; found {dtype!r}")
+
+
 def select(
     manifest: Manifest,
     *,
@@ -56,8 +62,7 @@ def select(
     strip_prefix: str | None = None,
 ) -> list[OutTensor]:
     """The model's tensors in the order of the save. Raises `ConfigurationError`."""
-    if dtype not in DTYPES:
-        raise ConfigurationError(f"dtype is one of {', '.join(DTYPES)}; found {dtype!r}")
+    check_dtype(dtype)
     dropped = frozenset(manifest.frozen) if exclude_frozen_parameters else frozenset[str]()
     buffers = frozenset(manifest.buffers)
     tied: dict[str, list[str]] = {}

@@ -16,6 +16,9 @@ from zero_ckpt.core.notices import warn_on_first
 from zero_ckpt.core.places import absolute
 from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.fp32 import export_fp32
+from zero_ckpt.fp32.layout import parse_size
+from zero_ckpt.fp32.publishing import output_of
+from zero_ckpt.fp32.selection import check_dtype
 from zero_ckpt.lightning.namespaces import Namespace, load
 from zero_ckpt.lightning.paths import is_checkpoint_folder
 
@@ -49,6 +52,8 @@ class Fp32ExportMixin(Host):
     dtype: "fp32", "bf16", "fp16" or "keep", of floating parameters.
     exclude_frozen_parameters: leave out what has `requires_grad=False`.
     weights_only: False lets "ckpt" take over hyper-parameters that had to be pickled.
+
+    Raises `ConfigurationError` for options that cannot work, and not when the training has ended.
     """
 
     namespace: ClassVar[Namespace]
@@ -67,6 +72,10 @@ class Fp32ExportMixin(Host):
         weights_only: bool = True,
     ) -> None:
         super().__init__()
+        output_of(FOLDER if dirpath is None else dirpath, format)
+        check_dtype(dtype)
+        if max_shard_size is not None:
+            parse_size(max_shard_size)
         self.dirpath = dirpath
         self.options: dict[str, Any] = {
             "format": format,
