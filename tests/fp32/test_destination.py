@@ -105,6 +105,7 @@ def test_lightnings_callback_warns_and_the_checkpoint_stays(tags: tuple[Path, Pa
     callback = Fp32Export(dirpath=tags[1])
     trainer = SimpleNamespace(
         fast_dev_run=False,
+        barebones=False,
         global_rank=0,
         strategy=SimpleNamespace(broadcast=lambda value: value),
         checkpoint_callbacks=[SimpleNamespace(last_model_path=str(tags[0]))],
