@@ -89,6 +89,17 @@ def storage(hook: Callable[[Operation], None], *names: str) -> FaultyStorage:
     return FaultyStorage(LocalStorage(), hook, names=names)
 
 
+def saved_behind(directory: str) -> tuple[Gate, Run, dict[str, torch.Tensor]]:
+    """A run that is saving `a`, of which nothing is staged before the gate is opened; and its state."""
+    gate = Gate()
+    run = Run(engine="async", storage=storage(gate, "create"))
+    run.step()
+    before = run.state()
+    run.save(directory, "a")
+    assert gate.reached.wait(20)
+    return gate, run, before
+
+
 class Gate:
     """Holds back storage operations until it is opened."""
 

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tests.decoupled.jobs import STAGES, Gate, Run, same, storage
+from tests.decoupled.jobs import STAGES, Gate, Run, same, saved_behind, storage
 from tests.told import warned
 from tests.workers import run_ranks, start_ranks
 from zero_ckpt import AsyncSave, Checkpointer
@@ -57,12 +57,7 @@ def test_a_save_holds_what_was_there_when_it_was_asked_for(tmp_path: Path, stage
 
 
 def _step_before_it_is_staged(directory: str) -> tuple[bool, bool]:
-    gate = Gate()
-    run = Run(engine="async", storage=storage(gate, "create"))
-    run.step()
-    before = run.state()
-    run.save(directory, "a")
-    assert gate.reached.wait(20)
+    gate, run, before = saved_behind(directory)
     run.forward()  # changes what batch norm has counted
     opened = threading.Event()
     timer = threading.Timer(0.3, lambda: (opened.set(), gate.open()))

@@ -12,11 +12,22 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tests.decoupled.jobs import Gate, Run, same, storage
+from tests.decoupled.jobs import Gate, same, saved_behind, storage
 from tests.workers import run_ranks
-from zero_ckpt import AsyncSave, Checkpointer
+from zero_ckpt import AsyncSave, Checkpointer, SaveHandle
 from zero_ckpt.core.checkpoint import open_checkpoint
 from zero_ckpt.errors import SaveError, StateMismatchError
+
+
+def held_back(
+    model: nn.Module, directory: Path, engine: str | AsyncSave = "async"
+) -> tuple[Gate, SaveHandle]:
+    """A save of tag `a`, of which nothing is staged before the gate is opened."""
+    gate = Gate()
+    checkpointer = Checkpointer(model, engine=engine, storage=storage(gate, "create"))
+    handle = checkpointer.save_checkpoint(directory, tag="a")
+    assert gate.reached.wait(20)
+    return gate, handle
 
 
 def stored(directory: str | Path, tag: str) -> dict[str, torch.Tensor]:
@@ -73,11 +84,9 @@ CHANGES: dict[str, Callable[[nn.Module], Any]] = {
 def test_memory_that_is_taken_from_a_parameter_stays_until_it_is_staged(
     what: str, tmp_path: Path
 ) -> None:
-    gate, model = Gate(), nn.Linear(1024, 1024)
+    model = nn.Linear(1024, 1024)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    checkpointer = Checkpointer(model, engine="async", storage=storage(gate, "create"))
-    handle = checkpointer.save_checkpoint(tmp_path, tag="a")
-    assert gate.reached.wait(20)
+    gate, handle = held_back(model, tmp_path)
     CHANGES[what](model)
     gate.open()
     handle.wait()
@@ -94,12 +103,8 @@ class Student(nn.Module):
         self.teacher = nn.Linear(64, width).requires_grad_(False)
 
 
-def _move_teacher(model: Student, tmp_path: Path, **options: Any) -> None:
-    gate = Gate()
-    engine = AsyncSave(**options)
-    checkpointer = Checkpointer(model, engine=engine, storage=storage(gate, "create"))
-    handle = checkpointer.save_checkpoint(tmp_path, tag="a")
-    assert gate.reached.wait(20)
+def _move_teacher(model: Student, tmp_path: Path) -> None:
+    gate, handle = held_back(model, tmp_path)
     with torch.no_grad():
         model.teacher.weight.mul_(0.5)
     gate.open()
@@ -119,11 +124,8 @@ def test_a_large_frozen_base_is_not_copied_at_once_and_is_watched(tmp_path: Path
 
 
 def test_changes_before_the_staging_are_found_by_check_staging(tmp_path: Path) -> None:
-    gate, model = Gate(), nn.Linear(4, 4)
-    engine = AsyncSave(check_staging=True)
-    checkpointer = Checkpointer(model, engine=engine, storage=storage(gate, "create"))
-    handle = checkpointer.save_checkpoint(tmp_path, tag="a")
-    assert gate.reached.wait(20)
+    model = nn.Linear(4, 4)
+    gate, handle = held_back(model, tmp_path, AsyncSave(check_staging=True))
     model.weight.data.add_(1)
     gate.open()
     with pytest.raises(StateMismatchError, match="'weight'"):
@@ -146,12 +148,7 @@ class Own(torch.optim.SGD):
 
 
 def _closure_step(directory: str, by_keyword: bool) -> bool:
-    gate = Gate()
-    run = Run(engine="async", storage=storage(gate, "create"))
-    run.step()
-    before = run.state()
-    run.save(directory, "a")
-    assert gate.reached.wait(20)
+    gate, run, before = saved_behind(directory)
 
     def closure() -> torch.Tensor:
         gate.open()  # a step that waited before this would wait for ever
@@ -178,12 +175,10 @@ def test_a_step_with_a_closure_waits_when_it_has_computed_gradients(
 
 
 def test_an_optimizer_of_the_users_waits_before(tmp_path: Path) -> None:
-    gate, model = Gate(), nn.Linear(64, 64)
+    model = nn.Linear(64, 64)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     optimizer = Own(model.parameters(), lr=1.0)
-    checkpointer = Checkpointer(model, engine="async", storage=storage(gate, "create"))
-    handle = checkpointer.save_checkpoint(tmp_path, tag="a")
-    assert gate.reached.wait(20)
+    gate, handle = held_back(model, tmp_path)
     threading.Timer(0.2, gate.open).start()
     optimizer.step(lambda: model(torch.ones(64)).sum())
     handle.wait()

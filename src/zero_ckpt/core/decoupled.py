@@ -232,8 +232,7 @@ class AsyncEngine(SyncEngine):
                 f"this rank saves {nbytes / 1e9:.2f} GB and has staging memory for {ceiling / 1e9:.2f} GB: the "
                 "optimizer step after a save waits until the disk has taken the difference",
             )
-        tensors = (t for keys in captured.tensors.values() for t in keys.values())
-        return self._grown_pool(nbytes, cuda_device(tensors))
+        return self._grown_pool(nbytes, cuda_device(captured.all_tensors()))
 
     def _grown_pool(self, nbytes: int, device: torch.device | None) -> StagingPool:
         ceiling = self._find_ceiling()

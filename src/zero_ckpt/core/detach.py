@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from zero_ckpt.core.dtensors import local_tensor
+from zero_ckpt.core.dtensors import address_of, local_tensor
 from zero_ckpt.core.lazy import LazyTensor
 from zero_ckpt.core.memory import copy_bytes, prefer_huge_pages
 from zero_ckpt.core.saving import Captured
@@ -61,9 +61,8 @@ class Copies:
 
 
 def _is_worth_keeping(tensor: torch.Tensor) -> bool:
-    plain = type(tensor) is torch.Tensor and tensor.is_cpu and tensor.is_contiguous()
-    lazy = tensor.is_neg() or tensor.is_conj()  # the memory holds other bits than the values
-    return plain and not lazy and tensor.nbytes >= _WORTH_KEEPING
+    is_large = type(tensor) is torch.Tensor and tensor.nbytes >= _WORTH_KEEPING
+    return is_large and address_of(tensor) != 0
 
 
 def _clone(tensor: torch.Tensor) -> torch.Tensor:
@@ -159,6 +158,8 @@ def detach(
 def _teachers(model: Mapping[str, torch.Tensor], snapshot: Snapshot) -> frozenset[str]:
     """Frozen parameters, unless they are more than those that are trained: no copy of them then, but a fixed base."""
     frozen = snapshot.frozen & model.keys()
+    if not frozen:
+        return frozen
     trained = model.keys() - frozen - snapshot.buffers
     few = _local_bytes(model[k] for k in frozen) <= _local_bytes(model[k] for k in trained)
     return frozen if few else frozenset()

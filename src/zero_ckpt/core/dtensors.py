@@ -22,6 +22,7 @@ from zero_ckpt.errors import FormatVersionError, StateMismatchError
 __all__ = [
     "DTYPE_NAMES",
     "TORCH_DTYPES",
+    "address_of",
     "dtensor_from",
     "layout_of",
     "local_part",
@@ -148,6 +149,13 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part, sharing memory; the tensor itself when it is no DTensor."""
     # `to_local()` is the public way, and costs ten times this: it enters and leaves two autograd modes.
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def address_of(tensor: torch.Tensor) -> int:
+    """Where in host memory its values lie as they are, in row-major order; 0 when they do not."""
+    if not tensor.is_cpu or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
+        return 0
+    return tensor.data_ptr()  # 0 for a wrapper around other tensors
 
 
 @lru_cache(maxsize=65536)

@@ -138,7 +138,7 @@ class SyncEngine:
         return transaction
 
     def _staging_pool(self, captured: Captured, shards: list[ShardPlan]) -> StagingPool:
-        device = cuda_device(t for keys in captured.tensors.values() for t in keys.values())
+        device = cuda_device(captured.all_tensors())
         if self._pool is None or self._pool.device != device:
             self._pool = StagingPool(self._buffers, device)
         return self._pool

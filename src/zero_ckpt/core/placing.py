@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from zero_ckpt.core.chunks import Box, flat_range_boxes
-from zero_ckpt.core.dtensors import DTYPE_NAMES, TORCH_DTYPES
+from zero_ckpt.core.dtensors import DTYPE_NAMES, TORCH_DTYPES, address_of
 from zero_ckpt.core.dtypes import itemsize
 from zero_ckpt.core.memory import copy_bytes
 from zero_ckpt.core.planner import Placed
@@ -86,16 +86,14 @@ def home(parts: Sequence[Part], start: int, nbytes: int) -> memoryview | None:
 def _direct_address(part: Part) -> int:
     """Where the overlap's bytes go, when they lie in one piece both in the chunk and in the target; else 0."""
     (_, _, _, wanted, target), chunk, overlap = part
-    if not target.is_cpu or DTYPE_NAMES[target.dtype] != chunk.dtype:
-        return 0
-    if not target.is_contiguous() or target.is_conj() or target.is_neg():
+    address = address_of(target)
+    if not address or DTYPE_NAMES[target.dtype] != chunk.dtype:
         return 0
     shape = overlap.shape
     for outer in (chunk.box.shape, wanted.shape):
         if shape != outer and not _in_one_piece(shape, outer):
             return 0
-    address = target.data_ptr()  # 0 for a wrapper around other tensors
-    if not address or shape == wanted.shape:
+    if shape == wanted.shape:
         return address
     at = 0
     for offset, size in zip(overlap.relative_to(wanted).offset, wanted.shape, strict=True):

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -57,6 +58,10 @@ class Captured:
     @property
     def private_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.private.values())
+
+    def all_tensors(self) -> Iterator[torch.Tensor]:
+        """Those that ranks store together."""
+        return chain.from_iterable(keys.values() for keys in self.tensors.values())
 
     @property
     def pickle_notice(self) -> str:

@@ -8,6 +8,7 @@ import torch
 import xxhash
 
 from zero_ckpt.core.chunks import Box, flat_range_boxes
+from zero_ckpt.core.dtensors import address_of
 from zero_ckpt.core.lazy import LazyTensor
 from zero_ckpt.core.memory import WINDOW, copy_bytes
 from zero_ckpt.core.shard_file import BLOCK
@@ -23,9 +24,7 @@ class Source:
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor
         self.is_far = not tensor.is_cpu
-        lazy = tensor.is_neg() or tensor.is_conj()  # the memory holds other bits than the values
-        direct = not (self.is_far or lazy) and tensor.is_contiguous()
-        self._address = tensor.data_ptr() if direct else 0
+        self._address = address_of(tensor)
 
     def copy_to(self, address: int, start: int, stop: int) -> None:
         """Copy bytes `start .. stop` of the chunk, in row-major order, to `address`."""
