@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+
+import torch
 
 from benchmarks.measure import bytes_under, make_cold, remove_and_settle, sync
 from benchmarks.ranks import Rank
@@ -23,6 +25,8 @@ from zero_ckpt.core.memory import aligned_buffer
 BLOCK = 4096  # direct I/O: file offsets, lengths and addresses are multiples of it
 TRIAL_BYTES = 512 << 20  # per rank and trial, while the best way is looked for
 TRIALS = 2
+TARGET_BYTES = 256 << 20
+"""Of the buffer that `copy_into` gets: more than a processor's caches hold."""
 MIB = 1 << 20
 
 
@@ -123,6 +127,13 @@ class RawFiles:
                     raise OSError(f"{file}: {len(part)} bytes expected at {start + offset}")
         finally:
             os.close(descriptor)
+
+
+def copy_into(target: torch.Tensor, parts: Iterable[torch.Tensor]) -> None:
+    """Copies tensors piece by piece into one buffer of bytes, which has been touched before and is used again."""
+    for part in parts:
+        for piece in part.reshape(-1).view(torch.uint8).split(target.numel()):
+            target[: piece.numel()].copy_(piece, non_blocking=True)  # a copy on one CPU never is
 
 
 def copy_durably(source: Path, target: Path) -> None:

@@ -50,6 +50,17 @@ def interleave(rank: Rank, contestants: Sequence[Contestant], *, warm_up: int = 
     return measured
 
 
+def rounds(rank: Rank, play: Callable[[int], dict[str, float]]) -> Measured:
+    """What `play(number of the round)` measured, by name, the first round left out."""
+    measured = Measured()
+    for turn in range(1 + rank.options.repeats):
+        found = play(turn)
+        for name, value in found.items() if turn else ():
+            measured.add(name, value)
+        rank.say(f"round {turn}: " + ", ".join(f"{k} {v:.4f} s" for k, v in found.items()))
+    return measured
+
+
 def rotated(items: Sequence[Item], turn: int) -> list[Item]:
     """The items in order, starting with another one each turn."""
     first = turn % len(items)

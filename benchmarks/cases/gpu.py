@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.bench import Bench
-from benchmarks.measure import remove_and_settle
+from benchmarks.limits import TARGET_BYTES, copy_into
+from benchmarks.measure import remove_and_settle, rounds
 from benchmarks.ours import Ours, OursAsync
 from benchmarks.ranks import Measured, Rank
 from benchmarks.table import Row, at_most, faster, slowdown
@@ -33,7 +34,6 @@ BATCH_SMOKE, TIME_SMOKE = 1, 16
 HEAD = 64  # elements of an attention head
 FP32_BYTES = 16  # of a parameter with its gradient and both moments
 ACTIVATIONS = 16 << 30
-TARGET_BYTES = 256 << 20
 SAVES = (1, 2, 3)
 
 
@@ -63,17 +63,16 @@ def _measure(rank: Rank, device: str) -> Measured:
     training = _Training(rank, device)
     ours = OursAsync(training.model, training.optimizer)
     pinned = _PinnedCopy(training)
-    measured = Measured()
-    for turn in range(1 + rank.options.repeats):
+
+    def play(_turn: int) -> dict[str, float]:
         found = {"pinned": pinned.run(), "step": training.step()}
         found["ours"], found["ours step"] = _saving_step(rank, training, ours)
         directory = rank.scratch / "staged"
         found["stage"] = ours.staging_seconds(directory)
         remove_and_settle(directory)
-        if turn:
-            for name, seconds in found.items():
-                measured.add(name, seconds)
-        rank.say(f"round {turn}: " + ", ".join(f"{k} {v:.4f} s" for k, v in found.items()))
+        return found
+
+    measured = rounds(rank, play)
     ours.close()
     measured.labels = {
         "size": f"{pinned.nbytes / 1e9:.2f} GB",
@@ -152,8 +151,8 @@ class _PinnedCopy:
     def __init__(self, training: _Training) -> None:
         self._clock = training.clock
         state = local_tensors(training.model, training.optimizer)
-        self._parts = [part.reshape(-1).view(torch.uint8) for _, part, _ in state]
-        self.nbytes = sum(part.numel() for part in self._parts)
+        self._parts = [part for _, part, _ in state]
+        self.nbytes = sum(part.nbytes for part in self._parts)
         size, on_cuda = min(TARGET_BYTES, self.nbytes), training.device.type == "cuda"
         self._target = torch.zeros(size, dtype=torch.uint8, pin_memory=on_cuda)
 
@@ -161,9 +160,7 @@ class _PinnedCopy:
         """Seconds."""
         self._clock.wait()
         start = time.perf_counter()
-        for part in self._parts:
-            for piece in part.split(self._target.numel()):
-                self._target[: piece.numel()].copy_(piece, non_blocking=True)
+        copy_into(self._target, self._parts)
         self._clock.wait()
         return time.perf_counter() - start
 

@@ -24,7 +24,8 @@ from torch import nn
 
 from benchmarks.bench import Bench
 from benchmarks.job import Act, Job
-from benchmarks.measure import interleave, make_cold, make_warm, remove_and_settle
+from benchmarks.limits import TARGET_BYTES, copy_into
+from benchmarks.measure import interleave, make_cold, make_warm, remove_and_settle, rounds
 from benchmarks.ranks import Measured, Rank
 from benchmarks.table import Row, at_most, faster, slowdown
 from benchmarks.workload import Model, build_large
@@ -96,19 +97,15 @@ def _fabric(job: Job) -> tuple[Fabric, dict[str, Any]]:
 def _measure_fits(rank: Rank) -> Measured:
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    measured = Measured()
     module = _Module(rank.options.params // 2, 0.02 if rank.options.smoke else COMPUTE)
     sources = [torch.rand_like(p.detach()) for p in module.parameters() for _ in range(3)]
-    targets = [torch.zeros_like(source) for source in sources]
-    for turn in range(1 + rank.options.repeats):
-        found = {name: _fit(rank, module, is_async=name == "async") for name in ("sync", "async")}
-        start = time.perf_counter()
-        for target, source in zip(targets, sources, strict=True):
-            target.copy_(source)
-        found["memcpy"] = time.perf_counter() - start
-        rank.say(f"round {turn}: " + ", ".join(f"{k} {v:.3f} s" for k, v in found.items()))
-        for name, seconds in found.items() if turn else ():
-            measured.add(name, seconds)
+    target = torch.zeros(TARGET_BYTES, dtype=torch.uint8)
+
+    def play(_turn: int) -> dict[str, float]:
+        fits = {name: _fit(rank, module, is_async=name == "async") for name in ("sync", "async")}
+        return {**fits, "memcpy": rank.timed(lambda: copy_into(target, sources))}
+
+    measured = rounds(rank, play)
     measured.labels = {"memcpy": "memcpy of the state", "sync": "without async_save"}
     return measured
 

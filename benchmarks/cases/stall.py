@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from benchmarks.bench import Bench
 from benchmarks.job import Job
-from benchmarks.limits import RawFiles, Way
-from benchmarks.measure import remove_and_settle, rotated
+from benchmarks.limits import TARGET_BYTES, RawFiles, Way, copy_into
+from benchmarks.measure import remove_and_settle, rotated, rounds
 from benchmarks.options import Options
 from benchmarks.ours import OursAsync
 from benchmarks.ranks import Measured, Rank
@@ -36,8 +36,6 @@ RANKS = 2
 COMPUTE, COMPUTE_SMOKE = 2.0, 0.05
 TO_MEMCPY, TO_DCP, BEYOND_DISK = 0.25, 10.0, 1.05
 RAW_WAY = Way(block=4 << 20, streams=1)
-TARGET_BYTES = 256 << 20
-"""More than a processor's caches hold."""
 
 
 def stall(bench: Bench) -> list[Row]:
@@ -82,16 +80,16 @@ def _measure(rank: Rank, peers: bool) -> Measured:
     ways = [_Way("ours", ours.save), _Way("raw", _raw(RawFiles(rank, job.local_bytes)))]
     for kind in (AsyncCheckpointerType.THREAD, AsyncCheckpointerType.PROCESS) if peers else ():
         ways.append(_Way(f"dcp {kind.value}", _dcp(job, kind)))
-    measured = Measured()
     target = torch.zeros(TARGET_BYTES, dtype=torch.uint8)
-    for turn in range(1 + rank.options.repeats):
-        found = {"step": rank.timed(work.run), "memcpy": rank.timed(lambda: _copy(job, target))}
+
+    def play(turn: int) -> dict[str, float]:
+        copied = rank.timed(lambda: copy_into(target, job.parts.values()))
+        found = {"step": rank.timed(work.run), "memcpy": copied}
         for way in rotated(ways, turn):
             found |= _round(rank, way, work)
-        if turn:
-            for name, seconds in found.items():
-                measured.add(name, seconds)
-        rank.say(f"round {turn}: " + ", ".join(f"{k} {v:.3f} s" for k, v in found.items()))
+        return found
+
+    measured = rounds(rank, play)
     ours.close()
     measured.labels = {
         "size": f"{job.local_bytes / 1e9:.2f} GB",
@@ -142,13 +140,6 @@ def _raw(files: RawFiles) -> Callable[..., object]:
         return (lambda: None), thread.join
 
     return save
-
-
-def _copy(job: Job, target: torch.Tensor) -> None:
-    """To touched memory again and again: the peers' copies and ours take enough of it as it is."""
-    for part in job.parts.values():
-        for piece in part.reshape(-1).view(torch.uint8).split(target.numel()):
-            target[: piece.numel()].copy_(piece)
 
 
 class _Work:

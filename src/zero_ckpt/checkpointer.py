@@ -231,7 +231,7 @@ class Checkpointer:
             if wanted.optimizers:
                 self.global_step = checkpoint.manifest.step
             plan, result = loaded.prepared
-            log_report(result.report, checkpoint.path)
+            log_report(result.report, checkpoint.path, self._engine.control.rank)
             warn_on_first(self._engine.control.rank, plan.notices)
             return result
 

@@ -186,7 +186,7 @@ class LoadMixin(PlanMixin, SaveMixin):
         with loaded.checkpoint as checkpoint:
             plan, result, objects = loaded.prepared
             self._zero_runtime.loaded = result
-            log_report(result.report, result.path)
+            log_report(result.report, result.path, self.zero_control.rank)
             if not wanted.module_only:
                 self._zero_tell_differences(checkpoint, objects)
             for notice in plan.notices:

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch.distributed as dist
-
 from zero_ckpt.core.restoring import Restoration
 
 __all__ = ["LoadReport", "LoadResult", "log_report", "report_of"]
@@ -69,12 +67,12 @@ def report_of(plan: Restoration) -> LoadReport:
     return LoadReport(tuple(plan.missing), tuple(plan.unexpected), tuple(plan.excluded))
 
 
-def log_report(report: LoadReport, path: str) -> None:
+def log_report(report: LoadReport, path: str, rank: int) -> None:
     """Tell, on the logger `zero_ckpt`, what a load that was not strict has left out: once for the job, by rank 0.
 
     Where ranks hold different tensors, what the others' loads left out is in their own `report`.
     """
-    if dist.is_available() and dist.is_initialized() and dist.get_rank() != 0:
+    if rank != 0:
         return
     if report.missing:
         logger.warning("%s: not in the checkpoint, kept as it was: %s", path, _few(report.missing))

@@ -252,7 +252,8 @@ class RestoreMixin(StrategyBase):
             self.lightning_module, state_dict, source, self.global_rank, read, strict=strict
         )
         self.load_report = report
-        log_report(report, "the checkpoint" if source is None else source.path)
+        path = "the checkpoint" if source is None else source.path
+        log_report(report, path, self.global_rank)
 
     def _read(self, source: Checkpoint, requests: list[Request]) -> None:
         try:
