@@ -13,6 +13,7 @@ import pickle
 import signal
 import sys
 import threading
+import time
 import traceback
 import warnings
 from dataclasses import dataclass
@@ -113,6 +114,16 @@ def _join_group(job: Job) -> None:
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", job.port, is_master=False)
     dist.init_process_group(job.backend, store=store, rank=job.rank, world_size=job.world_size)
+    os.register_at_fork(before=_let_threads_rest)
+
+
+def _let_threads_rest() -> None:
+    """Before a data loader forks its workers, as Accelerate's does right after a broadcast.
+
+    A thread of gloo that lets go of a tensor makes itself a Python thread state, under a lock that it does not need the
+    GIL for. A fork at that moment leaves the lock taken in the child, which Python 3.11 then waits for, forever.
+    """
+    time.sleep(0.01)
 
 
 def _leave_group() -> None:
