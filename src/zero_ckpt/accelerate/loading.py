@@ -6,6 +6,7 @@ A folder that Accelerate wrote goes to Accelerate's own code.
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from zero_ckpt.accelerate.meeting import together
 from zero_ckpt.accelerate.naming import candidates, is_accelerates, next_iteration
 from zero_ckpt.accelerate.planning import PlanMixin, wanted_of
 from zero_ckpt.accelerate.saving import SaveMixin
+from zero_ckpt.accelerate.whole import sharding_what_is_loaded
 from zero_ckpt.core.bound import Wanted
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.finding import find_checkpoint
@@ -210,14 +212,21 @@ class LoadMixin(PlanMixin, SaveMixin):
     ) -> None:
         """A folder that Accelerate wrote, by its own code; steps are then known from the optimizer's state."""
         sharded = any(isinstance(p, DTensor) for m in self._models for p in m.parameters())
-        if sharded and not self.is_fsdp2:
-            raise ConfigurationError(
-                f"{directory} holds no checkpoint of zero_ckpt, and what Accelerate itself wrote cannot be loaded into "
-                f"a model that is sharded at stage {self.zero_stage}. Load it with stage=1 or less, save it, and "
-                "load that at any stage."
-            )
-        super().load_state(directory, load_kwargs, **kwargs)
+        with ExitStack() as taking_whole:
+            if sharded and not self.is_fsdp2:
+                self._zero_check_whole(directory)
+                optimizers = self.zero_optimizers().values()
+                taking_whole.enter_context(sharding_what_is_loaded(self._models, optimizers))
+            super().load_state(directory, load_kwargs, **kwargs)
         self._zero_step = _steps_made(self) or self._zero_step
+
+    def _zero_check_whole(self, directory: str) -> None:
+        if any(name.startswith("pytorch_model_fsdp") for name in os.listdir(directory)):
+            raise ConfigurationError(
+                f"{directory} was written by Accelerate's FSDP plugin, whose format its own code loads only into a "
+                f"model that the plugin has sharded; here it is sharded at stage {self.zero_stage}. Load it once "
+                "with the plugin and stage=None, save_state(), and load that at any stage."
+            )
 
 
 def _steps_made(accelerator: ZeroBase) -> int:

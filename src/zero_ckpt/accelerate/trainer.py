@@ -20,16 +20,13 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.optim import Optimizer
-
 from zero_ckpt.accelerate.attach import attach
 from zero_ckpt.accelerate.base import ZeroBase, raw_optimizer
 from zero_ckpt.accelerate.content import make_snapshot
 from zero_ckpt.accelerate.hooks import Edits
 from zero_ckpt.accelerate.meeting import together
 from zero_ckpt.accelerate.trainer_order import EpochOrder
+from zero_ckpt.accelerate.whole import shard_state_when_loaded
 from zero_ckpt.core.bound import Wanted
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.finding import find_checkpoint
@@ -221,34 +218,6 @@ class TrainerMixin(Host):  # type: ignore[misc]
 
     def _zero_is_sharded(self) -> bool:
         return bool(self.accelerator._zero_is_sharded(self.model))
-
-
-def shard_state_when_loaded(optimizer: Optimizer) -> None:
-    """Let the next `load_state_dict` of this optimizer take whole tensors for parameters that are sharded.
-
-    Communicates nothing: every rank has the whole state, and keeps its parts.
-    """
-
-    def shard(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-        hook.remove()
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        numbers = [number for group in state["param_groups"] for number in group["params"]]
-        by_number = dict(zip(numbers, parameters, strict=False))
-        parts = {
-            number: {name: _part(value, by_number[number]) for name, value in values.items()}
-            for number, values in state["state"].items()
-        }
-        return {**state, "state": parts}
-
-    hook = optimizer.register_load_state_dict_pre_hook(shard)
-
-
-def _part(value: Any, parameter: torch.Tensor) -> Any:
-    is_whole = isinstance(value, torch.Tensor) and not isinstance(value, DTensor)
-    if not is_whole or not isinstance(parameter, DTensor) or value.shape != parameter.shape:
-        return value
-    mesh, placements = parameter.device_mesh, parameter.placements
-    return distribute_tensor(value.to(parameter.device), mesh, placements, src_data_rank=None)
 
 
 @cache

@@ -36,7 +36,7 @@ def rebind_optimizer(
                 count += 1
             if before in optimizer.state:
                 values = optimizer.state[before]
-                state[now] = {k: _placed_like(v, now) for k, v in values.items()}
+                state[now] = {k: placed_like(v, now) for k, v in values.items()}
     # In place: the optimizer's own object may be referenced elsewhere.
     other = {k: v for k, v in optimizer.state.items() if not isinstance(k, torch.Tensor)}
     optimizer.state.clear()
@@ -44,7 +44,11 @@ def rebind_optimizer(
     return count
 
 
-def _placed_like(value: Any, parameter: torch.Tensor) -> Any:
+def placed_like(value: Any, parameter: torch.Tensor) -> Any:
+    """A whole tensor as a tensor of a sharded parameter: of its shape, sharded like it; of another, replicated.
+
+    Anything else as it is, and so are tensors without dimensions, or where `parameter` is not sharded.
+    """
     if (
         not isinstance(parameter, DTensor)
         or not isinstance(value, torch.Tensor)
@@ -53,9 +57,10 @@ def _placed_like(value: Any, parameter: torch.Tensor) -> Any:
     ):
         return value
     mesh, placements = parameter.device_mesh, parameter.placements
+    value = value.detach().to(parameter.to_local().device)
     if value.shape != parameter.shape:
         return DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return distribute_tensor(value.detach(), mesh, placements, src_data_rank=None)
+    return distribute_tensor(value, mesh, placements, src_data_rank=None)
 
 
 def rebind_scheduler(scheduler: Any, old: Optimizer, new: Optimizer) -> None:
