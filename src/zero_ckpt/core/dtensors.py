@@ -53,6 +53,8 @@ TORCH_DTYPES = _TorchDtypes({name: dtype for dtype, name in DTYPE_NAMES.items()}
 _USUAL = (torch.Tensor, torch.nn.Parameter)
 
 _meshes: dict[int, tuple[Any, Mesh]] = {}
+_mesh_layouts: dict[tuple[Any, ...], tuple[Any, Layout]] = {}
+"""By what tensors of equal layout have in common; with the mesh, of whose id another may not come to be."""
 
 
 def mesh_of(device_mesh: Any) -> Mesh:
@@ -70,7 +72,6 @@ def _plain_layout(dtype: str, shape: tuple[int, ...], whole: bool) -> Layout:
     return Layout(dtype, shape, whole=whole)
 
 
-@lru_cache(maxsize=65536)
 def _mesh_layout(
     dtype: str, shape: tuple[int, ...], mesh: Mesh, placements: tuple[Placement, ...], whole: bool
 ) -> Layout:
@@ -105,9 +106,37 @@ def _placement_name(placement: Placement) -> str:
 
 def layout_of(key: str, tensor: torch.Tensor, whole: bool = False) -> Layout:
     """How `tensor` lies on the ranks. Raises `StateMismatchError` when that cannot be stored, naming `key`."""
-    dtype = DTYPE_NAMES.get(tensor.dtype)
-    if dtype is None:
-        raise StateMismatchError(f"tensor '{key}' has dtype {tensor.dtype}, which cannot be stored")
+    local = local_tensor(tensor)
+    if type(local) not in _USUAL or local.layout is not torch.strided or local.is_meta:
+        _check_storable(key, tensor, local)
+    dtype = local.dtype
+    if not isinstance(tensor, DTensor):
+        return _plain_layout(_dtype_name(key, dtype), tuple(tensor.shape), whole)
+    mesh, placements = tensor.device_mesh, tensor.placements
+    alike = dtype, tensor.shape, id(mesh), placements, whole
+    known = _mesh_layouts.get(alike)
+    if known is not None:
+        return known[1]
+    try:
+        layout = _mesh_layout(
+            _dtype_name(key, dtype), tuple(tensor.shape), mesh_of(mesh), placements, whole
+        )
+    except TypeError as error:
+        raise StateMismatchError(
+            f"tensor '{key}' is a DTensor with {error}: reduce it (full_tensor() or redistribute) before saving"
+        ) from error
+    _mesh_layouts[alike] = mesh, layout
+    return layout
+
+
+def _dtype_name(key: str, dtype: torch.dtype) -> str:
+    name = DTYPE_NAMES.get(dtype)
+    if name is None:
+        raise StateMismatchError(f"tensor '{key}' has dtype {dtype}, which cannot be stored")
+    return name
+
+
+def _check_storable(key: str, tensor: torch.Tensor, local: torch.Tensor) -> None:
     if tensor.layout != torch.strided:
         raise StateMismatchError(
             f"tensor '{key}' is {tensor.layout}; only dense tensors can be stored"
@@ -120,21 +149,11 @@ def layout_of(key: str, tensor: torch.Tensor, whole: bool = False) -> Layout:
         raise StateMismatchError(
             f"tensor '{key}' of a lazy module has no shape yet: run the module once first"
         )
-    local = local_tensor(tensor)
     if type(local) not in _USUAL and not _keeps_values(local):
         raise StateMismatchError(
             f"tensor '{key}' is a {type(local).__module__}.{type(local).__qualname__}, which keeps its values in a "
             "form of its own (quantized, for example) that cannot be stored bitwise"
         )
-    shape = tuple(tensor.shape)
-    if not isinstance(tensor, DTensor):
-        return _plain_layout(dtype, shape, whole)
-    try:
-        return _mesh_layout(dtype, shape, mesh_of(tensor.device_mesh), tensor.placements, whole)
-    except TypeError as error:
-        raise StateMismatchError(
-            f"tensor '{key}' is a DTensor with {error}: reduce it (full_tensor() or redistribute) before saving"
-        ) from error
 
 
 def _keeps_values(tensor: Any) -> bool:

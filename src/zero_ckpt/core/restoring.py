@@ -72,14 +72,15 @@ def plan_model(
     """
     plan, wrong = Restoration(), []
     used: set[str] = set()
+    tensors = checkpoint.manifest.tensors["model"]
     for key, tensor in state.tensors.items():
-        stored = _stored_name(checkpoint, key, state.aliases)
+        stored = key if key in tensors else _stored_name(checkpoint, key, state.aliases)
         if stored is None:
             left_out = key in checkpoint.manifest.excluded
             (plan.excluded if left_out else plan.missing).append(key)
             continue
         used.add(stored)
-        placed, layout = checkpoint.placed("model", stored), layout_of(key, tensor)
+        placed, layout = tensors[stored], layout_of(key, tensor)
         if placed.shape != layout.shape:
             wrong.append(
                 f"'{key}': {list(placed.shape)} in the checkpoint, {list(layout.shape)} in the model"
