@@ -149,6 +149,18 @@ def test_damage_is_found_and_an_older_checkpoint_taken(server: S3Server) -> None
     assert job.bits() == Job.at(1).bits()
 
 
+def test_a_load_into_live_tensors_fetches_each_block_once(server: S3Server) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(1024, 8 << 10, bias=False)  # 32 MiB
+    zero_ckpt.save_checkpoint(RUN, model, tag="tag")
+    saved = model.weight.detach().clone()
+    model.weight.data.zero_()
+    server.requests.clear()
+    zero_ckpt.load_checkpoint(RUN, model)
+    assert torch.equal(model.weight, saved)
+    assert 32 << 20 < server.sent() < 34 << 20
+
+
 def test_a_partial_read_fetches_its_blocks_and_no_more(server: S3Server) -> None:
     torch.manual_seed(0)
     model = torch.nn.Linear(1024, 8 << 10, bias=False)  # 32 MiB: eight blocks

@@ -121,7 +121,7 @@ def test_any_box_reads_back_bitwise_into_any_tensor(
                     requests.append(checkpoint.request("model", key, target, box))
             plan = checkpoint.plan_reads(requests)
             if verified := data.draw(st.booleans()):
-                plan.verify(lambda: None)
+                plan.verify(lambda: None, room=SMALL_BLOCK * data.draw(st.integers(0, 5)))
             plan.fill(lambda: None, verified=verified, private=data.draw(st.booleans()))
             for key, layout in tensors.items():
                 assert same(checkpoint.tensor("model", key), values(layout.dtype, layout.shape))
@@ -288,6 +288,34 @@ def test_an_error_stops_all_threads_and_gives_every_buffer_back(
         assert threading.active_count() == before
         assert len(pipeline._spare) == pipeline._BUFFERS
         assert storage.count < 8 * blocks
+
+
+@pytest.mark.parametrize(("far", "room", "again"), [(True, 64, 0), (True, 24, 40), (False, 64, 64)])
+def test_what_no_page_cache_keeps_is_read_once_as_far_as_there_is_room(
+    far: bool, room: int, again: int
+) -> None:
+    blocks, windows = 64, 1 if far else SMALL_BLOCK // 1024
+    with small_blocks():
+        inner, manifest = save({"w": Layout("U8", (blocks * SMALL_BLOCK,), None)})
+        inner.far = far
+        storage = Failing(inner, 10**9)
+        target = torch.zeros(blocks * SMALL_BLOCK, dtype=torch.uint8)
+        with Checkpoint(cast(Any, storage), "/t", manifest) as checkpoint:
+            plan = checkpoint.plan_reads([checkpoint.request("model", "w", target)])
+            counts = []
+            for step in (
+                lambda: plan.verify(lambda: None, room=room * SMALL_BLOCK + 1),
+                lambda: plan.fill(lambda: None, verified=True),
+                lambda: plan.fill(lambda: None, verified=True),  # nothing is held any more
+            ):
+                storage.count = 0
+                step()
+                counts.append(storage.count // windows)
+                assert bool(target.any()) == (len(counts) > 1)
+    few = blocks // 8 + 1  # which are not counted
+    for count, expected in zip(counts, (blocks, again, blocks), strict=True):
+        assert expected - few <= count <= expected
+    assert same(target, values("U8", (blocks * SMALL_BLOCK,)))
 
 
 @pytest.mark.parametrize("far", [False, True])

@@ -11,7 +11,6 @@ What goes wrong there is raised at the next save, in `wait`, or in `close`, the 
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -29,7 +28,7 @@ from zero_ckpt.core.engine import SyncEngine, cuda_device
 from zero_ckpt.core.fence import StepFence
 from zero_ckpt.core.flight import Flight
 from zero_ckpt.core.handle import SaveHandle, Skipped
-from zero_ckpt.core.memory import available_bytes
+from zero_ckpt.core.memory import free_share
 from zero_ckpt.core.notices import warn_on_first, warn_user
 from zero_ckpt.core.saving import Captured, ShardPlan
 from zero_ckpt.core.shard_file import BLOCK
@@ -248,7 +247,9 @@ class AsyncEngine(SyncEngine):
         """Bytes of staging memory that this rank may have. Found once, before it takes any."""
         with self._pool_lock:
             if not self._ceiling:
-                self._ceiling = self.options.staging_bytes or _default_ceiling(self.control)
+                self._ceiling = self.options.staging_bytes or max(
+                    6 * BLOCK, free_share(self.control.world_size)
+                )
             return self._ceiling
 
     def _say(self, what: str, text: str) -> None:
@@ -280,9 +281,3 @@ def _expected_bytes(models: Iterable[nn.Module], has_optimizer: bool, world_size
     sharded = sum(local_tensor(t).nbytes for t in tensors if isinstance(t, DTensor))
     whole = sum(t.nbytes for t in tensors if not isinstance(t, DTensor))
     return (sharded + whole // world_size) * (3 if has_optimizer else 1)
-
-
-def _default_ceiling(control: ControlPlane) -> int:
-    """A quarter of the free memory, shared by the ranks of this host: all ranks where the launcher does not tell."""
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or control.world_size)
-    return max(6 * BLOCK, available_bytes() // 4 // ranks)

@@ -22,6 +22,7 @@ from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.collector import collector_paused
 from zero_ckpt.core.control import DEFAULT_TIMEOUT, TORN, ControlPlane
 from zero_ckpt.core.finding import Candidates, Found, fallback_notice, find_checkpoint, locate
+from zero_ckpt.core.memory import free_share
 from zero_ckpt.core.notices import warn_on_first
 from zero_ckpt.core.places import absolute
 from zero_ckpt.core.reader import Sharing
@@ -125,7 +126,7 @@ class _Session:
             shared_live, shared_fresh = map(self._sharing, answer["shared"])
             try:
                 if verify_first:
-                    live.verify(beat, shared_live)
+                    live.verify(beat, shared_live, free_share(self._control.world_size))
                 fresh.fill(beat, shared_fresh, private=True)
                 plan.check()
             except Exception as error:

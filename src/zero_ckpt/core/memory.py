@@ -11,6 +11,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from zero_ckpt.core.cgroups import bytes_to_limit
+
 __all__ = [
     "ALIGNMENT",
     "WINDOW",
@@ -18,6 +20,7 @@ __all__ = [
     "aligned_buffer",
     "available_bytes",
     "copy_bytes",
+    "free_share",
     "prefer_huge_pages",
     "round_up",
 ]
@@ -82,8 +85,22 @@ def copy_bytes(target: int, source: int, nbytes: int) -> None:
     (_memmove_held if nbytes < _HELD else ctypes.memmove)(target, source, nbytes)
 
 
+def free_share(world_size: int) -> int:
+    """Bytes: a quarter of this host's free memory, divided among its ranks; all ranks where the launcher does not tell.
+
+    What one rank may take for a while without a question.
+    """
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or world_size)
+    return available_bytes() // 4 // ranks
+
+
 def available_bytes() -> int:
-    """Host memory that can be had without swapping; all there is where the system does not tell."""
+    """Host memory that can be had without swapping, or without reaching this container's limit where it has one."""
+    return min(_of_host(), bytes_to_limit())
+
+
+def _of_host() -> int:
+    """All there is where the system does not tell."""
     with suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         line = next(line for line in lines if line.startswith("MemAvailable:"))

@@ -5,7 +5,7 @@ with the stored ones, the blocks that they touch are read once each, verified, a
 threads (`pipeline`). Extra memory is a few blocks, whatever the state's size.
 
 Nothing unverified reaches a target. `verify` reads the same blocks and copies nothing, so that a caller that overwrites
-live tensors can know beforehand that all is well.
+live tensors can know beforehand that all is well. What no page cache keeps it keeps itself, as far as it has room.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 import xxhash
 
 from zero_ckpt.core.chunks import Box
+from zero_ckpt.core.memory import aligned_buffer
 from zero_ckpt.core.pipeline import run_pipeline
 from zero_ckpt.core.placing import Part, Request, byte_span, copy_parts, home
 from zero_ckpt.core.planner import Placed, needed_chunks
@@ -50,6 +51,10 @@ class Sharing:
     rank: int
     world_size: int
     roles: frozenset[str]
+
+
+_Held = dict[tuple[str, int], memoryview]
+"""Verified blocks by file and index."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +102,50 @@ class _Work:
             pass
 
 
+@dataclass(frozen=True, slots=True)
+class _Holding(_Work):
+    """One that is verified in `memory`, and `held` there, where even a second read would be a journey."""
+
+    memory: memoryview
+    held: _Held
+
+    def fetch(self, buffer: memoryview) -> memoryview | None:
+        return self.reader.fetch(self.index, self.memory, self.keep)
+
+    def look(self, buffer: memoryview, fetched: memoryview | None) -> None:
+        _Work.look(self, buffer, fetched)
+        if fetched is not None:
+            self.held[self.reader.name, self.index] = fetched
+
+
+@dataclass(frozen=True, slots=True)
+class _InMemory(_Work):
+    """One that was held, and so verified."""
+
+    memory: memoryview
+
+    def fetch(self, buffer: memoryview) -> memoryview | None:
+        return self.memory
+
+    def copy(self, buffer: memoryview, fetched: memoryview | None) -> None:
+        copy_parts(self.memory, self.index * BLOCK, self.parts)
+
+    copy_windows = copy
+
+
 Action = Callable[[_Work, memoryview, "memoryview | None"], None]
+
+
+def _copy(work: _Work, buffer: memoryview, fetched: memoryview | None) -> None:
+    work.copy(buffer, fetched)
+
+
+def _copy_windows(work: _Work, buffer: memoryview, fetched: memoryview | None) -> None:
+    work.copy_windows(buffer, fetched)
+
+
+def _look(work: _Work, buffer: memoryview, fetched: memoryview | None) -> None:
+    work.look(buffer, fetched)
 
 
 @dataclass(slots=True)
@@ -105,6 +153,7 @@ class ReadPlan:
     """The blocks to read for some requests, and what goes where from each; made once, run once or twice."""
 
     files: list[_FilePlan]
+    _held: _Held = field(default_factory=dict)
 
     def digests(self) -> dict[str, str]:
         """For each role what identifies the blocks to read: ranks with equal digests read the same ones."""
@@ -114,12 +163,29 @@ class ReadPlan:
             hasher.update(f"{plan.reader.name}\n{sorted(plan.blocks)}\n".encode())
         return {role: hasher.hexdigest() for role, hasher in hashers.items()}
 
-    def verify(self, progress: Callable[[], None], sharing: Sharing | None = None) -> None:
+    def verify(
+        self, progress: Callable[[], None], sharing: Sharing | None = None, room: int = 0
+    ) -> None:
         """Read and verify every block, and change nothing; of what all ranks read, this rank's share.
 
-        It leaves the blocks in the page cache, where `fill` finds them, as far as they have room there.
+        It leaves them in the page cache, where `fill` finds them, as far as they have room there. What goes through no
+        page cache (an object store) is kept in memory for `fill`, up to `room` bytes.
         """
-        self._run(_Work.look, progress, self._work(sharing, again=True, divided=True))
+        work = self._work(sharing, again=True, divided=True)
+        self._run(_look, progress, self._holding(work, room // BLOCK))
+
+    def _holding(self, work: Sequence[_Work], count: int) -> Sequence[_Work]:
+        """The same work; up to `count` blocks are kept."""
+        try:
+            memory = aligned_buffer(min(count, len(work)) * BLOCK)  # taken as blocks come
+        except MemoryError:
+            return work
+        rooms = (memory[at : at + BLOCK] for at in range(0, count * BLOCK, BLOCK))
+        kept = [
+            _Holding(item.reader, item.index, item.parts, item.keep, room, self._held)
+            for item, room in zip(work[:count], rooms, strict=False)
+        ]
+        return [*kept, *work[len(kept) :]]
 
     def fill(
         self,
@@ -134,8 +200,11 @@ class ReadPlan:
         `verified`: by `verify`, on this rank or another. `private`: nobody uses the targets when this raises. With
         neither, no byte reaches a target before its block is verified.
         """
-        action = _Work.copy_windows if verified or private else _Work.copy
-        self._run(action, progress, self._work(sharing, again=verified))
+        action = _copy_windows if verified or private else _copy
+        try:
+            self._run(action, progress, self._work(sharing, again=verified))
+        finally:
+            self._held.clear()
 
     def _run(self, action: Action, progress: Callable[[], None], work: Sequence[_Work]) -> None:
         many = sum(len(item.parts) for item in work) > _FEW * len(work)
@@ -152,7 +221,12 @@ class ReadPlan:
             if shared and divided:
                 assert sharing is not None
                 blocks = blocks[sharing.rank :: sharing.world_size]
-            work += [_Work(plan.reader, index, parts, again or shared) for index, parts in blocks]
+            for index, parts in blocks:
+                held = self._held.get((plan.reader.name, index))
+                if held is None:
+                    work.append(_Work(plan.reader, index, parts, again or shared))
+                else:
+                    work.append(_InMemory(plan.reader, index, parts, True, held))
         return work
 
     def fill_from(self, read_block: Callable[[StoredFile, int], memoryview]) -> None:
