@@ -16,8 +16,10 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from zero_ckpt import Checkpointer, load_checkpoint, save_checkpoint
+from zero_ckpt.core import optimizers
 from zero_ckpt.core.checkpoint import open_checkpoint
 from zero_ckpt.core.dtensors import DTYPE_NAMES
+from zero_ckpt.core.optimizer_state import StateBuilder
 from zero_ckpt.core.shard_reader import ShardReader
 from zero_ckpt.errors import ConfigurationError, StateMismatchError, UnsafeObjectError
 
@@ -259,17 +261,53 @@ def test_state_that_needs_a_pickle_is_refused_before_anything_changes(tmp_path: 
     one_step(model, optimizer)
     optimizer.state[model[0].weight]["secret"] = Path
     optimizer.state[model[1].bias]["secret"] = [complex, torch.ones(1)]
-    save_checkpoint(tmp_path, model, optimizer, step=1)
+    with pytest.warns(
+        UserWarning, match=r"pickles: '0.weight/secret' \(a builtins.type\), '1.bias"
+    ):
+        save_checkpoint(tmp_path, model, optimizer, step=1)
     other = two_layers(1)
     before = {k: v.clone() for k, v in other.state_dict().items()}
     again = Factored(other.parameters())
-    with pytest.raises(UnsafeObjectError, match=r"optimizer state 'secret'.*builtins\.type"):
+    with pytest.raises(
+        UnsafeObjectError, match=r"state '0.weight/secret' is a pickled builtins\.type"
+    ):
         load_checkpoint(tmp_path, other, again)
     assert same(dict(other.state_dict()), before)
     assert not again.state
     load_checkpoint(tmp_path, other, again, weights_only=False)
     assert again.state[other[0].weight]["secret"] is Path
     assert same(again.state[other[1].bias]["secret"], [complex, torch.ones(1)])
+
+
+def test_state_of_no_parameter_is_told_of_by_the_save(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.state["global"] = {"evaluations": 3}
+    with pytest.warns(UserWarning, match=r"SGD keeps for no parameter \('global'\) is not saved"):
+        save_checkpoint(tmp_path, model, optimizer, tag="t")
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_steps_lie_where_the_options_that_are_loaded_want_them(
+    keep: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fused optimizer on an accelerator reads them there; others on the host."""
+    model = two_layers()
+    fused = torch.optim.Adam(model.parameters(), fused=True)
+    one_step(model, fused)
+    save_checkpoint(tmp_path, model, fused, tag="t")
+    on_host: list[bool] = []
+
+    class Noted(StateBuilder):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            on_host.append(self._cpu_step)
+
+    monkeypatch.setattr(optimizers, "StateBuilder", Noted)
+    plain = torch.optim.Adam(model.parameters())
+    load_checkpoint(tmp_path, model, plain, override_hyperparameters=keep)
+    assert plain.param_groups[0]["fused"] is (None if keep else True)
+    assert set(on_host) == {keep}
 
 
 def adam_over(model: nn.Module, groups: list[list[str]]) -> torch.optim.Adam:

@@ -166,6 +166,7 @@ class Checkpointer:
             aliases={k: v for k, v in state.aliases.items() if v not in excluded},
             excluded=excluded,
             experts=state.experts,
+            notices=tuple(o.notice for o in optimizers.values()),
         )
 
     def load_checkpoint(

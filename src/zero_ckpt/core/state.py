@@ -9,6 +9,7 @@ tensors in it as `#entry/<path>`): under ZeRO-1 only one rank has them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +34,7 @@ __all__ = [
     "group_names",
     "local_states",
     "names_in_groups",
+    "pickled_values",
     "python_value",
     "split_state_name",
 ]
@@ -67,10 +69,14 @@ class ModelState:
 
 @dataclass(slots=True)
 class OptimizerState:
-    """`tensors`: "<prefix><fqn>/<name>" -> live tensor. `record`: class name, and groups of FQNs with their options."""
+    """`tensors`: "<prefix><fqn>/<name>" -> live tensor. `record`: class name, and groups of FQNs with their options.
+
+    `notice`: what of it is not saved; "" for nothing.
+    """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
+    notice: str = ""
 
 
 @dataclass(slots=True)
@@ -78,7 +84,8 @@ class Snapshot:
     """What one rank hands to a save: references to live state.
 
     `objects` of rank 0 are stored; tensors inside go with them, and DTensors inside are stored by all their ranks.
-    `rank_objects` are every rank's own. `excluded`: frozen parameters left out on purpose.
+    `rank_objects` are every rank's own. `excluded`: frozen parameters left out on purpose. `notices`: what the user is
+    told when all is committed.
     """
 
     model: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -90,6 +97,7 @@ class Snapshot:
     aliases: dict[str, str] = field(default_factory=dict)
     excluded: frozenset[str] = frozenset()
     experts: dict[str, Share] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
 
 
 def capture_model(model: nn.Module) -> ModelState:
@@ -201,7 +209,19 @@ def capture_optimizer(
         base = f"{prefix}{fqn_of[id(parameter)]}"
         for name, value in values.items():
             add_value(state.tensors, f"{base}/{name}", value)
+    state.notice = _unsaved(holder_of(optimizer))
     return state
+
+
+def _unsaved(optimizer: torch.optim.Optimizer) -> str:
+    """Of state that is no parameter's, which has no name in a checkpoint."""
+    others = [repr(key) for key in optimizer.state if not isinstance(key, torch.Tensor)]
+    if not others:
+        return ""
+    return (
+        f"the state that {type(optimizer).__name__} keeps for no parameter ({', '.join(others[:3])}"
+        f"{', ...' if len(others) > 3 else ''}) is not saved: a load leaves it as it is. Put it into the client state."
+    )
 
 
 def add_value(tensors: dict[str, torch.Tensor], key: str, value: Any) -> None:
@@ -220,6 +240,20 @@ def add_value(tensors: dict[str, torch.Tensor], key: str, value: Any) -> None:
         encoded = encode_objects(value, f"{key}#entry")
         tensors[f"{key}#json"] = torch.frombuffer(bytearray(encoded.json), dtype=torch.uint8)
         tensors |= encoded.entries | encoded.dtensors
+
+
+_PICKLE = re.compile(rb'\{"\$pickle":\["(?:[^"\\]|\\.)*","((?:[^"\\]|\\.)*)"\]\}')
+
+
+def pickled_values(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """Path -> type of the values of optimizer states which hold something that `add_value` had to pickle."""
+    found = {}
+    for key, tensor in tensors.items():
+        if key.endswith("#json") and type(tensor) is torch.Tensor:
+            match = _PICKLE.search(tensor.numpy().tobytes())
+            if match is not None:
+                found[key.removesuffix("#json")] = match[1].decode()
+    return found
 
 
 def split_state_name(name: str) -> tuple[str, str]:
