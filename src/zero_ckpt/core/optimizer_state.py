@@ -26,7 +26,7 @@ from zero_ckpt.core.memory import prefer_huge_pages
 from zero_ckpt.core.objects import decode_objects
 from zero_ckpt.core.planner import Placed
 from zero_ckpt.core.reader import Request
-from zero_ckpt.core.state import python_value, split_state_name
+from zero_ckpt.core.state_values import python_value, split_state_name
 
 __all__ = ["StateBuilder"]
 

@@ -28,7 +28,8 @@ from zero_ckpt.core.recovery import content_digest
 from zero_ckpt.core.shard_file import ShardLayout, layout_shard
 from zero_ckpt.core.sources import Slab, Source, source_of, view_of
 from zero_ckpt.core.staging import ShardWrite, StagingPool
-from zero_ckpt.core.state import Snapshot, pickled_values
+from zero_ckpt.core.state import Snapshot
+from zero_ckpt.core.state_values import pickled_values
 from zero_ckpt.core.storage import FileWriter, Storage
 from zero_ckpt.errors import StateMismatchError
 

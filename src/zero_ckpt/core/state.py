@@ -9,7 +9,6 @@ tensors in it as `#entry/<path>`): under ZeRO-1 only one rank has them.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,14 +18,13 @@ from torch import nn
 
 from zero_ckpt.core.experts import Share
 from zero_ckpt.core.naming import ParameterNames, naming_of, split_expert
-from zero_ckpt.core.objects import encode_objects
-from zero_ckpt.errors import StateMismatchError
+from zero_ckpt.core.state_values import MARKS, add_value, split_state_name
+from zero_ckpt.errors import ConfigurationError, StateMismatchError
 
 __all__ = [
     "ModelState",
     "OptimizerState",
     "Snapshot",
-    "add_value",
     "by_parameter",
     "capture_model",
     "capture_models",
@@ -34,9 +32,6 @@ __all__ = [
     "group_names",
     "local_states",
     "names_in_groups",
-    "pickled_values",
-    "python_value",
-    "split_state_name",
 ]
 
 EXTRA_STATE = "_extra_state"
@@ -58,7 +53,17 @@ class ModelState:
     experts: dict[str, Share] = field(default_factory=dict)
 
     def add(self, other: ModelState, prefix: str) -> None:
-        """Take in the state of another model, every key with `prefix` before it."""
+        """Take in the state of another model, every key with `prefix` before it.
+
+        Raises `ConfigurationError` when a key is taken already: one of the tensors would be lost.
+        """
+        taken = self.tensors.keys() | self.aliases.keys() | self.extra.keys()
+        for key in map(prefix.__add__, [*other.tensors, *other.aliases, *other.extra]):
+            if key in taken:
+                raise ConfigurationError(
+                    f"two models have a tensor '{key}', as the names of the models are put before those of their "
+                    "tensors. Give the models other names."
+                )
         self.tensors |= {prefix + k: v for k, v in other.tensors.items()}
         self.buffers |= {prefix + k for k in other.buffers}
         self.frozen |= {prefix + k for k in other.frozen}
@@ -112,6 +117,11 @@ def capture_model(model: nn.Module) -> ModelState:
             _refuse_extra_state(key, state.experts)
             state.extra[key] = value
             continue
+        if key in state.tensors or key in state.aliases:
+            raise StateMismatchError(
+                f"two tensors of the model are called '{key}' without what wrappers add ('{raw}' is one of them): one "
+                "would be lost. Give one of their modules another name."
+            )
         first = owners.setdefault(_identity(value), key)
         if first != key:
             state.aliases[key] = first
@@ -208,6 +218,11 @@ def capture_optimizer(
     for parameter, values in local_states(optimizer):
         base = f"{prefix}{fqn_of[id(parameter)]}"
         for name, value in values.items():
+            if not isinstance(name, str) or split_state_name(name)[1]:
+                raise StateMismatchError(
+                    f"the optimizer keeps state of '{fqn_of[id(parameter)]}' under {name!r}, which would come back "
+                    f"under another name: expected a text that does not end in {', '.join(MARKS)}"
+                )
             add_value(state.tensors, f"{base}/{name}", value)
     state.notice = _unsaved(holder_of(optimizer))
     return state
@@ -222,55 +237,6 @@ def _unsaved(optimizer: torch.optim.Optimizer) -> str:
         f"the state that {type(optimizer).__name__} keeps for no parameter ({', '.join(others[:3])}"
         f"{', ...' if len(others) > 3 else ''}) is not saved: a load leaves it as it is. Put it into the client state."
     )
-
-
-def add_value(tensors: dict[str, torch.Tensor], key: str, value: Any) -> None:
-    """Add one value of an optimizer's state, as itself or as the tensor that stands for it."""
-    if isinstance(value, torch.Tensor):
-        tensors[key] = value
-    elif value is None:
-        tensors[f"{key}#none"] = torch.empty(0, dtype=torch.uint8)
-    elif type(value) is bool:
-        tensors[f"{key}#bool"] = torch.tensor(value)
-    elif type(value) is int and -(1 << 63) <= value < 1 << 63:
-        tensors[f"{key}#int"] = torch.tensor(value, dtype=torch.int64)
-    elif type(value) is float:
-        tensors[f"{key}#float"] = torch.tensor(value, dtype=torch.float64)
-    else:
-        encoded = encode_objects(value, f"{key}#entry")
-        tensors[f"{key}#json"] = torch.frombuffer(bytearray(encoded.json), dtype=torch.uint8)
-        tensors |= encoded.entries | encoded.dtensors
-
-
-_PICKLE = re.compile(rb'\{"\$pickle":\["(?:[^"\\]|\\.)*","((?:[^"\\]|\\.)*)"\]\}')
-
-
-def pickled_values(tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Path -> type of the values of optimizer states which hold something that `add_value` had to pickle."""
-    found = {}
-    for key, tensor in tensors.items():
-        if key.endswith("#json") and type(tensor) is torch.Tensor:
-            match = _PICKLE.search(tensor.numpy().tobytes())
-            if match is not None:
-                found[key.removesuffix("#json")] = match[1].decode()
-    return found
-
-
-def split_state_name(name: str) -> tuple[str, str]:
-    """(name, kind) of a stored state name; the kind is "" for what was a tensor, `entry` for a part of a `json`."""
-    base, entry, _ = name.partition("#entry")
-    if entry:
-        return base, "entry"
-    base, mark, kind = name.rpartition("#")
-    return (base, kind) if mark and kind in _PYTHON_KINDS else (name, "")
-
-
-_PYTHON_KINDS = frozenset({"int", "float", "bool", "none", "json"})
-
-
-def python_value(kind: str, tensor: torch.Tensor) -> bool | int | float | None:
-    """What a stored tensor of a `kind` other than `json` and `entry` stands for; the reverse of `add_value`."""
-    return None if kind == "none" else tensor.item()
 
 
 def by_parameter(

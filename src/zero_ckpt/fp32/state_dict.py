@@ -84,7 +84,10 @@ def _state_dict(
 
 
 def _eager(checkpoint: Checkpoint, chosen: Sequence[OutTensor]) -> list[torch.Tensor]:
-    tensors = [torch.empty(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype]) for tensor in chosen]
+    tensors = [
+        torch.empty(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype], device="cpu")
+        for tensor in chosen
+    ]
     checkpoint.read(
         [
             checkpoint.request(tensor.role, tensor.key, target)
@@ -107,7 +110,7 @@ def _lazy_tensor(checkpoint: Checkpoint, tensor: OutTensor) -> LazyTensor:
         checkpoint.read([Request(tensor.role, tensor.key, tensor.placed, box, target)])
 
     def read(box: Box) -> torch.Tensor:
-        target = torch.empty(box.shape, dtype=dtype)
+        target = torch.empty(box.shape, dtype=dtype, device="cpu")
         fill(box, target)
         return target
 
