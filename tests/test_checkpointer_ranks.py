@@ -16,14 +16,16 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from tests.core.jobs import assert_same, whole
 from tests.workers import run_ranks
 from zero_ckpt import Checkpointer, load_checkpoint, save_checkpoint
 from zero_ckpt.core.checkpoint import open_checkpoint
 from zero_ckpt.core.lazy import LazyTensor
-from zero_ckpt.errors import StateMismatchError
+from zero_ckpt.errors import ConfigurationError, StateMismatchError
 
 
 def draws() -> list[Any]:
@@ -318,6 +320,46 @@ def _group_made_later(directory: str) -> None:
 
 def test_the_process_group_may_be_made_after_the_checkpointer(tmp_path: Path) -> None:
     run_ranks(_group_made_later, 2, str(tmp_path))
+
+
+def _saved_alone(directory: str) -> list[str]:
+    """What each kind of object says that outlives its process group."""
+    plain, ddp = small_net(0, sharded=False), DistributedDataParallel(small_net(0, sharded=False))
+    sharded = small_net(0, sharded=True)
+    zero = ZeroRedundancyOptimizer(plain.parameters(), torch.optim.Adam, lr=0.1)
+    known = Checkpointer(plain)
+    save_checkpoint(directory, sharded, tag="whole")
+    before = {key: t.to_local().clone() for key, t in sharded.state_dict().items()}
+    load_checkpoint(directory, ddp, tag="whole")
+    dist.barrier()
+    dist.destroy_process_group()
+    own = f"{directory}/{int(os.environ['RANK'])}"  # in one, a rank would also meet the others
+    calls: list[Callable[[], object]] = [
+        lambda: save_checkpoint(own, ddp, tag="t"),
+        lambda: save_checkpoint(own, plain, zero, tag="t"),
+        lambda: save_checkpoint(own, sharded, tag="t"),
+        lambda: known.save_checkpoint(own, "t"),
+        lambda: load_checkpoint(directory, sharded, tag="whole"),
+    ]
+    told = []
+    for call in calls:
+        with pytest.raises((ConfigurationError, StateMismatchError)) as caught:
+            call()
+        told.append(str(caught.value))
+    assert_same({key: t.to_local() for key, t in sharded.state_dict().items()}, before)
+    load_checkpoint(directory, ddp, tag="whole", load_optimizer_states=False)
+    return told
+
+
+def test_without_its_process_group_no_rank_takes_itself_for_the_only_one(tmp_path: Path) -> None:
+    for told in run_ranks(_saved_alone, 2, str(tmp_path)):
+        assert all("process group is gone" in text and "2 ranks" in text for text in told[:2])
+        assert "the model belongs to 2 ranks" in told[0]
+        assert "the optimizer belongs to 2 ranks" in told[1]
+        assert "sharded over ranks up to 1, but 1 ranks save" in told[2]
+        assert str(tmp_path) in told[3]
+        assert "tensor '0.weight' is sharded over 2 ranks" in told[4]
+    assert [path.name for path in tmp_path.rglob("manifest.json")] == ["manifest.json"]
 
 
 def _large_replicated(directory: str) -> dict[str, int]:

@@ -15,9 +15,17 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
-from zero_ckpt import Checkpointer, load_checkpoint, save_checkpoint
+from zero_ckpt import (
+    Checkpointer,
+    export_fp32,
+    get_fp32_state_dict_from_zero_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from zero_ckpt.core import optimizers
 from zero_ckpt.core.checkpoint import open_checkpoint
 from zero_ckpt.core.dtensors import DTYPE_NAMES
+from zero_ckpt.core.optimizer_state import StateBuilder
 from zero_ckpt.core.shard_reader import ShardReader
 from zero_ckpt.errors import ConfigurationError, StateMismatchError, UnsafeObjectError
 
@@ -259,17 +267,99 @@ def test_state_that_needs_a_pickle_is_refused_before_anything_changes(tmp_path: 
     one_step(model, optimizer)
     optimizer.state[model[0].weight]["secret"] = Path
     optimizer.state[model[1].bias]["secret"] = [complex, torch.ones(1)]
-    save_checkpoint(tmp_path, model, optimizer, step=1)
+    with pytest.warns(
+        UserWarning, match=r"pickles: '0.weight/secret' \(a builtins.type\), '1.bias"
+    ):
+        save_checkpoint(tmp_path, model, optimizer, step=1)
     other = two_layers(1)
     before = {k: v.clone() for k, v in other.state_dict().items()}
     again = Factored(other.parameters())
-    with pytest.raises(UnsafeObjectError, match=r"optimizer state 'secret'.*builtins\.type"):
+    with pytest.raises(
+        UnsafeObjectError, match=r"state '0.weight/secret' is a pickled builtins\.type"
+    ):
         load_checkpoint(tmp_path, other, again)
     assert same(dict(other.state_dict()), before)
     assert not again.state
     load_checkpoint(tmp_path, other, again, weights_only=False)
     assert again.state[other[0].weight]["secret"] is Path
     assert same(again.state[other[1].bias]["secret"], [complex, torch.ones(1)])
+
+
+@pytest.mark.parametrize("name", [0, "a#int", "a#entry/0", "b#json"])
+def test_a_name_in_an_optimizers_state_that_would_change_is_refused(
+    name: Any, tmp_path: Path
+) -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.state[model.bias][name] = torch.ones(1)
+    with pytest.raises(StateMismatchError, match="keeps state of 'bias' under"):
+        save_checkpoint(tmp_path, model, optimizer, tag="t")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_that_would_have_one_name_are_refused(tmp_path: Path) -> None:
+    """Of two models, and in one where a wrapper's part of a name is left out."""
+    models = {"a": nn.ModuleDict({"b": nn.Linear(2, 2)}), "a.b": nn.Linear(3, 3)}
+    with pytest.raises(ConfigurationError, match=r"two models have a tensor 'a\.b\.weight'"):
+        save_checkpoint(tmp_path, models, tag="t")
+    compiled = torch.compile(nn.Linear(2, 2), backend="eager")
+    compiled._buffers["weight"] = torch.ones(3)
+    with pytest.raises(StateMismatchError, match=r"called 'weight' .*Give one of their modules"):
+        save_checkpoint(tmp_path, compiled, tag="t")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_default_device_is_not_where_a_checkpoint_is_read_or_written(tmp_path: Path) -> None:
+    model = two_layers()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    one_step(model, optimizer)
+    optimizer.state[model[0].weight] |= {"count": 3, "on": True, "rate": 0.5, "all": [1, 2]}
+    client_state = {"tensor": torch.ones(2), "array": np.ones(3)}
+    other = two_layers(1)
+    again = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9)
+    with torch.device("meta"):
+        save_checkpoint(tmp_path, model, optimizer, tag="t", client_state=client_state)
+        loaded = load_checkpoint(tmp_path, other, again)
+        whole = get_fp32_state_dict_from_zero_checkpoint(tmp_path)
+        lazy = get_fp32_state_dict_from_zero_checkpoint(tmp_path, lazy_mode=True)
+        parts = {key: value.contiguous() for key, value in lazy.items()}
+        export_fp32(tmp_path, tmp_path / "out.bin")
+    assert same(again.state_dict(), optimizer.state_dict())
+    assert same(loaded.client_state["tensor"], client_state["tensor"])
+    assert np.array_equal(loaded.client_state["array"], client_state["array"])
+    for found in (dict(other.state_dict()), whole, parts, torch.load(tmp_path / "out.bin")):
+        assert same(found, dict(model.state_dict()))
+
+
+def test_state_of_no_parameter_is_told_of_by_the_save(tmp_path: Path) -> None:
+    model = nn.Linear(2, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.state["global"] = {"evaluations": 3}
+    with pytest.warns(UserWarning, match=r"SGD keeps for no parameter \('global'\) is not saved"):
+        save_checkpoint(tmp_path, model, optimizer, tag="t")
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_steps_lie_where_the_options_that_are_loaded_want_them(
+    keep: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fused optimizer on an accelerator reads them there; others on the host."""
+    model = two_layers()
+    fused = torch.optim.Adam(model.parameters(), fused=True)
+    one_step(model, fused)
+    save_checkpoint(tmp_path, model, fused, tag="t")
+    on_host: list[bool] = []
+
+    class Noted(StateBuilder):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            on_host.append(self._cpu_step)
+
+    monkeypatch.setattr(optimizers, "StateBuilder", Noted)
+    plain = torch.optim.Adam(model.parameters())
+    load_checkpoint(tmp_path, model, plain, override_hyperparameters=keep)
+    assert plain.param_groups[0]["fused"] is (None if keep else True)
+    assert set(on_host) == {keep}
 
 
 def adam_over(model: nn.Module, groups: list[list[str]]) -> torch.optim.Adam:

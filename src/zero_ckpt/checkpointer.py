@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from zero_ckpt.core import rng
 from zero_ckpt.core.agreement import check_tag_validation
+from zero_ckpt.core.alone import check_all_save
 from zero_ckpt.core.binding import bound_names, check_kinds, named, prefix_of
 from zero_ckpt.core.bound import Wanted, plan_training, plan_weights
 from zero_ckpt.core.checkpoint import Checkpoint
@@ -138,6 +139,7 @@ class Checkpointer:
     def _snapshot(
         self, client_state: Any, per_rank: Any, step: int, exclude_frozen: bool
     ) -> Snapshot:
+        check_all_save(self.models, self.optimizers, self._engine.control.world_size)
         state = capture_models(self.models)
         names = bound_names(self.models)
         optimizers = {
@@ -164,6 +166,7 @@ class Checkpointer:
             aliases={k: v for k, v in state.aliases.items() if v not in excluded},
             excluded=excluded,
             experts=state.experts,
+            notices=tuple(o.notice for o in optimizers.values()),
         )
 
     def load_checkpoint(

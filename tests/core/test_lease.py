@@ -129,6 +129,29 @@ def test_a_live_job_refuses_another_and_is_named(place: tuple[Storage, str]) -> 
 
 
 @pytest.mark.usefixtures("quick")
+def test_of_two_jobs_that_begin_at_one_moment_the_second_is_told_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first finds the other's half written file, which it removes."""
+    storage, directory = LocalStorage(), str(tmp_path)
+    replace, held = os.replace, []
+
+    def late(source: str, target: str) -> None:
+        monkeypatch.setattr(os, "replace", replace)
+        held.append(acquired(storage, directory, "other"))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", late)
+    mine = Lease(storage)
+    with pytest.raises(SaveError, match="another job is saving here"):
+        mine.acquire(directory, nothing)
+    mine.release()
+    held[0].check()
+    held[0].release()
+    assert names(storage, directory) == []
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_job_that_ends_while_it_is_watched_was_alive(place: tuple[Storage, str]) -> None:
     storage, directory = place
     path = written(storage, directory, ELSEWHERE)

@@ -18,8 +18,8 @@ from zero_ckpt.core.state import (
     capture_model,
     capture_models,
     capture_optimizer,
-    split_state_name,
 )
+from zero_ckpt.core.state_values import split_state_name
 
 
 def net() -> nn.Sequential:

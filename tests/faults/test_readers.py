@@ -1,18 +1,26 @@
-"""A load while somebody else overwrites, retires or removes what it reads, at each of its operations in turn."""
+"""A load, a collapse or a command while somebody else overwrites, retires or removes what it reads, at each step."""
 
 from __future__ import annotations
 
+import io
 import shutil
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.faults.jobs import Job
 from tests.told import warned
+from zero_ckpt import export_fp32, get_fp32_state_dict_from_zero_checkpoint
+from zero_ckpt.cli.program import main
+from zero_ckpt.core import places
 from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.core.retention import remove_tag
-from zero_ckpt.errors import CheckpointNotFoundError, ZeroCkptError
+from zero_ckpt.errors import CheckpointNotFoundError, SaveError, ZeroCkptError
 from zero_ckpt.testing import FaultyStorage, Operation
 
 READS = frozenset({"get", "list", "open", "read"})
@@ -105,3 +113,66 @@ def test_a_load_during_a_removal_gets_it_or_another_one(start: Path) -> None:
 def test_a_load_of_a_tag_that_is_removed_gets_it_or_is_told(start: Path) -> None:
     whole, absent = (Job.at(2).bits(), None), (Job.at(0).bits(), CheckpointNotFoundError.__name__)
     assert sweep(start, remove, "step2") == {whole, absent}
+
+
+def collapsed(directory: Path) -> str:
+    return bits_of(get_fp32_state_dict_from_zero_checkpoint(directory))
+
+
+def exported(directory: Path) -> str:
+    out = directory.with_name("out.safetensors")
+    export_fp32(directory, out)
+    return bits_of(load_file(out))
+
+
+def bits_of(tensors: dict[str, torch.Tensor]) -> str:
+    return str([(key, tensors[key].tolist()) for key in sorted(tensors)])
+
+
+def shown(command: str, directory: Path) -> str:
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        status = main([command, str(directory)])
+    text = out.getvalue() + err.getvalue()
+    return f"{status}" if status or "damage" in text.lower().replace("no damage", "") else "fine"
+
+
+READERS: dict[str, Callable[[Path], str]] = {
+    "fp32": collapsed,
+    "export": exported,
+    **{name: partial(shown, name) for name in ("ls", "inspect", "verify")},
+}
+
+
+@pytest.mark.parametrize("disturb", [overwrite, retire])
+@pytest.mark.parametrize("name", READERS)
+def test_no_reader_takes_what_a_running_job_does_for_damage(
+    name: str, disturb: Callable[[Path], None], start: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An export is told what happened, where it had begun."""
+    ends: set[str] = set()
+    directory = start.with_name("run")
+    expected, left = {READERS[name](start)}, -1
+
+    def hook(_: Operation) -> None:
+        nonlocal left
+        left -= 1
+        if left == -1:
+            disturb(directory)
+
+    faulty = partial(FaultyStorage, LocalStorage(), hook, names=READS)
+    monkeypatch.setattr(places, "LocalStorage", faulty)
+    for number in range(1_000):
+        shutil.copytree(start, directory)
+        left = number
+        try:
+            ends.add(warned(READERS[name], directory)[0])
+        except SaveError as error:
+            ends.add(str(error).partition(": ")[2][:41])
+        if left >= 0:  # it had ended before
+            break
+        left = -1
+        expected.add(READERS[name](directory))
+        shutil.rmtree(directory)
+    assert number > 3
+    assert ends - {"it was replaced or changed while it was e"} == expected

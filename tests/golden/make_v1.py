@@ -20,7 +20,8 @@ from tests.golden import state
 from tests.workers import run_ranks
 from zero_ckpt import Checkpointer
 from zero_ckpt.core.engine import SyncEngine
-from zero_ckpt.core.state import Snapshot, add_value
+from zero_ckpt.core.state import Snapshot
+from zero_ckpt.core.state_values import add_value
 
 TRAINED = "global_step7"
 TYPES = "types"

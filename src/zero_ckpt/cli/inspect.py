@@ -17,6 +17,7 @@ from zero_ckpt.cli.text import (
     json_text,
     listing,
     local_time,
+    placement_text,
     plural,
     printable,
     ranks_text,
@@ -32,8 +33,8 @@ from zero_ckpt.core.places import AnyStorage, absolute
 from zero_ckpt.core.planner import Placed
 from zero_ckpt.core.shard_file import REMEDY
 from zero_ckpt.core.storage import Storage
-from zero_ckpt.core.tag_folder import check_files, read_tag
-from zero_ckpt.errors import CorruptShardError
+from zero_ckpt.core.tag_folder import check_files, read_tag, was_replaced
+from zero_ckpt.errors import CorruptCheckpointError, CorruptShardError
 
 SUMMARY = "show what one checkpoint holds"
 DESCRIPTION = """\
@@ -47,7 +48,7 @@ EXAMPLES = """\
 MAX_NAMES = 6
 """Tied or left-out names that are shown, unless all are asked for."""
 
-_PHASES = ("plan", "stage", "write", "fsync", "commit")
+_PHASES = {"plan": 0, "stage": 1, "write": 2, "fsync": 3, "commit": 4}
 _TITLES = {"model": "MODEL", "optim": "OPTIMIZER STATE", "state": "TENSORS OF THE OBJECTS"}
 
 
@@ -62,22 +63,31 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     storage = AnyStorage()
-    folder, manifest = _open(storage, options.path)
+    while True:
+        folder, manifest = _open(storage, options.path)
+        shown, problems = _shown(storage, folder, manifest, options)
+        if not (problems and was_replaced(storage, folder, manifest)):
+            break
+    print(shown)
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        text = f"{problems[0].removesuffix(REMEDY).rstrip()}{more} 'zero-ckpt verify' lists all damage."
+        print(f"zero-ckpt inspect: damaged: {printable(text)}", file=sys.stderr)
+    return int(bool(problems))
+
+
+def _shown(
+    storage: Storage, folder: str, manifest: Manifest, options: argparse.Namespace
+) -> tuple[str, list[str]]:
+    """What is printed, and the damage that was met."""
     problems: list[str] = []
     try:
         check_files(storage, folder, manifest)
-    except CorruptShardError as error:
+    except CorruptCheckpointError as error:
         problems.append(str(error))
     if options.json:
-        print(json_text(_document(storage, folder, manifest, options.full, problems)))
-    else:
-        for line in _lines(storage, folder, manifest, options.full, problems):
-            print(line)
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        text = f"{problems[0].removesuffix(REMEDY)}{more} 'zero-ckpt verify' lists all damage."
-        print(f"zero-ckpt inspect: damaged: {printable(text)}", file=sys.stderr)
-    return int(bool(problems))
+        return json_text(_document(storage, folder, manifest, options.full, problems)), problems
+    return "\n".join(_lines(storage, folder, manifest, options.full, problems)), problems
 
 
 def _open(storage: Storage, path: str) -> tuple[str, Manifest]:
@@ -119,7 +129,10 @@ def _summary(m: Manifest, limit: int | None) -> Iterator[str]:
         "world size": str(m.world_size),
         "size": f"{size_text(m.nbytes)} in {plural(len(m.files), 'file')}",
         "written by": ", ".join(f"{name} {version}" for name, version in m.versions.items()),
-        "save took": ", ".join(f"{name} {duration_text(m.timings[name])}" for name in _phases(m)),
+        "save took": ", ".join(
+            f"{name} {duration_text(m.timings[name])}"
+            for name in sorted(m.timings, key=lambda phase: _PHASES.get(phase, 9))
+        ),
         "generation": f"{m.generation} (the tag was overwritten)" if m.generation > 1 else "",
         "tied": listing(tied, limit),
         "left out": listing(m.excluded, limit),
@@ -128,12 +141,6 @@ def _summary(m: Manifest, limit: int | None) -> Iterator[str]:
     for name, text in rows.items():
         if text:
             yield f"{name:<12}{printable(text)}"
-
-
-def _phases(m: Manifest) -> list[str]:
-    """Names of the phases that were timed, in their order."""
-    known = {name: index for index, name in enumerate(_PHASES)}
-    return sorted(m.timings, key=lambda name: known.get(name, len(known)))
 
 
 def _file_lines(m: Manifest, full: bool) -> list[str]:
@@ -201,16 +208,10 @@ def _row(group: Group, tensors: dict[str, Placed], note: str) -> list[str]:
         first.dtype,
         str(list(first.shape)),
         size_text(_nbytes(first) * len(group.keys)),
-        ", ".join(map(_placement_text, first.placements or ())) or "-",
+        ", ".join(map(placement_text, first.placements or ())) or "-",
         ranks_text(ranks),
         note,
     ]
-
-
-def _placement_text(placement: str) -> str:
-    """As DTensor spells it."""
-    kind, dim = printable(placement[:1]), printable(placement[1:])
-    return {"R": "Replicate", "S": f"Shard({dim})", "T": f"StridedShard({dim})"}.get(kind, kind)
 
 
 def _chunk_lines(placed: Placed) -> Iterator[str]:

@@ -12,9 +12,9 @@ from zero_ckpt.cli.text import age_text, iso_time, json_text, printable, size_te
 from zero_ckpt.core.finding import NOT_COMMITTED, TagInfo, list_tags, no_checkpoint
 from zero_ckpt.core.places import AnyStorage, absolute, is_url
 from zero_ckpt.core.storage import Storage
-from zero_ckpt.core.tag_folder import check_files, is_tag_folder
+from zero_ckpt.core.tag_folder import check_files, is_tag_folder, summarize_tag
 from zero_ckpt.core.tags import read_latest
-from zero_ckpt.errors import CheckpointNotFoundError, CorruptShardError
+from zero_ckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
 
 SUMMARY = "list the checkpoints of a directory"
 DESCRIPTION = """\
@@ -49,21 +49,25 @@ def run(options: argparse.Namespace) -> int:
             f"{options.path}: one checkpoint, not a directory of them: use 'zero-ckpt inspect {options.path}', "
             f"or 'zero-ckpt ls {os.path.dirname(directory)}'"
         )
-    infos = list_tags(storage, directory)
-    if not infos:
-        raise no_checkpoint(storage, directory)
-    latest, links = read_latest(storage, directory), _links(directory)
-    rows = []
-    for info in infos:
-        with suppress(FileNotFoundError):  # removed meanwhile, by the retention of a running job
-            rows.append(_row(storage, directory, info, latest, links))
+    rows: list[Row] = []
+    while not rows:
+        infos = list_tags(storage, directory)
+        if not infos:
+            raise no_checkpoint(storage, directory)
+        latest, links = read_latest(storage, directory), _links(directory)
+        for info in infos:
+            with suppress(
+                FileNotFoundError
+            ):  # removed meanwhile, by the retention of a running job
+                rows.append(_row(storage, directory, info, latest, links))
     if options.json:
         tags = [_record(directory, row) for row in rows]
         print(json_text({"directory": directory, "latest": latest, "tags": tags}))
         return 0
     print("\n".join(_table(rows)))
     notes = [f"{row.info.name}: {row.problem}" for row in rows if _is_damaged(row)]
-    if latest is not None and not any(row.is_latest for row in rows):
+    is_listed = latest is None or any(row.is_latest for row in rows)
+    if not (is_listed or is_tag_folder(storage, f"{directory}/{latest}")):  # else it is newer
         notes.append(f"latest: names {latest!r}, which is not here")
     print("".join(f"\n{printable(note)}" for note in notes), end="\n" if notes else "")
     return 0
@@ -76,6 +80,7 @@ def _row(
     latest: str | None,
     links: dict[str, list[str]],
 ) -> Row:
+    """Raises `FileNotFoundError` for a tag that has been removed meanwhile."""
     folder = f"{directory}/{info.name}"
     problem = info.problem
     if info.summary is None:
@@ -84,7 +89,10 @@ def _row(
         nbytes = info.summary.nbytes
         try:
             check_files(storage, folder, info.summary)
-        except CorruptShardError as error:
+        except CorruptCheckpointError as error:
+            again = summarize_tag(storage, folder)
+            if again != info.summary:  # overwritten meanwhile
+                return _row(storage, directory, TagInfo(info.name, again), latest, links)
             problem = str(error).removeprefix(f"{folder}/")
     return Row(info, nbytes, problem, info.name == latest, links.get(info.name, []))
 

@@ -16,6 +16,7 @@ __all__ = [
     "json_text",
     "listing",
     "local_time",
+    "placement_text",
     "plural",
     "printable",
     "ranks_text",
@@ -123,3 +124,9 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]], right: str = "")
 def json_text(value: Any) -> str:
     """Indented, in ASCII: nothing in it can act on a terminal."""
     return json.dumps(value, indent=2)
+
+
+def placement_text(placement: str) -> str:
+    """As DTensor spells it."""
+    kind, dim = printable(placement[:1]), printable(placement[1:])
+    return {"R": "Replicate", "S": f"Shard({dim})", "T": f"StridedShard({dim})"}.get(kind, kind)

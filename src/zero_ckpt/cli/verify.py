@@ -99,6 +99,8 @@ def _latest_faults(storage: Storage, directory: str, infos: Sequence[TagInfo]) -
         return [f"{LATEST_NAME}: a tag's name expected, none found"]
     if any(info.name == tag and info.problem != NOT_COMMITTED for info in infos):
         return []
+    if _read_tag(storage, directory, tag).summary is not None:  # newer than the list
+        return []
     return [f"{LATEST_NAME}: names {tag!r}, which is no committed checkpoint here"]
 
 

@@ -88,7 +88,7 @@ class Checkpoint:
         """A stored tensor, or a box of it, as a new plain tensor on the CPU."""
         placed = self.placed(role, key)
         wanted = box or full_box(placed.shape)
-        target = torch.empty(wanted.shape, dtype=TORCH_DTYPES[placed.dtype])
+        target = torch.empty(wanted.shape, dtype=TORCH_DTYPES[placed.dtype], device="cpu")
         self.read([Request(role, key, placed, wanted, target)])
         return target
 
@@ -122,7 +122,7 @@ class Checkpoint:
                     f"{reader.name}: no whole entry '{key}', which its objects name. {REMEDY}"
                 )
             placed = Placed(chunk.dtype, chunk.shape, (Run(rank, chunk.box.offset, chunk.shape),))
-            target = torch.empty(chunk.shape, dtype=TORCH_DTYPES[chunk.dtype])
+            target = torch.empty(chunk.shape, dtype=TORCH_DTYPES[chunk.dtype], device="cpu")
             requests.append(Request("state", key, placed, chunk.box, target))
             return target
 

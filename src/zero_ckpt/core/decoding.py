@@ -130,9 +130,10 @@ class _Decoder:
         raise ValueError(f"unknown type {kind!r} at {'/'.join(path)}")
 
     def _unpickle(self, name: str, type_name: str, path: str) -> Any:
+        what = f"{self._where}: '{path}'" if path else self._where
         if self._weights_only:
             raise UnsafeObjectError(
-                f"{self._where}: '{path}' is a pickled {type_name}; opening it can run code. If you trust "
+                f"{what} is a pickled {type_name}; opening it can run code. If you trust "
                 "this checkpoint, load it with weights_only=False; or store plain values, tensors and arrays there."
             )
         data = self._blob(name)
@@ -140,7 +141,7 @@ class _Decoder:
             return pickle.loads(data)
         except Exception as error:
             raise UnsafeObjectError(
-                f"{self._where}: '{path}' is a pickled {type_name}, which could not be opened: {error!r}. Make its "
+                f"{what} is a pickled {type_name}, which could not be opened: {error!r}. Make its "
                 "class importable, as it was when the checkpoint was saved."
             ) from error
 

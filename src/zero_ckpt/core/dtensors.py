@@ -10,6 +10,7 @@ from math import prod
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement, Replicate, Shard
 from torch.nn.parameter import is_lazy
@@ -52,19 +53,26 @@ TORCH_DTYPES = _TorchDtypes({name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 _USUAL = (torch.Tensor, torch.nn.Parameter)
 
-_meshes: dict[int, tuple[Any, Mesh]] = {}
+_meshes: dict[int, tuple[Any, Mesh, int | None]] = {}
 _mesh_layouts: dict[tuple[Any, ...], tuple[Any, Layout]] = {}
 """By what tensors of equal layout have in common; with the mesh, of whose id another may not come to be."""
 
 
 def mesh_of(device_mesh: Any) -> Mesh:
     """The `Mesh` of a torch `DeviceMesh`, computed once for each."""
+    return _known_mesh(device_mesh)[1]
+
+
+def _known_mesh(device_mesh: Any) -> tuple[Any, Mesh, int | None]:
+    """A `DeviceMesh`, its `Mesh`, and which of its ranks this process is; None for one outside of it."""
     known = _meshes.get(id(device_mesh))
     if known is None or known[0] is not device_mesh:
         tensor = device_mesh.mesh
         mesh = Mesh(tuple(tensor.shape), tuple(tensor.flatten().tolist()))
-        known = _meshes[id(device_mesh)] = (device_mesh, mesh)
-    return known[1]
+        coordinate = device_mesh.get_coordinate()
+        own = None if coordinate is None else int(tensor[tuple(coordinate)])
+        known = _meshes[id(device_mesh)] = (device_mesh, mesh, own)
+    return known
 
 
 @lru_cache(maxsize=65536)
@@ -107,7 +115,8 @@ def _placement_name(placement: Placement) -> str:
 def layout_of(key: str, tensor: torch.Tensor, whole: bool = False) -> Layout:
     """How `tensor` lies on the ranks. Raises `StateMismatchError` when that cannot be stored, naming `key`."""
     local = local_tensor(tensor)
-    if type(local) not in _USUAL or local.layout is not torch.strided or local.is_meta:
+    is_dense = local.layout is torch.strided and not local.is_meta and not local.is_nested
+    if not is_dense or type(local) not in _USUAL:
         _check_storable(key, tensor, local)
     dtype = local.dtype
     if not isinstance(tensor, DTensor):
@@ -137,10 +146,9 @@ def _dtype_name(key: str, dtype: torch.dtype) -> str:
 
 
 def _check_storable(key: str, tensor: torch.Tensor, local: torch.Tensor) -> None:
-    if tensor.layout != torch.strided:
-        raise StateMismatchError(
-            f"tensor '{key}' is {tensor.layout}; only dense tensors can be stored"
-        )
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "a nested tensor" if tensor.is_nested else tensor.layout
+        raise StateMismatchError(f"tensor '{key}' is {kind}; only dense tensors can be stored")
     if tensor.is_meta:
         raise StateMismatchError(
             f"tensor '{key}' is on the meta device: it has no values. Materialize it first (module.to_empty())"
@@ -193,9 +201,12 @@ def local_part(
 ) -> tuple[torch.Tensor, Box | None]:
     """This rank's part of `tensor` and its box of the global tensor; None for a rank outside of the mesh.
 
-    Raises `StateMismatchError` when the part has another shape than the mesh and placements imply.
+    Raises `StateMismatchError` when the part has another shape than the mesh and placements imply, and when this
+    process is not `rank` any more.
     """
     local, box = local_tensor(tensor), _box_at(layout, rank)
+    if isinstance(tensor, DTensor):
+        _check_rank(key, tensor.device_mesh, rank)
     if layout.mesh is not None and box is not None and local.shape != box.shape and box.numel:
         raise StateMismatchError(
             f"tensor '{key}': rank {rank} holds a local part of shape {list(local.shape)}, but global shape "
@@ -203,6 +214,18 @@ def local_part(
             "Was it built with DTensor.from_local from uneven shards? Give it the true global shape and stride."
         )
     return local, box
+
+
+def _check_rank(key: str, device_mesh: Any, rank: int) -> None:
+    """Without its group every process takes itself for rank 0, and its part for that of rank 0."""
+    _, mesh, own = _known_mesh(device_mesh)
+    is_alone = len(mesh.ranks) > 1 and not dist.is_initialized()
+    if is_alone or own != rank and not (own is None and rank not in mesh.ranks):
+        raise StateMismatchError(
+            f"tensor '{key}' is sharded over {len(mesh.ranks)} ranks, of which this process is rank {own}, and it "
+            f"saves or loads as rank {rank}: its process group is gone, or is not the one that saves and loads. "
+            "Save and load before the process group is destroyed."
+        )
 
 
 def local_shape(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from zero_ckpt.core.alone import group_gone
 from zero_ckpt.core.collector import collector_paused
 from zero_ckpt.core.control import (
     DEFAULT_TIMEOUT,
@@ -44,6 +45,7 @@ class SyncEngine:
         self.storage: Storage = storage or AnyStorage()
         self._given = control
         self._found: dict[str, tuple[Any, ControlPlane]] = {}
+        self._ranks = 1
         self._buffers = buffers
         self._pool: StagingPool | None = None
         self._plans = Plans()
@@ -65,6 +67,7 @@ class SyncEngine:
         found = self._found.get(name)
         if found is None or found[0] is not store:
             found = self._found[name] = store, control_for_process_group(name)
+            self._ranks = max(self._ranks, found[1].world_size)
         return found[1]
 
     @collector_paused()
@@ -88,7 +91,7 @@ class SyncEngine:
 
         Raises the same error on every rank: `SaveError`, `RankTimeoutError`, `DisagreementError`, `StateMismatchError`
         or `ConfigurationError`. Then nothing was committed, unless the message says otherwise, earlier checkpoints are
-        intact, and the next save may succeed.
+        intact, and the next save may succeed. `ConfigurationError` when the process group of earlier calls is gone.
         """
         request = Request(
             absolute(directory),
@@ -100,6 +103,9 @@ class SyncEngine:
             tag_validation,
             DEFAULT_TIMEOUT if timeout is None else timeout,
         )
+        if self._ranks > 1 and not torch.distributed.is_initialized():
+            gone = group_gone("what saves here", self._ranks, self.control.world_size)
+            raise type(gone)(f"{request.directory}: {gone}. Nothing was written.")
         return self._run(request, snapshot)
 
     def _run(self, request: Request, snapshot: Snapshot | Callable[[], Snapshot]) -> SaveHandle:

@@ -65,6 +65,14 @@ def list_tags(storage: Storage, directory: str) -> list[TagInfo]:
 
     A folder counts when it holds a manifest or a shard file. Raises `CheckpointNotFoundError` without a directory.
     """
+    infos = _tags_there(storage, directory)
+    if not any(info.summary for info in infos):
+        # A job may have retired all that were listed, which it does when a newer one is there.
+        infos = _tags_there(storage, directory)
+    return sorted(infos, key=_age)
+
+
+def _tags_there(storage: Storage, directory: str) -> list[TagInfo]:
     try:
         entries = storage.list(directory)
     except NotADirectoryError as error:
@@ -80,8 +88,7 @@ def list_tags(storage: Storage, directory: str) -> list[TagInfo]:
         raise CheckpointNotFoundError(
             f"{directory}: cannot be opened as a checkpoint directory: {why_unread(error)}"
         ) from error
-    infos = [info for e in entries if e.is_dir and (info := _inspect(storage, directory, e.name))]
-    return sorted(infos, key=_age)
+    return [info for e in entries if e.is_dir and (info := _inspect(storage, directory, e.name))]
 
 
 def _age(info: TagInfo) -> tuple[int, float, str]:

@@ -80,5 +80,5 @@ def _same(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 
 def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
-        return torch.equal(torch.as_tensor(a), torch.as_tensor(b))
+        return torch.equal(*(torch.as_tensor(x, device="cpu") for x in (a, b)))
     return bool(a == b)

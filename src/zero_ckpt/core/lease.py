@@ -37,6 +37,7 @@ SILENCE = 60.0
 """Seconds without a change after which the job of a lease counts as dead, where its process cannot be looked up."""
 
 _LOOK = 0.25
+_TRIES = 4
 _LIMIT = 4096
 _JOB = uuid.uuid4().hex[:12]
 _numbers = itertools.count()
@@ -64,7 +65,7 @@ class Lease:
         self._path = f"{directory}/{_own_prefix()}{next(_numbers)}"
         self._since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         try:
-            self._put()
+            self._put_first()
         except OSError as error:
             error.filename = directory  # the user knows no other name
             raise
@@ -97,6 +98,13 @@ class Lease:
         with suppress(OSError):
             self._storage.remove(self._path)
         self._thread, self._path = None, ""
+
+    def _put_first(self) -> None:
+        """Again where a job that begins at this moment has removed it half written, as what a dead one left."""
+        for _ in range(_TRIES):
+            with suppress(FileNotFoundError):
+                return self._put()
+        return self._put()
 
     def _put(self) -> None:
         holder = {

@@ -28,7 +28,7 @@ from zero_ckpt.core.places import absolute
 from zero_ckpt.core.reader import Sharing
 from zero_ckpt.core.restoring import Restoration
 from zero_ckpt.core.storage import Storage
-from zero_ckpt.core.tag_folder import read_tag
+from zero_ckpt.core.tag_folder import was_replaced
 from zero_ckpt.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -214,10 +214,10 @@ class _Session:
             raise type(error)(f"{str(error).rstrip('.')}. Nothing was loaded.")
         if kinds - _DAMAGE - _GONE:
             raise error
-        if self._was_replaced():
+        assert self._found is not None
+        if was_replaced(self._storage, self._found.folder, self._found.manifest):
             self._candidates = None  # begin anew
         elif isinstance(error, CheckpointNotFoundError):
-            assert self._found is not None
             raise DisagreementError(
                 f"rank 0 has found a checkpoint in {self._found.folder}, but {error}. Nothing was loaded. Every rank "
                 "must see the same directory."
@@ -227,16 +227,6 @@ class _Session:
         else:
             self._candidates.reject(error)
         return {"next": True}
-
-    def _was_replaced(self) -> bool:
-        """Whether somebody has overwritten or removed the checkpoint since it was chosen: then it is not damaged."""
-        assert self._found is not None
-        try:
-            return read_tag(self._storage, self._found.folder) != self._found.manifest
-        except CheckpointNotFoundError:
-            return True
-        except (ZeroCkptError, OSError):
-            return False
 
 
 _DAMAGE = {

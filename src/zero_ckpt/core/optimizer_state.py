@@ -26,7 +26,7 @@ from zero_ckpt.core.memory import prefer_huge_pages
 from zero_ckpt.core.objects import decode_objects
 from zero_ckpt.core.planner import Placed
 from zero_ckpt.core.reader import Request
-from zero_ckpt.core.state import python_value, split_state_name
+from zero_ckpt.core.state_values import python_value, split_state_name
 
 __all__ = ["StateBuilder"]
 
@@ -57,6 +57,7 @@ class StateBuilder:
         self._rank, self._cpu_step, self._weights_only = rank, cpu_step, weights_only
         self._tensors: dict[str, torch.Tensor] = {}
         self._entries: dict[str, torch.Tensor] = {}
+        self._keys: dict[str, str] = {}
 
     def add(self, name: str, key: str) -> None:
         placed = self._checkpoint.placed("optim", key)
@@ -66,7 +67,7 @@ class StateBuilder:
         if kind == "entry":
             self._entries[key] = tensor
         else:
-            self._tensors[name] = tensor
+            self._tensors[name], self._keys[base] = tensor, key
         local, box = local_part(key, tensor, layout_of(key, tensor), self._rank)
         if box is not None and box.numel:
             requests = self.fresh if live is None else self.live
@@ -76,6 +77,8 @@ class StateBuilder:
         """The live state tensor, when the stored one can take its place value by value."""
         value = self._state.get(name)
         if not isinstance(value, torch.Tensor) or tuple(value.shape) != placed.shape:
+            return None
+        if name == "step" and not self._cpu_step and value.device != self._parameter.device:
             return None
         fits = value.dtype == TORCH_DTYPES[placed.dtype]
         return (
@@ -106,7 +109,7 @@ class StateBuilder:
             entry,
             dtensor=entry,
             weights_only=self._weights_only,
-            where=f"{self._checkpoint.path}: optimizer state '{name}'",
+            where=f"{self._checkpoint.path}: optimizer state '{self._keys[name].removesuffix('#json')}'",
         )
 
     def _empty(self, placed: Placed, name: str, kind: str) -> torch.Tensor:

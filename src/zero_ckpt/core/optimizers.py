@@ -52,8 +52,10 @@ def plan_optimizer(
     plan = Restoration()
     states: dict[torch.Tensor, StateBuilder | None] = {}
     holder = holder_of(optimizer)
-    for group in holder.param_groups:
-        cpu_step = not (group.get("capturable") or group.get("fused"))
+    alike = len(holder.param_groups) == len(options)
+    for index, group in enumerate(holder.param_groups):
+        final = {**group, **options[index]} if alike else group
+        cpu_step = not (final.get("capturable") or final.get("fused"))
         for parameter in group["params"]:
             found = stored.get(fqn_of[id(parameter)])
             if found is None:

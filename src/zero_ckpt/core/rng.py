@@ -50,7 +50,7 @@ class Streams:
             version, words, gauss = self.python
             state["python"] = {
                 "version": version,
-                "words": torch.tensor(words, dtype=torch.int64),
+                "words": torch.tensor(words, dtype=torch.int64, device="cpu"),
                 "gauss": gauss,
             }
         if self.numpy is not None:

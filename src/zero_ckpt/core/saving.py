@@ -29,6 +29,7 @@ from zero_ckpt.core.shard_file import ShardLayout, layout_shard
 from zero_ckpt.core.sources import Slab, Source, source_of, view_of
 from zero_ckpt.core.staging import ShardWrite, StagingPool
 from zero_ckpt.core.state import Snapshot
+from zero_ckpt.core.state_values import pickled_values
 from zero_ckpt.core.storage import FileWriter, Storage
 from zero_ckpt.errors import StateMismatchError
 
@@ -90,7 +91,7 @@ def capture(snapshot: Snapshot, rank: int) -> Captured:
         captured.private = {f"{OBJECTS}.json": _bytes(objects.json), **objects.entries}
     captured.private |= {f"{RANK_OBJECTS}.json": _bytes(own.json), **own.entries}
     own_pickled = {f"{RANK_OBJECTS}/{path}": kind for path, kind in own.pickled.items()}
-    captured.pickled = objects.pickled | own_pickled
+    captured.pickled = objects.pickled | own_pickled | pickled_values(snapshot.optim)
     captured.tensors = {"model": snapshot.model, "optim": snapshot.optim, "state": objects.dtensors}
     for role, keys in captured.tensors.items():
         whole = snapshot.buffers if role == "model" else frozenset()

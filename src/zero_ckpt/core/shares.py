@@ -33,7 +33,7 @@ def verify_share(
 
 
 def _all_of(checkpoint: Checkpoint, role: str, rank: int) -> list[Request]:
-    nothing = torch.empty(0)  # verification fills no target
+    nothing = torch.empty(0, device="cpu")  # verification fills no target
     return [
         Request(
             role,

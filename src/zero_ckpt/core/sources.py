@@ -50,7 +50,7 @@ class Slab:
     """Memory that stored tensors pass through on their way to another file, one after the other."""
 
     def __init__(self) -> None:
-        self.memory = torch.empty(0, dtype=torch.uint8)
+        self.memory = torch.empty(0, dtype=torch.uint8, device="cpu")
         self.owner: object = None
         self.start = self.nbytes = 0
 
@@ -60,7 +60,7 @@ class Slab:
     def take(self, owner: object, start: int, nbytes: int) -> torch.Tensor:
         """Room for bytes `start` and following of `owner`."""
         if not self.memory.numel():
-            self.memory = torch.empty(BLOCK, dtype=torch.uint8)
+            self.memory = torch.empty(BLOCK, dtype=torch.uint8, device="cpu")
         self.owner, self.start, self.nbytes = owner, start, nbytes
         return self.memory[:nbytes]
 

@@ -18,14 +18,13 @@ from torch import nn
 
 from zero_ckpt.core.experts import Share
 from zero_ckpt.core.naming import ParameterNames, naming_of, split_expert
-from zero_ckpt.core.objects import encode_objects
-from zero_ckpt.errors import StateMismatchError
+from zero_ckpt.core.state_values import MARKS, add_value, split_state_name
+from zero_ckpt.errors import ConfigurationError, StateMismatchError
 
 __all__ = [
     "ModelState",
     "OptimizerState",
     "Snapshot",
-    "add_value",
     "by_parameter",
     "capture_model",
     "capture_models",
@@ -33,8 +32,6 @@ __all__ = [
     "group_names",
     "local_states",
     "names_in_groups",
-    "python_value",
-    "split_state_name",
 ]
 
 EXTRA_STATE = "_extra_state"
@@ -56,7 +53,17 @@ class ModelState:
     experts: dict[str, Share] = field(default_factory=dict)
 
     def add(self, other: ModelState, prefix: str) -> None:
-        """Take in the state of another model, every key with `prefix` before it."""
+        """Take in the state of another model, every key with `prefix` before it.
+
+        Raises `ConfigurationError` when a key is taken already: one of the tensors would be lost.
+        """
+        taken = self.tensors.keys() | self.aliases.keys() | self.extra.keys()
+        for key in map(prefix.__add__, [*other.tensors, *other.aliases, *other.extra]):
+            if key in taken:
+                raise ConfigurationError(
+                    f"two models have a tensor '{key}', as the names of the models are put before those of their "
+                    "tensors. Give the models other names."
+                )
         self.tensors |= {prefix + k: v for k, v in other.tensors.items()}
         self.buffers |= {prefix + k for k in other.buffers}
         self.frozen |= {prefix + k for k in other.frozen}
@@ -67,10 +74,14 @@ class ModelState:
 
 @dataclass(slots=True)
 class OptimizerState:
-    """`tensors`: "<prefix><fqn>/<name>" -> live tensor. `record`: class name, and groups of FQNs with their options."""
+    """`tensors`: "<prefix><fqn>/<name>" -> live tensor. `record`: class name, and groups of FQNs with their options.
+
+    `notice`: what of it is not saved; "" for nothing.
+    """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     record: dict[str, Any] = field(default_factory=dict)
+    notice: str = ""
 
 
 @dataclass(slots=True)
@@ -78,7 +89,8 @@ class Snapshot:
     """What one rank hands to a save: references to live state.
 
     `objects` of rank 0 are stored; tensors inside go with them, and DTensors inside are stored by all their ranks.
-    `rank_objects` are every rank's own. `excluded`: frozen parameters left out on purpose.
+    `rank_objects` are every rank's own. `excluded`: frozen parameters left out on purpose. `notices`: what the user is
+    told when all is committed.
     """
 
     model: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -90,6 +102,7 @@ class Snapshot:
     aliases: dict[str, str] = field(default_factory=dict)
     excluded: frozenset[str] = frozenset()
     experts: dict[str, Share] = field(default_factory=dict)
+    notices: tuple[str, ...] = ()
 
 
 def capture_model(model: nn.Module) -> ModelState:
@@ -104,6 +117,11 @@ def capture_model(model: nn.Module) -> ModelState:
             _refuse_extra_state(key, state.experts)
             state.extra[key] = value
             continue
+        if key in state.tensors or key in state.aliases:
+            raise StateMismatchError(
+                f"two tensors of the model are called '{key}' without what wrappers add ('{raw}' is one of them): one "
+                "would be lost. Give one of their modules another name."
+            )
         first = owners.setdefault(_identity(value), key)
         if first != key:
             state.aliases[key] = first
@@ -200,43 +218,25 @@ def capture_optimizer(
     for parameter, values in local_states(optimizer):
         base = f"{prefix}{fqn_of[id(parameter)]}"
         for name, value in values.items():
+            if not isinstance(name, str) or split_state_name(name)[1]:
+                raise StateMismatchError(
+                    f"the optimizer keeps state of '{fqn_of[id(parameter)]}' under {name!r}, which would come back "
+                    f"under another name: expected a text that does not end in {', '.join(MARKS)}"
+                )
             add_value(state.tensors, f"{base}/{name}", value)
+    state.notice = _unsaved(holder_of(optimizer))
     return state
 
 
-def add_value(tensors: dict[str, torch.Tensor], key: str, value: Any) -> None:
-    """Add one value of an optimizer's state, as itself or as the tensor that stands for it."""
-    if isinstance(value, torch.Tensor):
-        tensors[key] = value
-    elif value is None:
-        tensors[f"{key}#none"] = torch.empty(0, dtype=torch.uint8)
-    elif type(value) is bool:
-        tensors[f"{key}#bool"] = torch.tensor(value)
-    elif type(value) is int and -(1 << 63) <= value < 1 << 63:
-        tensors[f"{key}#int"] = torch.tensor(value, dtype=torch.int64)
-    elif type(value) is float:
-        tensors[f"{key}#float"] = torch.tensor(value, dtype=torch.float64)
-    else:
-        encoded = encode_objects(value, f"{key}#entry")
-        tensors[f"{key}#json"] = torch.frombuffer(bytearray(encoded.json), dtype=torch.uint8)
-        tensors |= encoded.entries | encoded.dtensors
-
-
-def split_state_name(name: str) -> tuple[str, str]:
-    """(name, kind) of a stored state name; the kind is "" for what was a tensor, `entry` for a part of a `json`."""
-    base, entry, _ = name.partition("#entry")
-    if entry:
-        return base, "entry"
-    base, mark, kind = name.rpartition("#")
-    return (base, kind) if mark and kind in _PYTHON_KINDS else (name, "")
-
-
-_PYTHON_KINDS = frozenset({"int", "float", "bool", "none", "json"})
-
-
-def python_value(kind: str, tensor: torch.Tensor) -> bool | int | float | None:
-    """What a stored tensor of a `kind` other than `json` and `entry` stands for; the reverse of `add_value`."""
-    return None if kind == "none" else tensor.item()
+def _unsaved(optimizer: torch.optim.Optimizer) -> str:
+    """Of state that is no parameter's, which has no name in a checkpoint."""
+    others = [repr(key) for key in optimizer.state if not isinstance(key, torch.Tensor)]
+    if not others:
+        return ""
+    return (
+        f"the state that {type(optimizer).__name__} keeps for no parameter ({', '.join(others[:3])}"
+        f"{', ...' if len(others) > 3 else ''}) is not saved: a load leaves it as it is. Put it into the client state."
+    )
 
 
 def by_parameter(

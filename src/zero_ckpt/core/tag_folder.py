@@ -20,6 +20,7 @@ from zero_ckpt.errors import (
     CorruptManifestError,
     CorruptShardError,
     NothingSavedError,
+    ZeroCkptError,
 )
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "read_tag",
     "shown_tags",
     "summarize_tag",
+    "was_replaced",
     "why_unread",
 ]
 
@@ -70,6 +72,16 @@ def summarize_tag(storage: Storage, folder: str) -> Summary:
         return Summary.from_bytes(*_manifest_bytes(storage, folder))
     except CheckpointNotFoundError as error:
         return _read_foreign(storage, folder, error)
+
+
+def was_replaced(storage: Storage, folder: str, known: Manifest) -> bool:
+    """Whether somebody has overwritten or removed the checkpoint since it was read: then what it lacks is no damage."""
+    try:
+        return read_tag(storage, folder) != known
+    except CheckpointNotFoundError:
+        return True
+    except (ZeroCkptError, OSError):
+        return False
 
 
 def is_tag_folder(storage: Storage, path: str) -> bool:

@@ -121,7 +121,7 @@ class Transaction:
             **vote.timings,
             "commit": time.perf_counter() - voted,
         }
-        told = [self._agreement.notice, notice, self.captured.pickle_notice]
+        told = [self._agreement.notice, notice, self.captured.pickle_notice, *self.snapshot.notices]
         self.notices += filter(None, told)
         return self._agreement.folder, self._agreement.tag
 

@@ -19,10 +19,19 @@ from typing import Any
 
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.control import DEFAULT_TIMEOUT, ControlPlane, LocalControl
-from zero_ckpt.core.finding import fallback_notice, find_checkpoint
+from zero_ckpt.core.finding import Found, fallback_notice, find_checkpoint
 from zero_ckpt.core.notices import warn_on_first
 from zero_ckpt.core.places import AnyStorage, absolute
-from zero_ckpt.errors import DisagreementError, RankTimeoutError, SaveError, ZeroCkptError, by_name
+from zero_ckpt.core.tag_folder import was_replaced
+from zero_ckpt.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    DisagreementError,
+    RankTimeoutError,
+    SaveError,
+    ZeroCkptError,
+    by_name,
+)
 from zero_ckpt.fp32.contents import Contents, Options
 from zero_ckpt.fp32.destination import check_destination, folders_to_make, remove_empty
 from zero_ckpt.fp32.identity import export_key, source_state
@@ -123,7 +132,7 @@ class _Export:
         try:
             self._write(self._open(start["folder"]), start)
         except Exception as error:
-            cause, problem = error, _problem(error, self._output)
+            cause, problem = error, _problem(self._explained(error), self._output)
         try:
             done = self._meet("export: done", problem, self._finish)
         except ZeroCkptError as error:
@@ -146,8 +155,25 @@ class _Export:
             self._contents = Contents(Checkpoint(self._storage, folder), self._options)
         return self._contents
 
+    def _explained(self, error: Exception) -> Exception:
+        """What looks like damage where a job has overwritten or removed the checkpoint meanwhile is none."""
+        if self._contents is None or not isinstance(error, CorruptCheckpointError):
+            return error
+        known = self._contents.checkpoint
+        return (
+            _replaced(known.path)
+            if was_replaced(self._storage, known.path, known.manifest)
+            else error
+        )
+
     def _start(self, asked: list[Any]) -> dict[str, Any]:
         """Rank 0: find the checkpoint, and make the files that several ranks will write parts of."""
+        try:
+            return self._begin(asked)
+        except CorruptCheckpointError as error:
+            raise self._explained(error) from error.__cause__
+
+    def _begin(self, asked: list[Any]) -> dict[str, Any]:
         odd = {rank: record for rank, record in enumerate(asked) if record != asked[0]}
         if odd:
             raise DisagreementError(
@@ -155,10 +181,8 @@ class _Export:
             )
         path, tag, _ = asked[0]
         check_destination(self._storage, self._output)
-        found = find_checkpoint(self._storage, path, tag)
-        state = source_state(found.folder, found.manifest)
+        found, state, contents = self._find(path, tag)
         self._is_unchanged = lambda: source_state(found.folder, found.manifest) == state
-        contents = self._open(found.folder)
         sizes = [contents.layout(file).nbytes for file in range(len(contents.names))]
         key, nonce = export_key(contents, self._options, state), uuid.uuid4().hex[:8]
         self._made = folders_to_make(self._output.folder)
@@ -182,6 +206,17 @@ class _Export:
             "kept": kept,
             "notices": notices + contents.notices(),
         }
+
+    def _find(self, path: str, tag: str | None) -> tuple[Found, str | None, Contents]:
+        """Rank 0: the checkpoint, its state before it was opened, and what is in it."""
+        while True:
+            found = find_checkpoint(self._storage, path, tag)
+            state = source_state(found.folder, found.manifest)
+            try:
+                return found, state, self._open(found.folder)
+            except (CheckpointNotFoundError, CorruptCheckpointError):
+                if not was_replaced(self._storage, found.folder, found.manifest):
+                    raise
 
     def _write(self, contents: Contents, start: dict[str, Any]) -> None:
         is_known = self._control.rank > 0 and start["state"] is not None

@@ -17,7 +17,8 @@ from zero_ckpt.core.dtensors import TORCH_DTYPES
 from zero_ckpt.core.lazy import LazyTensor
 from zero_ckpt.core.objects import OBJECTS
 from zero_ckpt.core.reader import Request
-from zero_ckpt.errors import UnsafeObjectError
+from zero_ckpt.core.tag_folder import was_replaced
+from zero_ckpt.errors import CorruptCheckpointError, UnsafeObjectError
 from zero_ckpt.fp32.selection import OutTensor, select
 
 __all__ = [
@@ -49,16 +50,13 @@ def get_fp32_state_dict_from_zero_checkpoint(
 
     Raises `CheckpointNotFoundError`, `CorruptCheckpointError`, `FormatVersionError` or `UnsafeObjectError`.
     """
-    checkpoint = open_checkpoint(checkpoint_dir, None if tag is None else str(tag))
-    with checkpoint:
-        chosen = select(checkpoint.manifest, exclude_frozen_parameters=exclude_frozen_parameters)
-        tensors = _lazy(checkpoint, chosen) if lazy_mode else _eager(checkpoint, chosen)
-        state_dict = {
-            name: value
-            for tensor, value in zip(chosen, tensors, strict=True)
-            for name in tensor.names
-        }
-        return state_dict | extra_state(checkpoint, weights_only)
+    while True:
+        with open_checkpoint(checkpoint_dir, None if tag is None else str(tag)) as checkpoint:
+            try:
+                return _state_dict(checkpoint, exclude_frozen_parameters, lazy_mode, weights_only)
+            except CorruptCheckpointError:
+                if not was_replaced(checkpoint.storage, checkpoint.path, checkpoint.manifest):
+                    raise
 
 
 def load_state_dict_from_zero_checkpoint(
@@ -74,8 +72,22 @@ def load_state_dict_from_zero_checkpoint(
     return model
 
 
+def _state_dict(
+    checkpoint: Checkpoint, exclude_frozen: bool, lazy_mode: bool, weights_only: bool
+) -> dict[str, Any]:
+    chosen = select(checkpoint.manifest, exclude_frozen_parameters=exclude_frozen)
+    tensors = _lazy(checkpoint, chosen) if lazy_mode else _eager(checkpoint, chosen)
+    state_dict = {
+        name: value for tensor, value in zip(chosen, tensors, strict=True) for name in tensor.names
+    }
+    return state_dict | extra_state(checkpoint, weights_only)
+
+
 def _eager(checkpoint: Checkpoint, chosen: Sequence[OutTensor]) -> list[torch.Tensor]:
-    tensors = [torch.empty(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype]) for tensor in chosen]
+    tensors = [
+        torch.empty(tensor.shape, dtype=TORCH_DTYPES[tensor.dtype], device="cpu")
+        for tensor in chosen
+    ]
     checkpoint.read(
         [
             checkpoint.request(tensor.role, tensor.key, target)
@@ -98,7 +110,7 @@ def _lazy_tensor(checkpoint: Checkpoint, tensor: OutTensor) -> LazyTensor:
         checkpoint.read([Request(tensor.role, tensor.key, tensor.placed, box, target)])
 
     def read(box: Box) -> torch.Tensor:
-        target = torch.empty(box.shape, dtype=dtype)
+        target = torch.empty(box.shape, dtype=dtype, device="cpu")
         fill(box, target)
         return target
 

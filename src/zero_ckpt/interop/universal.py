@@ -25,7 +25,8 @@ from zero_ckpt.core.checkpoint import Checkpoint, open_checkpoint
 from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.core.places import local
 from zero_ckpt.core.staging import StagingPool
-from zero_ckpt.core.state import by_parameter, split_state_name
+from zero_ckpt.core.state import by_parameter
+from zero_ckpt.core.state_values import split_state_name
 from zero_ckpt.errors import ConfigurationError, StateMismatchError
 from zero_ckpt.fp32.assembly import Assembler, BlockCache
 from zero_ckpt.fp32.checksums import Checksums

@@ -27,11 +27,9 @@ from zero_ckpt.core.objects import decode_objects
 from zero_ckpt.core.state import (
     EXTRA_STATE,
     Snapshot,
-    add_value,
     by_parameter,
-    python_value,
-    split_state_name,
 )
+from zero_ckpt.core.state_values import add_value, python_value, split_state_name
 from zero_ckpt.lightning.optimizers import STATES
 
 __all__ = ["VERSION_KEY", "ModuleNames", "from_checkpoint", "named", "to_snapshot"]
@@ -260,7 +258,7 @@ def _python_values(
     targets = {}
     for stored in marked.values():
         placed = checkpoint.placed("optim", stored)
-        targets[stored] = torch.empty(placed.shape, dtype=TORCH_DTYPES[placed.dtype])
+        targets[stored] = torch.empty(placed.shape, dtype=TORCH_DTYPES[placed.dtype], device="cpu")
     checkpoint.read([checkpoint.request("optim", key, target) for key, target in targets.items()])
     values = {}
     for (parameter, key), stored in marked.items():

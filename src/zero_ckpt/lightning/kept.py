@@ -33,7 +33,7 @@ class HandedOut:
         if self._kept(checkpoint):
             gc.collect()  # perhaps it was only a cycle that held them
         kept = self._kept(checkpoint)
-        values = [torch.empty(tuple(each.shape), dtype=each.dtype) for each in kept]
+        values = [torch.empty(tuple(x.shape), dtype=x.dtype, device="cpu") for x in kept]
         requests = [
             checkpoint.request(each.role, each.key, value)
             for each, value in zip(kept, values, strict=True)

@@ -103,7 +103,7 @@ def _reading(
         return _like(value.materialize(), target)
     shape = tuple(value.shape)
     if not isinstance(target, DTensor) or tuple(target.shape) != shape:
-        whole = torch.empty(shape, dtype=value.dtype)
+        whole = torch.empty(shape, dtype=value.dtype, device="cpu")
         requests.append(checkpoint.request(value.role, value.key, whole))
         return whole
     part = torch.empty_like(target, dtype=value.dtype)
