@@ -161,7 +161,7 @@ def nothing_at(storage: Storage, folder: str) -> CheckpointNotFoundError:
 def file_instead(storage: Storage, path: str, expected: str) -> CheckpointNotFoundError:
     """Says that `path` is a file, and which folder was meant where it is a file of a checkpoint."""
     folder = os.path.dirname(path)
-    belongs = is_tag_folder(storage, folder) or bool(committed_in(storage, folder))
+    belongs = is_tag_folder(storage, folder) or os.path.basename(path) == "latest"
     remedy = (
         f"Give its folder, {folder}"
         if belongs
