@@ -71,7 +71,9 @@ def test_a_file_of_a_checkpoint_stands_for_its_folder(tmp_path: Path) -> None:
     said = {
         tmp_path / "a" / "manifest.json": f"Give its folder, {tmp_path}/a",
         tmp_path / "latest": f"Give its folder, {tmp_path}",
-        tmp_path / "other" / "weights.pt": "Lightning's own .ckpt and other single files are read with",
+        tmp_path
+        / "other"
+        / "weights.pt": "Lightning's own .ckpt and other single files are read with",
     }
     for path, remedy in said.items():
         with pytest.raises(CheckpointNotFoundError, match=re.escape(f"expected. {remedy}")):
