@@ -202,7 +202,8 @@ def contents(storage: Storage, folder: str) -> str:
     except OSError:
         return "does not exist"
     shown = ", ".join(f"'{name}'" for name in names[:4]) + _more(names[4:])
-    return f"holds {shown}" if names else "is empty"
+    dcp = "" if ".metadata" not in names else ", a checkpoint of torch.distributed.checkpoint"
+    return f"holds {shown}{dcp}" if names else "is empty"
 
 
 def _more(names: Sequence[str]) -> str:
