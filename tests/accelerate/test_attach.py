@@ -19,7 +19,7 @@ from torch import nn
 
 from tests.accelerate.harness import assert_same, batches, fsdp2, make, on_ranks, state_of, train
 from zero_ckpt.accelerate import ZeroAccelerator, attach, detach
-from zero_ckpt.errors import ConfigurationError
+from zero_ckpt.errors import ConfigurationError, StateMismatchError
 
 
 class Own(Accelerator):  # type: ignore[misc]
@@ -186,6 +186,9 @@ def left_out(out: str) -> None:
         with pytest.raises(ConfigurationError, match="Give client_state and tag by name"):
             accelerator.save_state(out, wrong)
     assert sorted(os.listdir(out)) == ["early", "latest"]
+    accelerator.save_state(out, tag="prepared")
+    with pytest.raises(StateMismatchError, match=r"Call load_state after prepare\(\)\.$"):
+        attach(Accelerator(cpu=True), 2).load_state(out)
 
 
 def test_attached_after_prepare_saves_what_is_prepared(tmp_path: Path) -> None:
