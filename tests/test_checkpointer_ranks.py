@@ -392,3 +392,25 @@ def test_one_name_for_different_tensors_is_refused_on_every_rank(tmp_path: Path)
     assert found[0] == found[1]
     assert "tensor 'w' is F32 [2] on one rank and F32 [3] on another" in found[0]
     assert list(tmp_path.iterdir()) == []
+
+
+def _without_a_group(directory: str) -> list[str]:
+    """As when a script that torchrun has started forgets to join its processes."""
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    net = nn.Linear(2, 2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        save_checkpoint(f"{directory}/{rank}", net, tag="t")
+        load_checkpoint(f"{directory}/{rank}", net)
+    assert {warning.filename for warning in caught} <= {__file__}
+    return [str(warning.message) for warning in caught]
+
+
+def test_processes_that_no_group_joins_are_told_so_once(tmp_path: Path) -> None:
+    first, second = run_ranks(_without_a_group, 2, str(tmp_path))
+    assert len(first) == 2  # by the save and by the load
+    for text in first:
+        assert text.startswith("WORLD_SIZE is 2, but there is no process group"), text
+        assert "Call torch.distributed.init_process_group() first." in text
+    assert second == []

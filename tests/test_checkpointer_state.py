@@ -665,6 +665,10 @@ def test_steps_name_the_tag(tmp_path: Path) -> None:
     [
         ({"model": {"a/b": nn.Linear(1, 1)}}, "names of models"),
         ({"model": nn.Linear(1, 1), "tag_validation": "maybe"}, "tag_validation"),
+        ({"model": nn.Linear(1, 1), "keep_last": 2.5}, "keep_last must be at least 1 or None"),
+        ({"model": nn.Linear(1, 1), "timeout": -1}, "timeout=-1: expected a number of seconds"),
+        ({"model": nn.Linear(1, 1), "zero_stage": 5}, "zero_stage=5: expected 0, 1, 2, 3"),
+        ({"model": nn.Linear(1, 1), "engine": "asnyc"}, "engine='asnyc': expected 'sync'"),
     ],
 )
 def test_arguments_that_cannot_work_are_refused(arguments: dict[str, Any], said: str) -> None:

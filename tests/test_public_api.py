@@ -48,6 +48,25 @@ def test_unknown_names_are_attribute_errors() -> None:
         zero_ckpt.no_such_name  # noqa: B018
 
 
+def test_packages_are_there_without_a_line_of_their_own() -> None:
+    """`except zero_ckpt.errors.SaveError` is what people write after `import zero_ckpt`."""
+    code = """if True:
+        import sys, zero_ckpt
+        zero_ckpt.errors.SaveError, zero_ckpt.interop
+        assert "torch" not in sys.modules
+        zero_ckpt.fp32.export_fp32, zero_ckpt.zero.make_mesh, zero_ckpt.testing
+        assert not {"accelerate", "lightning"} & sys.modules.keys()
+        zero_ckpt.accelerate.attach, zero_ckpt.lightning.ZeroStrategy
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_framework_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zero_ckpt.lightning.installed", lambda: ())
+    with pytest.raises(ImportError, match=r"lightning\.ZeroStrategy needs lightning, which is not"):
+        from zero_ckpt.lightning import ZeroStrategy  # noqa: F401
+
+
 def test_import_costs_neither_torch_nor_a_framework() -> None:
     modules = imported_with(
         "zero_ckpt",

@@ -316,6 +316,7 @@ def test_a_url_keeps_its_slashes_and_a_path_becomes_absolute(tmp_path: Path) -> 
     assert absolute("memory:///run//tag") == "memory://run/tag"
     assert absolute(f"file://{tmp_path}/x/../y") == str(tmp_path / "y")
     assert absolute("run") == str(Path.cwd() / "run")
+    assert absolute(Path("~/run")) == str(Path.home() / "run"), "and no folder is called ~"
 
 
 def test_a_url_that_was_made_a_path_is_refused(tmp_path: Path) -> None:

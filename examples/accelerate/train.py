@@ -57,7 +57,7 @@ def main() -> None:
             if step == 1 or step % args.log_every == 0:
                 mean = accelerator.reduce(loss.detach(), "mean")
                 accelerator.print(f"step {step}  loss {mean:.6f}", flush=True)
-            if step % args.checkpoint_every == 0:
+            if step % args.checkpoint_every == 0 or step == args.steps:
                 accelerator.save_state(checkpoints, client_state={"step": step})
             if step == args.steps:
                 break

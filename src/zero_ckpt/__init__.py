@@ -29,6 +29,8 @@ _HOMES = {
     "save_checkpoint": "zero_ckpt.calls",
 }
 
+_PACKAGES = ("accelerate", "errors", "fp32", "interop", "lightning", "testing", "zero")
+
 __all__ = [
     "AsyncSave",
     "Checkpointer",
@@ -45,6 +47,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
+    if name in _PACKAGES:
+        return import_module(f"zero_ckpt.{name}")
     raise AttributeError(f"module 'zero_ckpt' has no attribute {name!r}")
 
 

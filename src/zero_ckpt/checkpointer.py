@@ -22,14 +22,15 @@ from torch.distributed.tensor import DTensor
 from zero_ckpt.core import rng
 from zero_ckpt.core.agreement import check_tag_validation
 from zero_ckpt.core.alone import check_all_save
+from zero_ckpt.core.arguments import check_keep_last, check_timeout, check_zero_stage
 from zero_ckpt.core.binding import bound_names, check_kinds, named, prefix_of
 from zero_ckpt.core.bound import Wanted, plan_training, plan_weights
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.custom import CustomLoad
-from zero_ckpt.core.decoupled import AsyncSave, make_engine
+from zero_ckpt.core.decoupled import AsyncSave, async_save_of, make_engine
 from zero_ckpt.core.handle import SaveHandle
 from zero_ckpt.core.loading import load_together
-from zero_ckpt.core.notices import warn_on_first, warn_user
+from zero_ckpt.core.notices import alone_notice, warn_on_first, warn_user
 from zero_ckpt.core.outcome import LoadResult, log_report, report_of
 from zero_ckpt.core.per_rank import (
     CLIENT_STATE,
@@ -40,7 +41,7 @@ from zero_ckpt.core.per_rank import (
 from zero_ckpt.core.restoring import Restoration
 from zero_ckpt.core.state import Snapshot, capture_models, capture_optimizer
 from zero_ckpt.core.storage import Storage
-from zero_ckpt.errors import ConfigurationError, NothingSavedError, ZeroCkptError
+from zero_ckpt.errors import NothingSavedError, ZeroCkptError
 
 __all__ = ["Checkpointer", "Some"]
 
@@ -76,12 +77,13 @@ class Checkpointer:
         self.optimizers: dict[str, torch.optim.Optimizer] = named(optimizer, "optimizers")
         self.lr_schedulers: dict[str, Any] = named(lr_scheduler, "schedulers")
         check_kinds(self.models, self.optimizers, self.lr_schedulers)
-        if keep_last is not None and keep_last < 1:
-            raise ConfigurationError(f"keep_last must be at least 1 or None, found {keep_last}")
+        check_keep_last(keep_last)
+        check_timeout(timeout)
+        check_zero_stage(zero_stage)
         self._zero_stage, self._keep_last = zero_stage, keep_last
         self._tag_validation = check_tag_validation(tag_validation)
         self._timeout, self._rng = timeout, rng
-        self._engine = make_engine(_async_save(engine), storage)
+        self._engine = make_engine(async_save_of(engine), storage)
         self._engine.warm(self.models.values(), bool(self.optimizers))
         self.global_step = 0
         self._hook = self._count_steps()
@@ -120,6 +122,7 @@ class Checkpointer:
         and optimizer state may then change in `optimizer.step()`, which waits until they are copied; before any other
         change call the handle's `staged()`.
         """
+        warn_on_first(0, [alone_notice()])
         step = self.global_step if step is None else step
         name = f"global_step{step}" if tag is None else str(tag)
         return self._engine.save(
@@ -204,6 +207,7 @@ class Checkpointer:
         Raises the same error on every rank: `CheckpointNotFoundError`, `CorruptCheckpointError`, `StateMismatchError`
         (all missing, unexpected and misshapen keys at once), `FormatVersionError` or `UnsafeObjectError`.
         """
+        warn_on_first(0, [alone_notice()])
         self._engine.wait()
         wanted = Wanted.of(
             load_module_strict=load_module_strict,
@@ -294,9 +298,3 @@ class Checkpointer:
 
     def _device(self) -> torch.device | None:
         return next((p.device for m in self.models.values() for p in m.parameters()), None)
-
-
-def _async_save(engine: str | AsyncSave) -> bool | AsyncSave:
-    if isinstance(engine, AsyncSave) or engine in ("sync", "async"):
-        return engine if isinstance(engine, AsyncSave) else engine == "async"
-    raise ConfigurationError(f"engine={engine!r}: expected 'sync', 'async' or an AsyncSave.")

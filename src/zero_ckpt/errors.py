@@ -21,6 +21,7 @@ happened, where (file, tensor, block), what was expected, what was found, and wh
 from __future__ import annotations
 
 import pickle
+from typing import NoReturn
 
 __all__ = [
     "CheckpointNotFoundError",
@@ -114,6 +115,18 @@ def to_record(error: BaseException) -> list[str]:
     """An error as ranks send it to each other: the name of its class, "" for one that is not ours, and its text."""
     ours = isinstance(error, ZeroCkptError)
     return [type(error).__name__ if ours else "", describe(error)]
+
+
+def raise_for(error: ZeroCkptError, failure: BaseException | None) -> NoReturn:
+    """Raise what all ranks raise. `failure`: this rank's own problem, whose traceback tells more than that of `error`.
+
+    Where both say the same it is shown once.
+    """
+    if failure is None:
+        raise error
+    if type(failure) is type(error) and str(failure) == str(error):
+        raise failure from failure.__cause__
+    raise error.with_traceback(None) from failure
 
 
 def by_name(name: str, message: str, default: type[ZeroCkptError] = SaveError) -> ZeroCkptError:

@@ -19,7 +19,7 @@ from torch import nn
 
 from tests.accelerate.harness import assert_same, batches, fsdp2, make, on_ranks, state_of, train
 from zero_ckpt.accelerate import ZeroAccelerator, attach, detach
-from zero_ckpt.errors import ConfigurationError
+from zero_ckpt.errors import ConfigurationError, StateMismatchError
 
 
 class Own(Accelerator):  # type: ignore[misc]
@@ -59,6 +59,7 @@ def kept(out: str) -> None:
     own = attach(Own(cpu=True))
     assert isinstance(own, ZeroAccelerator)
     assert own.hello() == "hello"
+    own.prepare(nn.Linear(2, 2))
     assert own.save_state(out, tag="a") == ["hello", Path(out)]  # the user's override, then ours
     with pytest.raises(ConfigurationError, match="expected an Accelerator, found dict"):
         attach({})
@@ -151,6 +152,43 @@ def refused() -> None:
         attach(Accelerator(cpu=True), 1).prepare(torch.optim.LBFGS(nn.Linear(2, 2).parameters()))
     with pytest.raises(ConfigurationError, match="stage=2, but this accelerator trains with FSDP"):
         attach(fsdp2(), 2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is found without cpu=True")
+def test_an_accelerator_that_takes_a_launched_process_for_the_only_one_is_refused() -> None:
+    on_ranks(taken_for_the_only_one, 2)
+
+
+def taken_for_the_only_one() -> None:
+    for stage in (None, 2):
+        accelerator = Accelerator()  # on a machine without GPUs
+        assert accelerator.num_processes == 1
+        with pytest.raises(ConfigurationError, match=r"2 were started.*Accelerator\(cpu=True\)"):
+            attach(accelerator, stage)
+        assert type(accelerator) is Accelerator
+
+
+def test_what_a_save_would_silently_leave_out_is_told(tmp_path: Path) -> None:
+    on_ranks(left_out, 2, str(tmp_path))
+
+
+def left_out(out: str) -> None:
+    accelerator: Any = attach(Accelerator(cpu=True), 2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        accelerator.save_state(out, tag="early")
+    told = [str(warning.message) for warning in caught]
+    assert len(told) == (1 if accelerator.is_main_process else 0)
+    for text in told:
+        assert text.startswith(f"{out}/early holds no weights and no optimizer")
+    accelerator.prepare(nn.Linear(2, 2))
+    for wrong in ({"epoch": 3}, "global_step5"):
+        with pytest.raises(ConfigurationError, match="Give client_state and tag by name"):
+            accelerator.save_state(out, wrong)
+    assert sorted(os.listdir(out)) == ["early", "latest"]
+    accelerator.save_state(out, tag="prepared")
+    with pytest.raises(StateMismatchError, match=r"Call load_state after prepare\(\)\.$"):
+        attach(Accelerator(cpu=True), 2).load_state(out)
 
 
 def test_attached_after_prepare_saves_what_is_prepared(tmp_path: Path) -> None:

@@ -77,6 +77,10 @@ HARMS: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda f: next(iter(f.glob("state-00000-*"))).unlink(),
         "rank 0's state file is missing",
     ),
+    "another rank's state file is missing": (
+        lambda f: remove_one(f, "state"),
+        "the state file of rank 1 is missing",
+    ),
     "a data byte is flipped": (
         lambda f: flip(next(iter(f.glob("model-00001-*"))), 4096 + 8),
         "checksum",

@@ -90,6 +90,22 @@ def test_every_rank_gets_the_answer_of_rank_0_however_often_they_meet(stores: li
         assert meet(planes, phase) == [b"r0+r1+r2"] * RANKS
 
 
+@pytest.mark.parametrize(("absent", "named"), [((2,), "rank 2"), ((0,), "rank 0")])
+def test_the_first_rank_that_waits_says_for_whom(
+    absent: tuple[int, ...],
+    named: str,
+    stores: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A save on some ranks only is so understood before the timeout."""
+    monkeypatch.setattr("zero_ckpt.core.watch.PATIENCE", SHORT / 8)
+    meet(controls(stores), timeout=SHORT, absent=absent)
+    told = [record.getMessage() for record in caplog.records if record.name == "zero_ckpt"]
+    said = f"save: agree: {named} did not arrive or make progress for 0.05 s; after 0.4 s that is an error."
+    assert told.count(f"{said} Every rank must make this call.") == 1
+
+
 def test_answers_may_be_empty_or_any_bytes(stores: list[Any]) -> None:
     planes = controls(stores)
     for answer in (b"", bytes(range(256)), b"-\n+", b"x" * 1_000_000):

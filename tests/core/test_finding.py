@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from zero_ckpt.errors import (
     CorruptCheckpointError,
     CorruptShardError,
     FormatVersionError,
+    NothingSavedError,
 )
 
 
@@ -57,6 +59,46 @@ def test_what_is_no_directory_is_named(tmp_path: Path) -> None:
             find_checkpoint(DISK, str(path))
         with pytest.raises(CheckpointNotFoundError, match=str(path)):
             find_checkpoint(DISK, str(path), "tag")
+
+
+def test_a_file_of_a_checkpoint_stands_for_its_folder(tmp_path: Path) -> None:
+    """Who gives one is told which folder to give."""
+    make_tag(tmp_path, "a", step=1)
+    (tmp_path / "latest").write_text("a\n")
+    (tmp_path / "weights.pt").touch()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "weights.pt").touch()
+    said = {
+        tmp_path / "a" / "manifest.json": f"Give its folder, {tmp_path}/a",
+        tmp_path / "latest": f"Give its folder, {tmp_path}",
+        tmp_path
+        / "other"
+        / "weights.pt": "Lightning's own .ckpt and other single files are read with",
+    }
+    for path, remedy in said.items():
+        with pytest.raises(CheckpointNotFoundError, match=re.escape(f"expected. {remedy}")):
+            find_checkpoint(DISK, str(path))
+    with pytest.raises(CheckpointNotFoundError, match="read with torch"):
+        find_checkpoint(DISK, str(tmp_path), "weights.pt")
+
+
+def test_a_tags_folder_that_is_given_with_a_tag_is_said_to_be_one(tmp_path: Path) -> None:
+    make_tag(tmp_path, "a", step=1)
+    make_tag(tmp_path / "a", "inner", step=2)
+    assert found(tmp_path / "a", "inner") == "inner"
+    for tag in ("a", "b"):
+        with pytest.raises(CheckpointNotFoundError, match=f"{tmp_path}/a is one checkpoint") as e:
+            find_checkpoint(DISK, str(tmp_path / "a"), tag)
+        assert not isinstance(e.value, NothingSavedError)  # which missing_ok would let pass
+        assert f"without a tag, or {tmp_path} with the tag 'a'." in str(e.value)
+
+
+def test_the_parent_of_checkpoint_directories_says_which_there_are(tmp_path: Path) -> None:
+    for run in ("one", "two"):
+        make_tag(tmp_path / run, "a", step=1)
+    (tmp_path / "notes").mkdir()
+    with pytest.raises(NothingSavedError, match=r"but checkpoint directories: 'one', 'two'\. Give"):
+        find_checkpoint(DISK, str(tmp_path))
 
 
 def test_latest_counts_before_age(tmp_path: Path) -> None:

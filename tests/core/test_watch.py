@@ -65,6 +65,20 @@ def test_a_rank_that_is_looked_at_late_has_the_whole_timeout(clock: Clock) -> No
     assert found.lost([1]) == ""
 
 
+def test_who_is_waited_for_is_told_once_and_early(clock: Clock) -> None:
+    found = watch(300.0)
+    assert (found.lost([1, 2]), found.awaited([1, 2])) == ("", "")
+    clock.now += 30
+    FILED["beat/2"] = b"1"
+    assert (found.lost([1, 2]), found.awaited([1, 2])) == ("", "")
+    clock.now += 1
+    assert found.lost([1, 2]) == ""
+    said = "rank 1 did not arrive or make progress for 30 s; after 300 s that is an error"
+    assert found.awaited([1, 2]) == said
+    clock.now += 60
+    assert (found.lost([1, 2]), found.awaited([1, 2])) == ("", "")
+
+
 def test_it_looks_once_a_second_and_oftener_for_short_timeouts(clock: Clock) -> None:
     for timeout, interval in ((300.0, 1.0), (0.4, 0.1)):
         found = watch(timeout)

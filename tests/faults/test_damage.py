@@ -468,7 +468,7 @@ def others(root: Path) -> dict[str, Path]:
 
 FOUND = {
     "empty": "no committed checkpoint here, it is empty. Give the checkpoint directory",
-    "dcp": "no committed checkpoint here, it holds '.metadata', '__0_0.distcp'. Give",
+    "dcp": "it holds '.metadata', '__0_0.distcp', a checkpoint of torch.distributed.checkpoint. Give",
     "deepspeed": "mp_rank_00_model_states.pt: a file written by torch.save expected, 2 bytes found",
     "huggingface": "it holds 'model-00001-of-00002.safetensors', 'model.safetensors.index.json'. Give",
     "lightning": "no committed checkpoint here, it holds 'last.ckpt'. Give",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tests.faults.jobs import TIMEOUT, Job, Raised, raised
 from tests.told import warned
 from tests.workers import run_ranks
 from zero_ckpt import Checkpointer
+from zero_ckpt.errors import ZeroCkptError
 
 WORLD = 2
 Model = Callable[[], nn.Module]
@@ -150,13 +152,14 @@ def test_what_does_not_fit_the_model_is_listed_in_full_and_nothing_is_loaded(
         "'a.bias': [6] in the checkpoint, [5] in the model; "
         "'b.weight': [2, 6] in the checkpoint, [2, 5] in the model"
     )
-    assert shapes == f"{start}{listed}. Nothing was loaded."
+    remedy = "Build it with the checkpoint's sizes, or leave these tensors out with custom_load_fn."
+    assert shapes == f"{start}{listed}. Nothing was loaded. {remedy}"
     assert loose == shapes
     assert one_rank == f"rank 1: {shapes}"
     assert everything == (
         f"{start}Other shapes: 'b.weight': [2, 6] in the checkpoint, [2, 8] in the model. "
         "Missing in the checkpoint: 'd.weight', 'd.bias'. "
-        "In the checkpoint but not in the model: 'c.weight', 'c.bias'. Nothing was loaded."
+        f"In the checkpoint but not in the model: 'c.weight', 'c.bias'. Nothing was loaded. {remedy}"
     )
 
 
@@ -200,7 +203,7 @@ def test_what_does_not_fit_the_optimizer_is_told_and_nothing_is_loaded(checkpoin
     assert "'b.bias', 'b.weight', 'c.bias', 'c.weight'. No optimizer was changed" in (
         other_parameters
     )
-    others = f"{checkpoint}/tag has other optimizers than the job: one without a name there"
+    others = f"{checkpoint}/tag has other optimizers than the job: one there"
     assert f"{others}, '0', '1' here. Nothing was loaded." in more
     assert f"{others}, none here. Nothing was loaded." in fewer
     for text in (more, fewer):
@@ -287,3 +290,28 @@ def test_a_pickle_is_opened_only_when_that_was_asked_for(tmp_path: Path) -> None
         f"{tmp_path}/other: no such checkpoint; {tmp_path} has 'tag'. Give one of these tags, or none for the newest."
     )
     assert client_state == {"args": Path, "n": 1}
+
+
+def shown(directory: str) -> list[str]:
+    """Tracebacks of a load that does not fit on any rank, on rank 1 alone, and of one whose tag is nowhere."""
+    job(saved()).checkpointer.save_checkpoint(directory, "tag")
+    texts = []
+    for make, tag in ((other_shapes, "tag"), (wrong_on_rank_1, "tag"), (saved, "nowhere")):
+        try:
+            Checkpointer(make()).load_checkpoint(directory, tag, load_module_only=True)
+        except ZeroCkptError as error:
+            texts.append("".join(traceback.format_exception(error)))
+    return texts
+
+
+def test_a_traceback_tells_a_problem_once(tmp_path: Path) -> None:
+    results = run_ranks(shown, WORLD, str(tmp_path))
+    chained = "direct cause of the following"
+    for rank, (everywhere, on_rank_1, nowhere) in enumerate(results):
+        for text in (everywhere, nowhere):
+            assert "During handling" not in text
+            assert chained not in text
+            assert text.count("Traceback (most recent call last)") == 1
+        assert "in plan_model" in everywhere, "where this rank has found it"
+        assert "in meet" not in everywhere, "and not how the ranks have told each other"
+        assert (chained in on_rank_1) == (rank == 1), "its own problem, without and with the rank"

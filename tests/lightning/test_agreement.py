@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -147,6 +149,16 @@ class Resized(Model):
         self.scale = torch.nn.Parameter(torch.ones(1, 3))
 
 
+class Renamed(Model):
+    def __init__(self) -> None:
+        super().__init__()
+        self.neck = self.head
+        del self.head
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+
 def _mismatches(root: Path) -> list[str]:
     problems = []
     # Two has no LR scheduler, which is told before the optimizers are compared.
@@ -160,9 +172,15 @@ def _mismatches(root: Path) -> list[str]:
             with pytest.raises(error) as caught:
                 _fit(root, stage, root / "c" / "a.ckpt", kind())
             problems.append(str(caught.value))
+        with pytest.raises(UnfitWeightsError, match="set strict_loading = False on the module"):
+            _fit(root, stage, root / "c" / "a.ckpt", Renamed())
         with pytest.raises(CheckpointNotFoundError) as misspelled:
             _fit(root, stage, root / "c" / "q.ckpt", Model())
         problems.append(str(misspelled.value))
+    for part in ("c/latest", "c/a.ckpt/manifest.json", "c/a.ckpt/model-00000-of-00002.safetensors"):
+        folder = re.escape(f"Give its folder, {os.path.dirname(root / part)}")
+        with pytest.raises(CheckpointNotFoundError, match=folder):
+            _fit(root, 2, root / part, Model())
     with pytest.raises(ConfigurationError, match=r"is an export of weights alone.*folder"):
         _fit(root, 2, root / "c" / "model.safetensors", Model())
     model = Model()

@@ -36,6 +36,7 @@ class ZeroMixin(EndMixin, LoadMixin, PrepareMixin):
         """Become attached."""
         self._zero_options = options
         self._zero_runtime = Runtime()
+        self.zero_check_launch()
         self.zero_check_stage()
         if self.zero_is_ours:
             _ = self.zero_engine  # makes this rank known, so that its death is seen by the others

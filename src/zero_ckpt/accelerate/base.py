@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -89,6 +90,16 @@ class ZeroBase(Host):  # type: ignore[misc]
                 f"{call}: this accelerator has {expected} processes, but their process group is gone (found a world "
                 f"size of {found}): end_training() or destroy_process_group() has ended it. Nothing was written or "
                 f"changed. Call {call} before that."
+            )
+
+    def zero_check_launch(self) -> None:
+        """Raises `ConfigurationError` where Accelerate took a launcher's process for the only one."""
+        started = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if self.num_processes == 1 < started:
+            raise ConfigurationError(
+                f"this Accelerator takes its process for the only one, but {started} were started: each would train a "
+                "model of its own, and all would save to one place. Without GPUs make it with Accelerator(cpu=True), "
+                "and a transformers.Trainer with TrainingArguments(use_cpu=True)."
             )
 
     @property

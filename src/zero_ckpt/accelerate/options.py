@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass, fields
 from typing import Any
 
 from zero_ckpt.core.agreement import check_tag_validation
+from zero_ckpt.core.arguments import check_keep_last, check_timeout, is_count
 from zero_ckpt.core.decoupled import AsyncSave
 from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.fp32.layout import parse_size
@@ -46,14 +46,8 @@ class Options:
         self._check_sharding()
         self._check_export()
         check_tag_validation(self.tag_validation)
-        if self.keep_last is not None and not _is_count(self.keep_last):
-            raise ConfigurationError(
-                f"keep_last must be at least 1 or None, found {self.keep_last!r}"
-            )
-        if self.timeout is not None and not _is_duration(self.timeout):
-            raise ConfigurationError(
-                f"timeout={self.timeout!r}: expected a number of seconds above 0, or None."
-            )
+        check_keep_last(self.keep_last)
+        check_timeout(self.timeout)
         if not isinstance(self.async_save, (bool, AsyncSave)):
             raise ConfigurationError(
                 f"async_save={self.async_save!r}: expected True, False or an AsyncSave."
@@ -66,7 +60,7 @@ class Options:
             raise ConfigurationError(
                 f"cpu_offload and sharding_size are for stages 2 and 3, not for stage={self.stage}."
             )
-        if self.sharding_size is not None and not _is_count(self.sharding_size):
+        if self.sharding_size is not None and not is_count(self.sharding_size):
             raise ConfigurationError(
                 f"sharding_size={self.sharding_size!r}: expected a divisor of the number of processes, or None."
             )
@@ -93,12 +87,3 @@ class Options:
         """Made of those keyword arguments that are ours, which are removed from `arguments`."""
         own = {field.name for field in fields(cls)} & arguments.keys()
         return cls(**{name: arguments.pop(name) for name in own})
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def _is_duration(value: object) -> bool:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and math.isfinite(value) and value > 0  # type: ignore[arg-type, operator]

@@ -25,6 +25,7 @@ from zero_ckpt.core.outcome import LoadResult, report_of
 from zero_ckpt.core.per_rank import client_state_notice, own_client_state, read_own
 from zero_ckpt.core.restoring import Restoration
 from zero_ckpt.core.state import capture_models
+from zero_ckpt.errors import StateMismatchError
 
 __all__ = ["PlanMixin", "wanted_of"]
 
@@ -61,6 +62,11 @@ class PlanMixin(ZeroBase):
     ) -> tuple[Restoration, LoadResult]:
         """What to read, to install and to tell, and what the load will have given."""
         control = self.zero_control
+        if not self._models and any(True for _ in checkpoint.keys("model")):
+            raise StateMismatchError(
+                f"{checkpoint.path} holds weights, and this accelerator has prepared no model. Nothing was loaded. "
+                "Call load_state after prepare()."
+            )
         skipped = [f"{name}." if name else "" for name in self.zero_models() if name not in models]
 
         def is_skipped(key: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,12 @@ class SaveMixin(ZeroBase):
             saved: Path = super().save_state(output_dir, safe_serialization, **kwargs)
             return saved
         self.zero_check_group("save_state")
+        second: Any = safe_serialization
+        if isinstance(second, (Mapping, str)):
+            raise ConfigurationError(
+                f"save_state: {second!r} was given as safe_serialization, which is Accelerate's second "
+                "argument. Give client_state and tag by name."
+            )
         name = f"global_step{self._zero_step}" if tag is None else str(tag)
         place = self._zero_save_place(output_dir, name)
         directory = place.directory
@@ -96,8 +103,17 @@ class SaveMixin(ZeroBase):
             self._zero_runtime.ended = False
             self._zero_retire(directory)
             self.project_configuration.iteration += 1
-        warn_on_first(self.zero_control.rank, [place.notice])
+        warn_on_first(self.zero_control.rank, [place.notice, self._zero_empty_notice(place)])
         return directory if is_url(directory) else Path(directory)
+
+    def _zero_empty_notice(self, place: _Place) -> str:
+        """Tells of a save that came before everything that it could hold."""
+        if self._models or self._optimizers or self._custom_objects:
+            return ""
+        return (
+            f"{place.directory}/{place.tag} holds no weights and no optimizer: this accelerator has prepared none yet. "
+            "Call save_state after prepare()."
+        )
 
     def _zero_save_place(self, output_dir: Any, tag: str) -> _Place:
         """Where to, the same on every rank: before a hook sees the directory, or anything is made there.

@@ -39,12 +39,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    begin = time.monotonic()
     source = find_source("convert", options.path)
     # Needs torch; only now, when there is something to convert.
     from zero_ckpt.interop.convert import convert_checkpoint
     from zero_ckpt.interop.universal import convert_to_universal
 
+    begin = time.monotonic()
     convert = convert_to_universal if options.to == "universal" else convert_checkpoint
     with for_people("convert"):
         folder = convert(

@@ -69,11 +69,11 @@ def _size(path: str) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    begin = time.monotonic()
     source = find_source("export", options.path)
     # The one command that needs torch; only now, when there is something to export.
     from zero_ckpt.fp32 import export_fp32
 
+    begin = time.monotonic()
     with for_people("export"), Progress("exporting") as progress:
         paths = export_fp32(
             source,

@@ -84,13 +84,13 @@ def check_same_names(
     if set(live) != set(saved):
         raise StateMismatchError(
             f"{path} has other {what} than the job: {_listed(saved)} there, {_listed(live)} here. Nothing was loaded. "
-            f"Bind the same {what}, or load with load_module_only=True."
+            f"Give the same {what}, or load with load_module_only=True."
         )
 
 
 def _listed(names: Iterable[str]) -> str:
     """By name; a single one has none."""
-    shown = (f"'{name}'" if name else "one without a name" for name in sorted(names))
+    shown = (f"'{name}'" if name else "one" for name in sorted(names))
     return ", ".join(shown) or "none"
 
 

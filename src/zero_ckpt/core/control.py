@@ -12,6 +12,7 @@ seconds. So the time limit bounds silence, not the length of a save on a slow di
 from __future__ import annotations
 
 import json
+import logging
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -40,6 +41,8 @@ __all__ = [
     "longest_pause",
     "process_group_store",
 ]
+
+_logger = logging.getLogger("zero_ckpt")
 
 _BEAT_INTERVAL = 0.25
 """Seconds. Well below any time limit that makes sense, and seldom enough to cost nothing."""
@@ -235,15 +238,18 @@ class StoreControl:
         watch = Watch(self._peek, timeout)
         keys = [self._at(f"request/{rank}") for rank in ranks]
 
-        def lost_ranks() -> str:
-            return watch.lost(r for r in ranks if not self._has(f"request/{r}"))
+        def look() -> tuple[str, str]:
+            absent = [r for r in ranks if not self._has(f"request/{r}")]
+            return watch.lost(absent), watch.awaited(absent)
 
         for pause in _pauses(self.world_size):
             if all(self._line.ask([lambda: self._store.check(keys)], timeout)):
                 return
             if watch.is_due():
-                if lost := self._line.ask([lost_ranks], timeout)[0]:
+                lost, awaited = self._line.ask([look], timeout)[0]
+                if lost:
                     raise _lost(phase, lost)
+                _tell_awaited(phase, awaited)
                 self.beat()
             time.sleep(pause)
 
@@ -253,15 +259,19 @@ class StoreControl:
         def is_there() -> bool:
             return self._has(f"answer/{nonce}")
 
+        def look() -> tuple[str, str]:
+            return watch.lost([0]), watch.awaited([0])
+
         for pause in _pauses(self.world_size):
             if all(self._line.ask([is_there], timeout)):
                 return
             if watch.is_due():
                 # Rank 0 may have answered and left since the look above, so a lost rank 0 needs another look.
-                (lost,) = self._line.ask([lambda: watch.lost([0])], timeout)
+                lost, awaited = self._line.ask([look], timeout)[0]
                 if lost and not all(self._line.ask([is_there], timeout)):
                     (withdrawn,) = self._line.ask([self._withdraw], timeout)
                     raise _lost(phase, lost, outcome_unknown=not withdrawn)
+                _tell_awaited(phase, awaited if self.rank == 1 else "")
             time.sleep(pause)
 
     def _claim_all(self, patience: float) -> list[_Request]:
@@ -335,6 +345,11 @@ def _lost(phase: str, what: str, *, outcome_unknown: bool = False) -> RankTimeou
     )
     error.outcome_unknown = outcome_unknown
     return error
+
+
+def _tell_awaited(phase: str, text: str) -> None:
+    if text:
+        _logger.warning("%s: %s. Every rank must make this call.", phase, text)
 
 
 def _consequence(phase: str, outcome_unknown: bool = False) -> str:

@@ -40,7 +40,7 @@ from zero_ckpt.core.threads import start_thread
 from zero_ckpt.core.transaction import Request
 from zero_ckpt.errors import ConfigurationError
 
-__all__ = ["AsyncEngine", "AsyncSave", "make_engine"]
+__all__ = ["AsyncEngine", "AsyncSave", "async_save_of", "make_engine"]
 
 _logger = logging.getLogger("zero_ckpt")
 
@@ -79,6 +79,13 @@ class AsyncSave:
             raise ConfigurationError(
                 f"staging_bytes={self.staging_bytes}: expected at least {6 * BLOCK}, or None."
             )
+
+
+def async_save_of(engine: str | AsyncSave) -> bool | AsyncSave:
+    """What an engine's name stands for. Raises `ConfigurationError` for a name that none has."""
+    if isinstance(engine, AsyncSave) or engine in ("sync", "async"):
+        return engine if isinstance(engine, AsyncSave) else engine == "async"
+    raise ConfigurationError(f"engine={engine!r}: expected 'sync', 'async' or an AsyncSave.")
 
 
 def make_engine(async_save: bool | AsyncSave, storage: Storage | None = None) -> SyncEngine:

@@ -220,7 +220,7 @@ def _check_rank(key: str, device_mesh: Any, rank: int) -> None:
     """Without its group every process takes itself for rank 0, and its part for that of rank 0."""
     _, mesh, own = _known_mesh(device_mesh)
     is_alone = len(mesh.ranks) > 1 and not dist.is_initialized()
-    if is_alone or own != rank and not (own is None and rank not in mesh.ranks):
+    if is_alone or (own != rank and not (own is None and rank not in mesh.ranks)):
         raise StateMismatchError(
             f"tensor '{key}' is sharded over {len(mesh.ranks)} ranks, of which this process is rank {own}, and it "
             f"saves or loads as rank {rank}: its process group is gone, or is not the one that saves and loads. "

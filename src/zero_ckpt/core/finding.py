@@ -18,7 +18,9 @@ from zero_ckpt.core.storage import Storage
 from zero_ckpt.core.tag_folder import (
     ANOTHER_TAG,
     check_files,
+    committed_in,
     contents,
+    file_instead,
     holds_shards,
     is_tag_folder,
     names_in,
@@ -50,6 +52,9 @@ __all__ = [
 
 NOT_COMMITTED = "not committed"
 
+_LOOKED_INTO = 100
+"""How many folders are looked into, to say which of them may have been meant."""
+
 
 @dataclass(frozen=True, slots=True)
 class TagInfo:
@@ -76,9 +81,8 @@ def _tags_there(storage: Storage, directory: str) -> list[TagInfo]:
     try:
         entries = storage.list(directory)
     except NotADirectoryError as error:
-        raise CheckpointNotFoundError(
-            f"{directory}: a file, where a checkpoint directory or a tag's folder was expected. Give one of these; "
-            "Lightning's own .ckpt and other single files are read with torch.load"
+        raise file_instead(
+            storage, directory, "a checkpoint directory or a tag's folder"
         ) from error
     except FileNotFoundError as error:
         raise NothingSavedError(
@@ -233,6 +237,12 @@ def no_checkpoint(
             f"{directory}: no committed checkpoint here, only shard files without {MANIFEST_NAME} in "
             f"{shown_tags(unfinished)}: saves that did not finish, or still run, or whose {MANIFEST_NAME} was deleted. "
             f"Where all shard files are there, 'zero-ckpt repair {directory}' rebuilds it.{why}"
+        )
+    below = [n for n in names[:_LOOKED_INTO] if committed_in(storage, f"{directory}/{n}")]
+    if below:
+        return kind(
+            f"{directory}: no committed checkpoint here, but checkpoint directories: {shown_tags(below)}. Give one of "
+            f"these.{why}"
         )
     return kind(
         f"{directory}: no committed checkpoint here, it {contents(storage, directory)}. Give the checkpoint directory "

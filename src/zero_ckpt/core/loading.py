@@ -38,6 +38,7 @@ from zero_ckpt.errors import (
     NothingSavedError,
     ZeroCkptError,
     by_name,
+    raise_for,
     to_record,
 )
 
@@ -166,9 +167,7 @@ class _Session:
                 self._control.meet(phase, data, answer, self._timeout)
             )
         except ZeroCkptError as error:
-            if failure is None:
-                raise
-            raise error from failure
+            raise_for(error, failure)
         return found
 
     def _choose(self, asked: list[Any]) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Iterable
 
-__all__ = ["warn_on_first", "warn_user"]
+__all__ = ["alone_notice", "warn_on_first", "warn_user"]
 
 _FRAMEWORKS = frozenset({"accelerate", "lightning", "pytorch_lightning", "torch", "transformers"})
 _NOT_THE_USERS = _FRAMEWORKS | {"zero_ckpt", "contextlib", "threading"}
@@ -29,6 +30,22 @@ def warn_on_first(rank: int, texts: Iterable[str]) -> None:
     for text in texts if rank == 0 else ():
         if text:
             warn_user(text)
+
+
+def alone_notice() -> str:
+    """What to tell the user of a launcher's process that no process group joins to the others; "" elsewhere.
+
+    Of those processes only the one that the launcher calls 0 has something to tell.
+    """
+    started, rank = os.environ.get("WORLD_SIZE", ""), os.environ.get("RANK", "0")
+    dist = sys.modules.get("torch.distributed")
+    joined = dist is not None and dist.is_available() and dist.is_initialized()
+    if joined or rank != "0" or not started.isdecimal() or int(started) < 2:
+        return ""
+    return (
+        f"WORLD_SIZE is {started}, but there is no process group: each of the {started} processes takes itself for the "
+        "only one, and all save to the same place. Call torch.distributed.init_process_group() first."
+    )
 
 
 def _is_inside(module: str) -> bool:

@@ -41,11 +41,11 @@ def expanded(path: str | os.PathLike[str]) -> str:
 
 
 def absolute(path: str | os.PathLike[str]) -> str:
-    """The path as storages want it: absolute, or a URL without empty parts. `file://` is the local disk.
+    """The path as storages want it: absolute, `~` replaced; or a URL without empty parts. `file://` is the local disk.
 
     Raises `ConfigurationError` for a URL that was made a `Path`, which has lost one of its slashes.
     """
-    text = _text(path)
+    text = expanded(path)
     if not is_url(text):
         return os.path.abspath(text)
     scheme, _, rest = text.partition("://")

@@ -95,6 +95,7 @@ def _rebuild(
             readers.append(open_shard(storage, f"{folder}/{name}", None, name))
             stack.callback(readers[-1].close)
         header = _header(readers)
+        _check_ranks(readers, world_size)
         tensors = _tensors(readers)
     told = header.pop("content", None)
     if told != content_digest(header, tensors):
@@ -128,6 +129,16 @@ def _header(readers: Sequence[ShardReader]) -> dict[str, Any]:
     except (ValueError, TypeError) as error:
         raise CorruptShardError(f"{first.name}: its header is damaged ({error!r})") from error
     return header
+
+
+def _check_ranks(readers: Sequence[ShardReader], world_size: int) -> None:
+    """Every rank has written a state file, if only to say that it has nothing of its own."""
+    found = {int(r.name.split("-")[1]) for r in readers if r.name.startswith("state-")}
+    lost = next((rank for rank in range(world_size) if rank not in found), None)
+    if lost is not None:
+        raise CorruptShardError(
+            f"the state file of rank {lost} is missing, which holds what only that rank has"
+        )
 
 
 def _tensors(readers: Sequence[ShardReader]) -> dict[str, dict[str, Placed]]:

@@ -126,9 +126,13 @@ def _raise_mismatch(path: str, plan: Restoration, wrong: Sequence[str], strict: 
     if strict and plan.unexpected:
         parts.append("In the checkpoint but not in the model: " + _names(plan.unexpected))
     if parts:
-        hint = "" if wrong else " To load what matches, turn strict loading off."
+        remedy = (
+            "Build it with the checkpoint's sizes, or leave these tensors out with custom_load_fn."
+            if wrong
+            else "To load what matches, turn strict loading off."
+        )
         raise StateMismatchError(
-            f"{path} does not fit the model. {'. '.join(parts)}. Nothing was loaded.{hint}"
+            f"{path} does not fit the model. {'. '.join(parts)}. Nothing was loaded. {remedy}"
         )
 
 

@@ -26,7 +26,9 @@ from zero_ckpt.errors import (
 __all__ = [
     "ANOTHER_TAG",
     "check_files",
+    "committed_in",
     "contents",
+    "file_instead",
     "holds_shards",
     "is_tag_folder",
     "names_in",
@@ -117,8 +119,8 @@ def _manifest_bytes(storage: Storage, folder: str) -> tuple[bytes, str]:
     path = f"{folder}/{MANIFEST_NAME}"
     try:
         data = storage.get(path, MAX_MANIFEST)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise nothing_at(storage, folder) from error
+    except (FileNotFoundError, NotADirectoryError):
+        raise nothing_at(storage, folder) from None
     except (OSError, ValueError) as error:
         raise CorruptManifestError(f"{path}: cannot be read: {why_unread(error)}") from error
     return data, path
@@ -137,12 +139,15 @@ def nothing_at(storage: Storage, folder: str) -> CheckpointNotFoundError:
     try:
         names = [entry.name for entry in storage.list(folder)]
     except NotADirectoryError:
-        return CheckpointNotFoundError(
-            f"{folder}: a file, where a checkpoint's folder was expected. Single files are read with torch.load"
-        )
+        return file_instead(storage, folder, "a checkpoint's folder")
     except FileNotFoundError:
         directory = os.path.dirname(folder)
-        tags = _committed_in(storage, directory)
+        if is_tag_folder(storage, directory):
+            return CheckpointNotFoundError(
+                f"{folder}: no such checkpoint; {directory} is one checkpoint, and no directory of them. Give it "
+                f"without a tag, or {os.path.dirname(directory)} with the tag '{os.path.basename(directory)}'."
+            )
+        tags = committed_in(storage, directory)
         if not tags:
             return NothingSavedError(
                 f"{folder}: no such checkpoint; {directory} {contents(storage, directory)}"
@@ -165,7 +170,19 @@ def nothing_at(storage: Storage, folder: str) -> CheckpointNotFoundError:
     )
 
 
-def _committed_in(storage: Storage, directory: str) -> list[str]:
+def file_instead(storage: Storage, path: str, expected: str) -> CheckpointNotFoundError:
+    """Says that `path` is a file, and which folder was meant where it is a file of a checkpoint."""
+    folder = os.path.dirname(path)
+    belongs = is_tag_folder(storage, folder) or os.path.basename(path) == "latest"
+    remedy = (
+        f"Give its folder, {folder}"
+        if belongs
+        else "Lightning's own .ckpt and other single files are read with torch.load"
+    )
+    return CheckpointNotFoundError(f"{path}: a file, where {expected} was expected. {remedy}")
+
+
+def committed_in(storage: Storage, directory: str) -> list[str]:
     """Tags of a directory that may be loaded, in the order in which a reader counts."""
     try:
         names = [entry.name for entry in storage.list(directory) if entry.is_dir]
@@ -196,8 +213,13 @@ def contents(storage: Storage, folder: str) -> str:
         names = [entry.name for entry in storage.list(folder)]
     except OSError:
         return "does not exist"
-    shown = ", ".join(f"'{name}'" for name in names[:4]) + (" ..." if len(names) > 4 else "")
-    return f"holds {shown}" if names else "is empty"
+    shown = ", ".join(f"'{name}'" for name in names[:4]) + _more(names[4:])
+    dcp = "" if ".metadata" not in names else ", a checkpoint of torch.distributed.checkpoint"
+    return f"holds {shown}{dcp}" if names else "is empty"
+
+
+def _more(names: Sequence[str]) -> str:
+    return f" and {len(names)} more" if names else ""
 
 
 def why_unread(error: Exception) -> str:

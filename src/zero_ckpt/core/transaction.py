@@ -25,7 +25,7 @@ from zero_ckpt.core.saving import Captured, ShardPlan, capture, plan_shards, wri
 from zero_ckpt.core.staging import StagingPool, reading_after
 from zero_ckpt.core.state import Snapshot
 from zero_ckpt.core.storage import Storage
-from zero_ckpt.errors import ConfigurationError, ZeroCkptError, to_record
+from zero_ckpt.errors import ConfigurationError, ZeroCkptError, raise_for, to_record
 
 __all__ = ["Plans", "Request", "Transaction"]
 
@@ -233,9 +233,7 @@ class Transaction:
         try:
             return self.control.meet(phase, record, decide, self.request.timeout)
         except ZeroCkptError as error:
-            if self.failure is not None:
-                raise error from self.failure  # the traceback that this rank has of its own problem
-            raise
+            raise_for(error, self.failure)
 
     def _problem(self) -> list[str]:
         return to_record(self.failure) if self.failure is not None else []

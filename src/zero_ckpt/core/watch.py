@@ -14,7 +14,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Watch", "has_died", "identity", "name_ranks"]
+__all__ = ["PATIENCE", "Watch", "has_died", "identity", "name_ranks"]
+
+PATIENCE = 30.0
+"""Seconds of silence after which somebody may want to know who is waited for."""
 
 
 class Watch:
@@ -29,6 +32,7 @@ class Watch:
         self._next = time.monotonic() + self._interval
         self._started = time.monotonic()
         self._seen: dict[int, tuple[bytes | None, float]] = {}
+        self._has_told = False
 
     def is_due(self) -> bool:
         if time.monotonic() < self._next:
@@ -50,6 +54,18 @@ class Watch:
                 f"{name_ranks(silent)} did not arrive or make progress for {self._timeout:g} s"
             )
         return " and ".join(parts)
+
+    def awaited(self, ranks: Iterable[int]) -> str:
+        """Says, once, which of `ranks` have been silent for long, though not lost yet. Call it after `lost`."""
+        now = time.monotonic()
+        slow = [r for r in ranks if now - self._seen.get(r, (None, now))[1] > PATIENCE]
+        if self._has_told or not slow:
+            return ""
+        self._has_told = True
+        return (
+            f"{name_ranks(slow)} did not arrive or make progress for {PATIENCE:g} s; "
+            f"after {self._timeout:g} s that is an error"
+        )
 
     def _is_dead(self, rank: int) -> bool:
         who = self._peek(f"who/{rank}")

@@ -48,8 +48,13 @@ _MADE = {
 
 def __getattr__(name: str) -> Any:
     make, namespace = _MADE.get(name, (None, ""))
-    if make is None or namespace not in installed():
+    if make is None:
         raise AttributeError(f"module 'zero_ckpt.lightning' has no attribute {name!r}")
+    if namespace not in installed():
+        package = namespace.partition(".")[0]
+        raise ModuleNotFoundError(
+            f"zero_ckpt.lightning.{name} needs {package}, which is not installed", name=package
+        )
     return make(namespace)
 
 

@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from zero_ckpt.core.agreement import check_tag_validation
+from zero_ckpt.core.arguments import check_timeout
 from zero_ckpt.core.bound import Wanted
 from zero_ckpt.core.control import DEFAULT_TIMEOUT, ControlPlane
 from zero_ckpt.core.decoupled import AsyncSave, make_engine
@@ -76,6 +77,7 @@ class StrategyBase(Host):
                 f"async_save: when_busy={async_save.when_busy!r}, but ModelCheckpoint counts on every save that it "
                 'asks for, and removes older ones: only "wait" is right under Lightning.'
             )
+        check_timeout(save_timeout, "save_timeout")
         _check_ddp_options(ddp_options)
         super().__init__(
             accelerator=accelerator,

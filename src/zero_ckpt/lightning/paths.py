@@ -19,7 +19,8 @@ from zero_ckpt.core.latest import move_latest, remove_latest
 from zero_ckpt.core.places import AnyStorage, absolute, is_url
 from zero_ckpt.core.retention import remove_tag
 from zero_ckpt.core.storage import Storage
-from zero_ckpt.core.tags import check_tag, read_latest
+from zero_ckpt.core.tag_folder import file_instead, is_tag_folder
+from zero_ckpt.core.tags import LATEST_NAME, check_tag, read_latest
 from zero_ckpt.errors import CheckpointNotFoundError, ConfigurationError
 
 __all__ = ["is_checkpoint_folder", "making_way", "refuse_export", "remove", "split"]
@@ -43,8 +44,14 @@ def is_checkpoint_folder(path: Any) -> bool:
 
 
 def refuse_export(path: Any) -> None:
-    """Raise `ConfigurationError` for a file of weights alone, which was exported from a checkpoint."""
+    """Raise `ConfigurationError` for a file of weights alone, which was exported from a checkpoint.
+
+    And `CheckpointNotFoundError` for a file of a checkpoint's folder, naming that.
+    """
     place = absolute(path)
+    storage = AnyStorage()
+    if os.path.basename(place) == LATEST_NAME or is_tag_folder(storage, os.path.dirname(place)):
+        raise file_instead(storage, place, "a checkpoint's folder")
     if place.endswith((".safetensors", ".safetensors.index.json")):
         raise ConfigurationError(
             f"{place} is an export of weights alone, no checkpoint. Give the checkpoint's folder (ckpt_path, or "

@@ -81,8 +81,10 @@ def load_weights(
         source = "the checkpoint" if checkpoint is None else checkpoint.path
         kind = type(module)
         reasons = users_class(kind).__name__ + reasons.removeprefix(kind.__name__)
+        fits = strict and not _misshapen(live, values)
+        remedy = " To load what matches, set strict_loading = False on the module." if fits else ""
         raise UnfitWeightsError(
-            f"{source} does not fit the model. {is_torchs}{reasons}\nNothing was loaded."
+            f"{source} does not fit the model. {is_torchs}{reasons}\nNothing was loaded.{remedy}"
         ) from error
     return LoadReport(
         missing=tuple(key for key in live if key not in values),

@@ -1,0 +1,36 @@
+"""Arguments that several doors take, checked when they are given and not when a save needs them. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+
+from zero_ckpt.errors import ConfigurationError
+
+__all__ = ["check_keep_last", "check_timeout", "check_zero_stage", "is_count"]
+
+
+def check_keep_last(value: object) -> None:
+    """Raises `ConfigurationError` unless it is a number of checkpoints to keep, or None."""
+    if value is not None and not is_count(value):
+        raise ConfigurationError(f"keep_last must be at least 1 or None, found {value!r}")
+
+
+def check_timeout(value: object, name: str = "timeout") -> None:
+    """Raises `ConfigurationError` unless it is a time that can be waited for, or None."""
+    if value is None:
+        return
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value <= 0:  # type: ignore[arg-type, operator]
+        raise ConfigurationError(
+            f"{name}={value!r}: expected a number of seconds above 0, or None."
+        )
+
+
+def check_zero_stage(value: object) -> None:
+    """Raises `ConfigurationError` unless it is a ZeRO stage, or None."""
+    if isinstance(value, bool) or value not in (None, 0, 1, 2, 3):
+        raise ConfigurationError(f"zero_stage={value!r}: expected 0, 1, 2, 3 or None.")
+
+
+def is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
