@@ -34,7 +34,7 @@ from zero_ckpt.core.state import (
 )
 from zero_ckpt.lightning.optimizers import STATES
 
-__all__ = ["VERSION_KEY", "ModuleNames", "from_checkpoint", "named", "to_snapshot"]
+__all__ = ["VERSION_KEY", "ModuleNames", "from_checkpoint", "named", "step_of", "to_snapshot"]
 
 VERSION_KEY = "pytorch-lightning_version"
 """Marks a dict as Lightning's; Lightning refuses one without."""
@@ -86,7 +86,7 @@ def to_snapshot(
     A dict in an unknown shape (a hook may have changed it) is stored as it is, in `client_state`.
     """
     client = dict(checkpoint)
-    objects: dict[str, Any] = {"global_step": _step(checkpoint)}
+    objects: dict[str, Any] = {"global_step": step_of(checkpoint)}
     snapshot = Snapshot(objects=objects, rank_objects=rank_objects)
     if isinstance(client.get("state_dict"), Mapping):
         _take_weights(snapshot, client.pop("state_dict"), names)
@@ -101,7 +101,8 @@ def to_snapshot(
     return snapshot
 
 
-def _step(checkpoint: Mapping[str, Any]) -> int:
+def step_of(checkpoint: Mapping[str, Any]) -> int:
+    """0 where a hook has left something else than a step."""
     step = checkpoint.get("global_step", 0)
     return int(step) if isinstance(step, int) and step >= 0 else 0
 
@@ -225,7 +226,7 @@ def from_checkpoint(
 def _foreign(objects: Mapping[str, Any], version: str) -> dict[str, Any]:
     """Of another writer: weights, optimizers and schedulers are taken, loops start anew."""
     client = {"client_state": objects.get("client_state")}
-    return {VERSION_KEY: version, "epoch": 0, "global_step": _step(objects), **client}
+    return {VERSION_KEY: version, "epoch": 0, "global_step": step_of(objects), **client}
 
 
 def _optimizer(checkpoint: Checkpoint, name: str, record: Mapping[str, Any]) -> dict[str, Any]:
