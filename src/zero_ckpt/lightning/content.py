@@ -43,11 +43,12 @@ VERSION_KEY = "pytorch-lightning_version"
 @dataclass(frozen=True, slots=True)
 class ModuleNames:
     """What a module says about its state dict's keys. `ties`: name -> first name of the same
-    tensor.
+    tensor. `memory`: where this rank's parts of its parameters lie.
     """
 
     naming: Naming = field(default_factory=Naming)
-    buffers: frozenset[str] = frozenset()
+    parameters: frozenset[str] = frozenset()
+    memory: frozenset[int] = frozenset()
     frozen: frozenset[str] = frozenset()
     ties: Mapping[str, str] = field(default_factory=dict)
 
@@ -66,10 +67,17 @@ class ModuleNames:
         frozen = [raw for raw, p in parameters.items() if not p.requires_grad]
         return cls(
             naming,
-            frozenset(naming.clean(raw) for raw in buffers),
+            frozenset(naming.clean(raw) for raw in parameters),
+            frozenset(local_tensor(p).data_ptr() for p in parameters.values()),
             frozenset(naming.clean(raw) for raw in frozen),
             ties,
         )
+
+    def is_parameter(self, key: str, value: torch.Tensor) -> bool:
+        """Whether an entry is one, perhaps renamed. Others may differ between ranks, as a metric's state does."""
+        if key in self.parameters:
+            return True
+        return not isinstance(value, LazyTensor) and local_tensor(value).data_ptr() in self.memory
 
 
 def to_snapshot(
@@ -133,7 +141,9 @@ def _take_weights(
     snapshot.model = {key: tensor for key, tensor in weights.items() if key not in aliases}
     snapshot.aliases = aliases
     if names is not None:
-        snapshot.buffers = names.buffers & snapshot.model.keys()
+        snapshot.buffers = frozenset(
+            key for key, value in snapshot.model.items() if not names.is_parameter(key, value)
+        )
         snapshot.frozen = names.frozen & snapshot.model.keys()
         snapshot.experts = dict(naming.experts)
 
