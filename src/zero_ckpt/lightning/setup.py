@@ -39,6 +39,7 @@ class SetupMixin(RestoreMixin, StepMixin):
         self.agree_nothing_to_restore()
         attach_export(trainer, self.namespace, self.export)
         self._tell_precision()
+        self._zero_shared = False
         if self.stage >= 2:
             self._setup_sharded(trainer)
         else:
@@ -85,6 +86,7 @@ class SetupMixin(RestoreMixin, StepMixin):
             self.model_to_device()
             return
         automatic = self.lightning_module is None or self.lightning_module.automatic_optimization
+        self._refuse_pruning()
         self._zero_mesh = users_mesh(model) or self._zero_mesh
         if self._zero_mesh is None:
             kind = self.root_device.type
@@ -102,6 +104,13 @@ class SetupMixin(RestoreMixin, StepMixin):
         recover(model)
         zero.reshard(model)
         allow_copies(model)
+
+    def _refuse_pruning(self) -> None:
+        pruning = self.namespace.module("callbacks").ModelPruning
+        if any(isinstance(callback, pruning) for callback in self._current_trainer().callbacks):
+            raise ConfigurationError(
+                f"ModelPruning works on whole weights, and stage={self.stage} shards them. Use stage 0 or 1."
+            )
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
