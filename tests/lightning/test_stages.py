@@ -11,7 +11,7 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelPruning
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -27,6 +27,7 @@ from tests.lightning.harness import (
     trainer,
     whole_weights,
 )
+from zero_ckpt.core.checkpoint import open_checkpoint
 from zero_ckpt.errors import ConfigurationError
 
 
@@ -159,6 +160,28 @@ def test_every_stage_trains_like_ddp(tmp_path: Path, feature: str) -> None:
                 torch.testing.assert_close(
                     new_weights[key], value, rtol=tolerance * 10, atol=tolerance, msg=key
                 )
+
+
+def _prune_and_resume(root: Path) -> None:
+    for stage in (0, 1):
+        L.seed_everything(5)
+        callbacks = [
+            ModelPruning("l1_unstructured", amount=0.3),
+            ModelCheckpoint(root / str(stage), filename="{epoch}", save_top_k=-1),
+        ]
+        model = Model()
+        trainer(root, stage, max_epochs=3, callbacks=callbacks).fit(model, loader())
+        resumed = Model()
+        run = trainer(root, stage, max_epochs=2, callbacks=[ModelPruning("l1_unstructured")])
+        run.fit(resumed, loader(), ckpt_path=str(root / str(stage) / "epoch=0.ckpt"))
+        assert resumed.losses[0] == next(loss for loss in model.losses if loss[0] == 6)
+        with open_checkpoint(root / str(stage) / "epoch=0.ckpt") as checkpoint:
+            assert "head.weight/exp_avg" in checkpoint.keys("optim")
+            assert "head.weight" not in checkpoint.manifest.buffers
+
+
+def test_a_pruned_model_resumes_where_weights_are_whole(tmp_path: Path) -> None:
+    on_ranks(_prune_and_resume, 2, tmp_path)
 
 
 def _prune(root: Path) -> list[str]:

@@ -32,7 +32,7 @@ from zero_ckpt.core.state import (
     python_value,
     split_state_name,
 )
-from zero_ckpt.lightning.optimizers import STATES
+from zero_ckpt.lightning.optimizers import STATES, pruned_names
 
 __all__ = ["VERSION_KEY", "ModuleNames", "from_checkpoint", "named", "step_of", "to_snapshot"]
 
@@ -67,7 +67,7 @@ class ModuleNames:
         frozen = [raw for raw, p in parameters.items() if not p.requires_grad]
         return cls(
             naming,
-            frozenset(naming.clean(raw) for raw in parameters),
+            frozenset([*map(naming.clean, parameters), *pruned_names(module).values()]),
             frozenset(local_tensor(p).data_ptr() for p in parameters.values()),
             frozenset(naming.clean(raw) for raw in frozen),
             ties,

@@ -19,7 +19,7 @@ from zero_ckpt.lightning.base import INTERRUPTED_TIMEOUT, StrategyBase
 from zero_ckpt.lightning.checkpoint_io import ZeroCheckpointIO
 from zero_ckpt.lightning.content import ModuleNames, step_of, to_snapshot
 from zero_ckpt.lightning.gathering import gather_content
-from zero_ckpt.lightning.optimizers import state_of
+from zero_ckpt.lightning.optimizers import pruned_names, state_of
 from zero_ckpt.lightning.ranks import capture_rank
 from zero_ckpt.lightning.wanted import PER_RANK
 from zero_ckpt.zero.experts import expert_lists
@@ -64,7 +64,17 @@ class SaveMixin(StrategyBase):
         names = parameter_names(self.lightning_module)
         if not any(id(p) in names for group in raw.param_groups for p in group["params"]):
             return {}  # Lightning's stand-in for "no optimizer"
-        return state_of(raw, names)
+        return state_of(raw, names, self._names_without_pruning())
+
+    def _names_without_pruning(self) -> dict[str, str]:
+        """Of parameters that `ModelPruning` puts into the checkpoint as if they had never been pruned."""
+        pruning = self.namespace.module("callbacks").ModelPruning
+        trainer = self._current_trainer()
+        callbacks = [] if trainer is None else trainer.callbacks
+        if not any(isinstance(c, pruning) and c._make_pruning_permanent for c in callbacks):
+            return {}
+        assert self.lightning_module is not None
+        return pruned_names(self.lightning_module)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
