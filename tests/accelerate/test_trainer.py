@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,37 @@ def test_the_best_model_is_loaded_and_exported_at_the_end(tmp_path: Path, stage:
     with open_checkpoint(best) as checkpoint:
         stored = {key: checkpoint.tensor("model", key) for key in checkpoint.keys("model")}
     assert_same({key: weights[key] for key in stored}, stored)
+
+
+def best_of_another_trainer(first: Job, then: Job) -> list[str]:
+    """Warnings of a run that goes on from an unattached one's checkpoints, of which the first is the best."""
+    jobs.run(first)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer, _ = jobs.make_trainer(then)
+        trainer.train(resume_from_checkpoint=then.resume)
+        trainer.accelerator.end_training()
+        trainer.accelerator.end_training()
+    return [str(w.message) for w in caught if "exported" in str(w.message)]
+
+
+def test_it_is_told_why_a_best_model_of_another_trainer_is_not_exported(tmp_path: Path) -> None:
+    arguments = (
+        ("eval_strategy", "steps"),
+        ("eval_steps", 3),
+        ("load_best_model_at_end", True),
+        ("metric_for_best_model", "eval_loss"),
+        ("greater_is_better", True),
+    )
+    first = Job(str(tmp_path), "alone", arguments=(*arguments, ("max_steps", 6)))
+    resume = str(tmp_path / "checkpoint-6")
+    then = Job(str(tmp_path), 1, resume=resume, arguments=(*arguments, ("max_steps", 9)))
+    told, quiet = run_ranks(best_of_another_trainer, 2, first, then)
+    assert quiet == []
+    assert len(told) == 1
+    assert told[0].startswith(f"{tmp_path}/checkpoint-3 has no save of zero_ckpt's")
+    assert "attach_trainer an export=PATH" in told[0]
+    assert not list(tmp_path.rglob("fp32"))
 
 
 def ended(job: Job) -> None:

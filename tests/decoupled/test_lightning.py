@@ -110,6 +110,32 @@ def test_a_failed_save_ends_the_fit_and_keeps_what_it_would_have_replaced(tmp_pa
     assert (tmp_path / "latest").read_text().strip() == "step=2.ckpt"
 
 
+def _save_over_a_link_after_a_failure(root: str) -> None:
+    saves = [0]
+
+    def hook(operation: Any) -> None:
+        saves[0] += operation.name == "free"
+        if saves[0] == 2 and operation.name == "finish":
+            raise OSError(28, "No space left on device", operation.path)
+
+    run = trainer(root, 2, max_steps=1, strategy_options={"async_save": True})
+    run.fit(Model(), loader())
+    strategy: Any = run.strategy
+    strategy.engine.storage = storage(hook, "free", "finish")
+    run.save_checkpoint(f"{root}/a.ckpt")
+    if run.is_global_zero:
+        os.symlink("a.ckpt", f"{root}/c.ckpt")
+    run.save_checkpoint(f"{root}/b.ckpt")
+    with pytest.raises(SaveError, match="No space left"):
+        run.save_checkpoint(f"{root}/c.ckpt")
+    run.strategy.barrier()
+    assert os.path.islink(f"{root}/c.ckpt"), "a save that did not begin has changed something"
+
+
+def test_a_save_that_raises_an_earlier_failure_touches_nothing(tmp_path: Path) -> None:
+    on_ranks(_save_over_a_link_after_a_failure, 2, str(tmp_path))
+
+
 def _fit_export_and_go_on(root: str) -> tuple[int, dict[str, torch.Tensor]]:
     def make(steps: int) -> L.Trainer:
         last = ModelCheckpoint(root, filename="{step}", every_n_train_steps=2, save_last="link")

@@ -30,6 +30,7 @@ from zero_ckpt.errors import (
     ConfigurationError,
     CorruptShardError,
     DisagreementError,
+    SaveError,
     StateMismatchError,
 )
 from zero_ckpt.lightning.weights import UnfitWeightsError
@@ -268,6 +269,24 @@ def _over_a_file(root: Path) -> Any:
     run.strategy.barrier()
     run.save_checkpoint(root / "link.ckpt")
     return names, (root / "link.ckpt").is_symlink(), (root / "last.ckpt").is_dir()
+
+
+def _over_a_file_that_stays(root: Path) -> str:
+    """The file cannot be set aside, which only rank 0 finds out."""
+    run = trainer(root, 2, max_steps=1, strategy_options={"save_timeout": 20.0})
+    run.fit(Model(), loader())
+    with pytest.raises(SaveError) as raised:
+        run.save_checkpoint(root / "a.ckpt")
+    return str(raised.value)
+
+
+def test_a_file_that_cannot_be_set_aside_ends_the_save_on_every_rank(tmp_path: Path) -> None:
+    (tmp_path / "a.ckpt").write_text("a user's file")
+    (tmp_path / "a.ckpt.replaced" / "full").mkdir(parents=True)
+    told = on_ranks(_over_a_file_that_stays, 2, tmp_path)
+    assert told[0] == told[1]
+    assert "Is a directory" in told[0]
+    assert (tmp_path / "a.ckpt").read_text() == "a user's file"
 
 
 def test_a_file_or_link_at_the_tags_place_is_replaced(tmp_path: Path) -> None:

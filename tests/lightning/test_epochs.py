@@ -143,6 +143,57 @@ def test_the_rest_of_an_epoch_is_seen_once_and_ends_as_it_should(
         assert run["best"], name
 
 
+class Stopping(Model):
+    """Stops in the middle of its first epoch, and tells which batches it saw."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        super().__init__()
+        self.stop_at = stop_at
+        self.events: list[tuple[int, int]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.events.append((self.current_epoch, batch_idx))
+        return super().training_step(batch, batch_idx)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == self.stop_at:
+            self.trainer.should_stop = True
+
+
+SAVES: dict[str, dict[str, Any]] = {
+    "epoch ends": {"save_on_train_epoch_end": True},
+    "validated": {"save_on_train_epoch_end": False},
+    "in between": {"every_n_train_steps": 3},
+}
+
+
+def _stop_and_resume(root: Path, strategy: str) -> dict[str, list[tuple[int, int]]]:
+    seen = {}
+    for name, options in SAVES.items():
+        saver = ModelCheckpoint(root / strategy / name, filename="a", **options)
+        run = trainer(root, 2, strategy=strategy, max_epochs=3, callbacks=[saver])
+        run.fit(Stopping(2), loader(), loader(8))
+        run.save_checkpoint(root / strategy / name / "after.ckpt")
+        for tag in ("a", "after"):
+            model = Stopping()
+            run = trainer(root, 2, strategy=strategy, max_epochs=2)
+            path = str(root / strategy / name / f"{tag}.ckpt")
+            run.fit(model, loader(), loader(8), ckpt_path=path)
+            seen[f"{name}, {tag}"] = model.events
+    return seen
+
+
+def _stop_under_both(root: Path) -> list[dict[str, list[tuple[int, int]]]]:
+    return [_stop_and_resume(root, strategy) for strategy in ("ddp", "zero_ckpt_stage_2")]
+
+
+def test_a_run_that_stopped_within_an_epoch_goes_on_where_lightning_does(tmp_path: Path) -> None:
+    for ddp, ours in on_ranks(_stop_under_both, 2, tmp_path):
+        assert ddp == ours
+        assert ours["epoch ends, a"] == [(1, index) for index in range(6)]
+        assert ours["in between, a"][:4] == [(0, 3), (0, 4), (0, 5), (1, 0)]
+
+
 def _resume_limited(root: Path) -> dict[str, Any]:
     return _resume(root, "11", 2, limit_train_batches=6)
 

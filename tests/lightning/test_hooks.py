@@ -11,9 +11,11 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torchmetrics import MeanMetric
 
 from tests.lightning.harness import FEATURES, Model, loader, on_ranks, trainer, whole, whole_weights
 from tests.told import warned
+from zero_ckpt.core.checkpoint import open_checkpoint
 from zero_ckpt.errors import CorruptShardError, UnsafeObjectError
 from zero_ckpt.lightning.kept import HandedOut
 
@@ -129,6 +131,43 @@ def test_hooks_run_in_the_order_of_ddp_and_may_change_everything(tmp_path: Path)
         moments = [found["moment"] for _, _, found in ways if "moment" in found]
         assert moments
         assert all(moment.eq(7).all() for moment in moments)
+
+
+class Metered(Model):
+    """A metric's state, and an entry of its own in the state dict: both differ between ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = MeanMetric()
+        self.mean.persistent(True)
+        self.own = torch.zeros(2_000_000)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.mean.update(10.0 * self.global_rank + batch_idx)
+        self.own += 1 + self.global_rank
+        return super().training_step(batch, batch_idx)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return {**super().state_dict(*args, **kwargs), "own": self.own}
+
+
+def _save_counts(root: Path) -> None:
+    for stage, async_save in ((0, False), (1, True), (3, False), (3, True)):
+        saver = ModelCheckpoint(
+            root / f"{stage}-{async_save}", filename="{step}", every_n_train_steps=2, save_top_k=-1
+        )
+        options = {"async_save": async_save}
+        run = trainer(root, stage, max_steps=4, callbacks=[saver], strategy_options=options)
+        run.fit(Metered(), loader())
+
+
+def test_what_differs_between_ranks_is_stored_as_rank_0_has_it(tmp_path: Path) -> None:
+    on_ranks(_save_counts, 2, tmp_path)
+    for folder in tmp_path.iterdir():
+        with open_checkpoint(folder / "step=2.ckpt") as checkpoint:
+            assert checkpoint.tensor("model", "own").eq(2).all()
+            assert checkpoint.tensor("model", "mean.mean_value") == 1  # of 0 and 1, and not of 10
+            assert checkpoint.tensor("model", "mean.weight") == 2
 
 
 class Wider(Model):

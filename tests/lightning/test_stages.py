@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -26,6 +27,8 @@ from tests.lightning.harness import (
     trainer,
     whole_weights,
 )
+from zero_ckpt.core.checkpoint import open_checkpoint
+from zero_ckpt.errors import ConfigurationError
 
 
 class Gan(L.LightningModule):
@@ -72,6 +75,20 @@ class OwnClipping(Model):
         self.clip_gradients(optimizer, 0.2, gradient_clip_algorithm="norm")
 
 
+class Drifting(Model):
+    """A buffer follows the rank's own batches, and the loss depends on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("center", torch.zeros(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result = super().forward(x) + self.center
+        if self.training:
+            self.center.lerp_(x.detach().mean(0)[:3], 0.5)
+        return result
+
+
 def _options(feature: str) -> dict[str, Any]:
     if feature == "16-mixed":  # Lightning itself uses a scaler on CUDA only
         scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=2)
@@ -79,6 +96,7 @@ def _options(feature: str) -> dict[str, Any]:
     return {
         "plain": {},
         "accumulate": {"accumulate_grad_batches": 4},
+        "buffer": {"accumulate_grad_batches": 3},
         "norm": {"gradient_clip_val": 0.3},
         "value": {"gradient_clip_val": 0.02, "gradient_clip_algorithm": "value"},
         "own clipping": {},
@@ -91,7 +109,7 @@ def _options(feature: str) -> dict[str, Any]:
 
 def _train(root: Path, stage: int, feature: str) -> tuple[Any, dict[str, torch.Tensor]]:
     L.seed_everything(5)
-    models = {"manual": Gan, "own clipping": OwnClipping}
+    models = {"manual": Gan, "own clipping": OwnClipping, "buffer": Drifting}
     model = models.get(feature, Model)()
     options = _options(feature)
     run = trainer(root, stage, max_epochs=2, **options)
@@ -119,6 +137,7 @@ TOLERANCES = {
     [
         "plain",
         "accumulate",
+        "buffer",
         "norm",
         "value",
         "own clipping",
@@ -141,6 +160,45 @@ def test_every_stage_trains_like_ddp(tmp_path: Path, feature: str) -> None:
                 torch.testing.assert_close(
                     new_weights[key], value, rtol=tolerance * 10, atol=tolerance, msg=key
                 )
+
+
+def _prune_and_resume(root: Path) -> None:
+    for stage in (0, 1):
+        L.seed_everything(5)
+        callbacks = [
+            ModelPruning("l1_unstructured", amount=0.3),
+            ModelCheckpoint(root / str(stage), filename="{epoch}", save_top_k=-1),
+        ]
+        model = Model()
+        trainer(root, stage, max_epochs=3, callbacks=callbacks).fit(model, loader())
+        resumed = Model()
+        run = trainer(root, stage, max_epochs=2, callbacks=[ModelPruning("l1_unstructured")])
+        run.fit(resumed, loader(), ckpt_path=str(root / str(stage) / "epoch=0.ckpt"))
+        assert resumed.losses[0] == next(loss for loss in model.losses if loss[0] == 6)
+        with open_checkpoint(root / str(stage) / "epoch=0.ckpt") as checkpoint:
+            assert "head.weight/exp_avg" in checkpoint.keys("optim")
+            assert "head.weight" not in checkpoint.manifest.buffers
+
+
+def test_a_pruned_model_resumes_where_weights_are_whole(tmp_path: Path) -> None:
+    on_ranks(_prune_and_resume, 2, tmp_path)
+
+
+def _prune(root: Path) -> list[str]:
+    told = []
+    for stage in (1, 2, 3):
+        run = trainer(root, stage, max_epochs=1, callbacks=[ModelPruning("l1_unstructured")])
+        try:
+            run.fit(Model(), loader())
+        except ConfigurationError as error:
+            told.append(str(error))
+    return told
+
+
+def test_pruning_is_refused_where_weights_are_sharded(tmp_path: Path) -> None:
+    for told in on_ranks(_prune, 2, tmp_path):
+        assert [text.partition("stage=")[2][0] for text in told] == ["2", "3"]
+        assert all("ModelPruning works on whole weights" in text for text in told)
 
 
 def _alone(root: Path, stage: int) -> tuple[bool, Any]:

@@ -68,6 +68,10 @@ def _replicated_root_is_described() -> None:
     assert not isinstance(net, FSDPModule)
     with pytest.raises(ConfigurationError, match="already sharded with stage=3, root='replicate'"):
         shard(net, stage=2)
+    sharded = make_net()
+    shard(sharded)
+    with pytest.raises(ConfigurationError, match=r"^Net is already sharded with stage=3"):
+        shard(sharded, stage=2)
 
 
 def test_with_a_replicated_root_only_units_are_sharded() -> None:

@@ -50,6 +50,7 @@ class Runtime:
     partitions: list[tuple[Optimizer, Optimizer]] = field(default_factory=list)  # (whole, parts)
     step_hook: Any = None
     saved: SaveHandle | None = None  # this run's last one
+    foreign: str = ""  # a folder without a save of ours, whose weights the run ended with
     loaded: LoadResult | None = None  # by the last load
     ended: bool = False
     warned: bool = False

@@ -83,6 +83,13 @@ class EndMixin(SaveMixin):
                     warn_on_first(control.rank, [f"{saved.path} {text}. {remedy}"])
         if path is not None and self._models:
             self._zero_export_live(path, control)
+        elif path is None and self._zero_runtime.foreign:
+            text = (
+                "has no save of zero_ckpt's (its Trainer was not attached, or saved with save_only_model=True), so no "
+                "weights were exported. The Trainer's own files there have them. Give attach_trainer an export=PATH, "
+                "and the weights as they are go there."
+            )
+            warn_on_first(control.rank, [f"{self._zero_runtime.foreign} {text}"])
 
     def _zero_export_control(self) -> ControlPlane | None:
         """Who shares the work; None for a rank that has no part, since the process group is gone."""

@@ -143,7 +143,9 @@ class TrainerMixin(Host):  # type: ignore[misc]
     def _load_best_model(self) -> None:
         """As the Trainer's, whose way does not know sharded weights. They are then what `end_training` exports."""
         best = self.state.best_model_checkpoint
-        self.accelerator._zero_runtime.saved = self._zero_saved_in(best)
+        saved = self._zero_saved_in(best)
+        self.accelerator._zero_runtime.saved = saved
+        self.accelerator._zero_runtime.foreign = "" if saved is not None else best
         if self._zero_is_sharded() and self._zero_holds_model(best):
             self._zero_load(best, Wanted(optimizers=False, schedulers=False, module_only=True))
         else:

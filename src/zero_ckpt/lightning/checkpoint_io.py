@@ -19,9 +19,10 @@ from zero_ckpt.core.checkpoint import open_checkpoint
 from zero_ckpt.core.control import LocalControl
 from zero_ckpt.core.engine import SyncEngine
 from zero_ckpt.core.lazy import LazyTensor
+from zero_ckpt.core.state import Snapshot
 from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.lightning import paths
-from zero_ckpt.lightning.content import VERSION_KEY, from_checkpoint, to_snapshot
+from zero_ckpt.lightning.content import VERSION_KEY, from_checkpoint, step_of, to_snapshot
 from zero_ckpt.lightning.namespaces import checkpoint_io_bases, installed, load
 
 if TYPE_CHECKING:
@@ -56,14 +57,18 @@ class ZeroCheckpointIO(_AllCheckpointIOs):
             return
         _refuse_parts(checkpoint)
         directory, tag = paths.split(path)
-        snapshot = to_snapshot(checkpoint, None, {})
         engine = self._local_engine()
-        with paths.making_way(engine, directory, tag):
+        with paths.making_way(engine, directory, tag) as make_way:
+
+            def snapshot() -> Snapshot:
+                make_way()
+                return to_snapshot(checkpoint, None, {})
+
             engine.save(
                 directory,
                 tag,
                 snapshot,
-                step=snapshot.objects["global_step"],
+                step=step_of(checkpoint),
                 zero_stage=0,
                 save_latest=not tag.startswith("."),
             )

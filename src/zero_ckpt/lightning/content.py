@@ -30,9 +30,9 @@ from zero_ckpt.core.state import (
     by_parameter,
 )
 from zero_ckpt.core.state_values import add_value, python_value, split_state_name
-from zero_ckpt.lightning.optimizers import STATES
+from zero_ckpt.lightning.optimizers import STATES, pruned_names
 
-__all__ = ["VERSION_KEY", "ModuleNames", "from_checkpoint", "named", "to_snapshot"]
+__all__ = ["VERSION_KEY", "ModuleNames", "from_checkpoint", "named", "step_of", "to_snapshot"]
 
 VERSION_KEY = "pytorch-lightning_version"
 """Marks a dict as Lightning's; Lightning refuses one without."""
@@ -41,11 +41,12 @@ VERSION_KEY = "pytorch-lightning_version"
 @dataclass(frozen=True, slots=True)
 class ModuleNames:
     """What a module says about its state dict's keys. `ties`: name -> first name of the same
-    tensor.
+    tensor. `memory`: where this rank's parts of its parameters lie.
     """
 
     naming: Naming = field(default_factory=Naming)
-    buffers: frozenset[str] = frozenset()
+    parameters: frozenset[str] = frozenset()
+    memory: frozenset[int] = frozenset()
     frozen: frozenset[str] = frozenset()
     ties: Mapping[str, str] = field(default_factory=dict)
 
@@ -64,10 +65,17 @@ class ModuleNames:
         frozen = [raw for raw, p in parameters.items() if not p.requires_grad]
         return cls(
             naming,
-            frozenset(naming.clean(raw) for raw in buffers),
+            frozenset([*map(naming.clean, parameters), *pruned_names(module).values()]),
+            frozenset(local_tensor(p).data_ptr() for p in parameters.values()),
             frozenset(naming.clean(raw) for raw in frozen),
             ties,
         )
+
+    def is_parameter(self, key: str, value: torch.Tensor) -> bool:
+        """Whether an entry is one, perhaps renamed. Others may differ between ranks, as a metric's state does."""
+        if key in self.parameters:
+            return True
+        return not isinstance(value, LazyTensor) and local_tensor(value).data_ptr() in self.memory
 
 
 def to_snapshot(
@@ -84,7 +92,7 @@ def to_snapshot(
     A dict in an unknown shape (a hook may have changed it) is stored as it is, in `client_state`.
     """
     client = dict(checkpoint)
-    objects: dict[str, Any] = {"global_step": _step(checkpoint)}
+    objects: dict[str, Any] = {"global_step": step_of(checkpoint)}
     snapshot = Snapshot(objects=objects, rank_objects=rank_objects)
     if isinstance(client.get("state_dict"), Mapping):
         _take_weights(snapshot, client.pop("state_dict"), names)
@@ -99,7 +107,8 @@ def to_snapshot(
     return snapshot
 
 
-def _step(checkpoint: Mapping[str, Any]) -> int:
+def step_of(checkpoint: Mapping[str, Any]) -> int:
+    """0 where a hook has left something else than a step."""
     step = checkpoint.get("global_step", 0)
     return int(step) if isinstance(step, int) and step >= 0 else 0
 
@@ -130,7 +139,9 @@ def _take_weights(
     snapshot.model = {key: tensor for key, tensor in weights.items() if key not in aliases}
     snapshot.aliases = aliases
     if names is not None:
-        snapshot.buffers = names.buffers & snapshot.model.keys()
+        snapshot.buffers = frozenset(
+            key for key, value in snapshot.model.items() if not names.is_parameter(key, value)
+        )
         snapshot.frozen = names.frozen & snapshot.model.keys()
         snapshot.experts = dict(naming.experts)
 
@@ -223,7 +234,7 @@ def from_checkpoint(
 def _foreign(objects: Mapping[str, Any], version: str) -> dict[str, Any]:
     """Of another writer: weights, optimizers and schedulers are taken, loops start anew."""
     client = {"client_state": objects.get("client_state")}
-    return {VERSION_KEY: version, "epoch": 0, "global_step": _step(objects), **client}
+    return {VERSION_KEY: version, "epoch": 0, "global_step": step_of(objects), **client}
 
 
 def _optimizer(checkpoint: Checkpoint, name: str, record: Mapping[str, Any]) -> dict[str, Any]:

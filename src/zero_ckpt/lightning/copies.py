@@ -24,8 +24,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
 from zero_ckpt import zero
+from zero_ckpt.zero.generic import users_class
 
-__all__ = ["allow_copies", "shard_copies", "users_class"]
+__all__ = ["allow_copies", "shard_copies"]
 
 _Tensors = tuple[torch.Tensor, ...] | list[torch.Tensor]
 
@@ -133,12 +134,6 @@ def _as_before_sharding(model: nn.Module) -> Iterator[None]:
             module.__class__ = kind
             vars(module).clear()
             vars(module).update(attributes)
-
-
-def users_class(kind: type[Any]) -> type[Any]:
-    """The class that a module had before `fully_shard` changed it to `kind`."""
-    index = getattr(kind, "_orig_cls_mro_index", 2)  # older torch has no name for it
-    return kind.__mro__[index] if issubclass(kind, FSDPModule) else kind
 
 
 def _is_of_sharding(hook: Any) -> bool:

@@ -42,10 +42,11 @@ def within(place: int, batches: int, window: int) -> int:
 
 
 def is_within(trainer: Any) -> bool:
-    """Whether the loop has begun an epoch and has batches left to train on."""
+    """Whether the loop has begun an epoch, has batches of it left to train on, and has not ended it before them."""
+    epoch = trainer.fit_loop.epoch_progress.current
     progress = trainer.fit_loop.epoch_loop.batch_progress
     given, done = progress.current.ready, progress.current.processed
-    over = progress.is_last_batch and given == done
+    over = (progress.is_last_batch and given == done) or epoch.processed == epoch.ready
     return bool(given > 0 and done < trainer.num_training_batches and not over)
 
 

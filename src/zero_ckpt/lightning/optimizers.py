@@ -9,34 +9,57 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.lazy import LazyTensor
-from zero_ckpt.core.naming import ParameterNames
+from zero_ckpt.core.naming import ParameterNames, naming_of
 from zero_ckpt.core.optimizers import plan_optimizer
 from zero_ckpt.core.restoring import Restoration
 from zero_ckpt.core.state import group_names, holder_of, local_states, names_in_groups
 from zero_ckpt.errors import StateMismatchError
 
-__all__ = ["STATES", "Pristine", "plan_state", "state_of"]
+__all__ = ["STATES", "Pristine", "plan_state", "pruned_names", "state_of"]
 
 STATES = frozenset({"class", "state", "param_groups"})
 """Keys of a state that have a meaning here; others belong to the optimizer's own class."""
 
 
-def state_of(optimizer: torch.optim.Optimizer, names: ParameterNames) -> dict[str, Any]:
-    """This rank's state of an optimizer, by parameter name. References, not copies."""
+def state_of(
+    optimizer: torch.optim.Optimizer,
+    names: ParameterNames,
+    renamed: Mapping[str, str] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """This rank's state of an optimizer, by parameter name. References, not copies.
+
+    `renamed`: what parameters are called in the checkpoint, where that is not what they are called now.
+    """
     fqn_of = names_in_groups(optimizer, names)
     groups = group_names(optimizer, names, fqn_of)
+    state = {fqn_of[id(p)]: dict(values) for p, values in local_states(optimizer)}
     return {
         "class": type(holder_of(optimizer)).__name__,
-        "state": {fqn_of[id(p)]: dict(values) for p, values in local_states(optimizer)},
-        "param_groups": [{"params": fqns, **options} for fqns, options in groups],
+        "state": {renamed.get(fqn, fqn): values for fqn, values in state.items()},
+        "param_groups": [
+            {"params": [renamed.get(fqn, fqn) for fqn in fqns], **options}
+            for fqns, options in groups
+        ],
     }
+
+
+def pruned_names(module: nn.Module) -> dict[str, str]:
+    """The present names of parameters under `torch.nn.utils.prune` -> those from before."""
+    clean = naming_of(module).clean
+    buffers = {clean(name) for name, _ in module.named_buffers()}
+    parameters = [clean(name) for name, _ in module.named_parameters()]
+    pruned = [name for name in parameters if name.endswith("_orig")]
+    before = {name: name.removesuffix("_orig") for name in pruned}
+    return {name: own for name, own in before.items() if f"{own}_mask" in buffers}
 
 
 @dataclass(frozen=True, slots=True)

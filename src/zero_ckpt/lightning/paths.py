@@ -61,17 +61,28 @@ def refuse_export(path: Any) -> None:
 
 
 @contextmanager
-def making_way(engine: SyncEngine, directory: str, tag: str) -> Iterator[None]:
-    """Around a save of `engine` to this tag, which may be committed later."""
-    end = _make_way(directory, tag)
-    if engine.is_async:
-        os.makedirs(f"{directory}/{tag}", exist_ok=True)  # `ModelCheckpoint` looks what is there
+def making_way(engine: SyncEngine, directory: str, tag: str) -> Iterator[Callable[[], None]]:
+    """Around a save of `engine` to this tag, which may be committed later.
+
+    What it gives makes the way: for the save to call when it begins, and not before an earlier one's failure is known.
+    """
+    ends: list[Callable[[bool], None]] = []
+
+    def make_way() -> None:
+        ends.append(_make_way(directory, tag))
+        if engine.is_async:
+            os.makedirs(
+                f"{directory}/{tag}", exist_ok=True
+            )  # `ModelCheckpoint` looks what is there
+
     try:
-        yield
+        yield make_way
     except BaseException:
-        end(False)
+        for end in ends:
+            end(False)
         raise
-    engine.after_saves(end)
+    for end in ends:
+        engine.after_saves(end)
 
 
 def _make_way(directory: str, tag: str) -> Callable[[bool], None]:

@@ -7,19 +7,19 @@ the training's collectives.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import Any
 
 from zero_ckpt.core.naming import parameter_names
 from zero_ckpt.core.notices import warn_user
 from zero_ckpt.core.per_rank import CLIENT_STATE
+from zero_ckpt.core.state import Snapshot
 from zero_ckpt.errors import ConfigurationError, RankTimeoutError, ZeroCkptError
 from zero_ckpt.lightning import paths
 from zero_ckpt.lightning.base import INTERRUPTED_TIMEOUT, StrategyBase
 from zero_ckpt.lightning.checkpoint_io import ZeroCheckpointIO
-from zero_ckpt.lightning.content import ModuleNames, to_snapshot
+from zero_ckpt.lightning.content import ModuleNames, step_of, to_snapshot
 from zero_ckpt.lightning.gathering import gather_content
-from zero_ckpt.lightning.optimizers import state_of
+from zero_ckpt.lightning.optimizers import pruned_names, state_of
 from zero_ckpt.lightning.ranks import capture_rank
 from zero_ckpt.lightning.wanted import PER_RANK
 from zero_ckpt.zero.experts import expert_lists
@@ -64,7 +64,17 @@ class SaveMixin(StrategyBase):
         names = parameter_names(self.lightning_module)
         if not any(id(p) in names for group in raw.param_groups for p in group["params"]):
             return {}  # Lightning's stand-in for "no optimizer"
-        return state_of(raw, names)
+        return state_of(raw, names, self._names_without_pruning())
+
+    def _names_without_pruning(self) -> dict[str, str]:
+        """Of parameters that `ModelPruning` puts into the checkpoint as if they had never been pruned."""
+        pruning = self.namespace.module("callbacks").ModelPruning
+        trainer = self._current_trainer()
+        callbacks = [] if trainer is None else trainer.callbacks
+        if not any(isinstance(c, pruning) and c._make_pruning_permanent for c in callbacks):
+            return {}
+        assert self.lightning_module is not None
+        return pruned_names(self.lightning_module)
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None
@@ -116,21 +126,19 @@ class SaveMixin(StrategyBase):
             self.checkpoint_io.save_checkpoint(content, filepath, storage_options=options)
 
     def _save(self, checkpoint: dict[str, Any], filepath: Any, timeout: float | None) -> None:
-        assert self.lightning_module is not None
         directory, tag = paths.split(filepath)
-        own = capture_rank(self._current_trainer(), checkpoint, self.root_device)
-        if PER_RANK in checkpoint:
-            own[CLIENT_STATE] = checkpoint.pop(PER_RANK)
-        names, exclude = ModuleNames.of(self.lightning_module), self.exclude_frozen_parameters
-        snapshot = to_snapshot(checkpoint, names, own, exclude_frozen=exclude)
-        with ExitStack() as after:
-            if self.is_global_zero:
-                after.enter_context(paths.making_way(self.engine, directory, tag))
+        with paths.making_way(self.engine, directory, tag) as make_way:
+
+            def snapshot() -> Snapshot:
+                if self.is_global_zero:
+                    make_way()
+                return self._snapshot(checkpoint)
+
             handle = self.engine.save(
                 directory,
                 tag,
                 snapshot,
-                step=snapshot.objects["global_step"],
+                step=step_of(checkpoint),
                 zero_stage=self.stage,
                 save_latest=not tag.startswith("."),  # a tuner's temporary checkpoint
                 tag_validation=self.tag_validation,  # names may be found per rank
@@ -138,6 +146,14 @@ class SaveMixin(StrategyBase):
             )
         if self.interrupted or self._links_to_last():
             handle.wait()
+
+    def _snapshot(self, checkpoint: dict[str, Any]) -> Snapshot:
+        assert self.lightning_module is not None
+        own = capture_rank(self._current_trainer(), checkpoint, self.root_device)
+        if PER_RANK in checkpoint:
+            own[CLIENT_STATE] = checkpoint.pop(PER_RANK)
+        names, exclude = ModuleNames.of(self.lightning_module), self.exclude_frozen_parameters
+        return to_snapshot(checkpoint, names, own, exclude_frozen=exclude)
 
     def _links_to_last(self) -> bool:
         """Whether Lightning will point a link to this checkpoint as soon as the save returns."""

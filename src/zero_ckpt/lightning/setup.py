@@ -16,11 +16,12 @@ from torch.optim import Optimizer
 from zero_ckpt import zero
 from zero_ckpt.core.notices import warn_user
 from zero_ckpt.errors import ConfigurationError, ZeroCkptError
-from zero_ckpt.lightning.copies import allow_copies, shard_copies, users_class
+from zero_ckpt.lightning.copies import allow_copies, shard_copies
 from zero_ckpt.lightning.export import attach_export, run_export
 from zero_ckpt.lightning.restoring import RestoreMixin
 from zero_ckpt.lightning.steps import StepMixin
 from zero_ckpt.zero.experts import expert_lists
+from zero_ckpt.zero.generic import users_class
 from zero_ckpt.zero.initial import materialize
 
 __all__ = ["SetupMixin"]
@@ -38,6 +39,7 @@ class SetupMixin(RestoreMixin, StepMixin):
         self.agree_nothing_to_restore()
         attach_export(trainer, self.namespace, self.export)
         self._tell_precision()
+        self._zero_shared = False
         if self.stage >= 2:
             self._setup_sharded(trainer)
         else:
@@ -84,6 +86,7 @@ class SetupMixin(RestoreMixin, StepMixin):
             self.model_to_device()
             return
         automatic = self.lightning_module is None or self.lightning_module.automatic_optimization
+        self._refuse_pruning()
         self._zero_mesh = users_mesh(model) or self._zero_mesh
         if self._zero_mesh is None:
             kind = self.root_device.type
@@ -101,6 +104,13 @@ class SetupMixin(RestoreMixin, StepMixin):
         recover(model)
         zero.reshard(model)
         allow_copies(model)
+
+    def _refuse_pruning(self) -> None:
+        pruning = self.namespace.module("callbacks").ModelPruning
+        if any(isinstance(callback, pruning) for callback in self._current_trainer().callbacks):
+            raise ConfigurationError(
+                f"ModelPruning works on whole weights, and stage={self.stage} shards them. Use stage 0 or 1."
+            )
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:

@@ -57,11 +57,9 @@ class StepMixin(StrategyBase):
             return self._through_forward("predict_step", *args, **kwargs)
 
     def _through_forward(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        if name == "training_step":
-            self._zero_shared = self._zero_accumulating
         if not self._zero_shared:
             self._share_buffers()
-            self._zero_shared = True
+        self._zero_shared = name != "training_step" or self._zero_accumulating
         assert self.model is not None
         assert self.lightning_module is not None
         return self._forward_redirection(self.model, self.lightning_module, name, *args, **kwargs)
@@ -80,7 +78,8 @@ class StepMixin(StrategyBase):
     def _share_buffers(self) -> None:
         """Give every rank rank 0's buffers (batch norm statistics, ...), as DDP does. Collective.
 
-        In training before each pass that reduces gradients; else once, for they do not change.
+        In training before each pass that follows a step, so within an accumulation window each rank goes on with its
+        own; else once, for they do not change.
         """
         if self.stage < 2 or self.world_size == 1 or self._zero_mesh is None:
             return

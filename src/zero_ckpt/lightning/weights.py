@@ -22,7 +22,7 @@ from zero_ckpt.core.naming import is_elsewhere, naming_of
 from zero_ckpt.core.outcome import LoadReport
 from zero_ckpt.core.reader import Request
 from zero_ckpt.errors import StateMismatchError
-from zero_ckpt.lightning.copies import users_class
+from zero_ckpt.zero.generic import users_class
 
 __all__ = ["UnfitWeightsError", "load_weights"]
 

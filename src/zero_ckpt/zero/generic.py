@@ -1,4 +1,7 @@
-"""Modules whose class derives from `typing.Generic` first, as `class Net(Generic[T], nn.Module)`.
+"""The class of a sharded module: `fully_shard` changes it to one that it makes.
+
+Owns: what it makes of a class that derives from `typing.Generic` first, as `class Net(Generic[T], nn.Module)`, and the
+way back to the user's class.
 
 `fully_shard` changes a module's class to one that derives from `FSDPModule` and the module's own.
 Python allows that only between classes that are laid out alike, and a class with `Generic` for its
@@ -28,6 +31,12 @@ def allow_generic(module: nn.Module) -> None:
         bases = (_GenericFirst, FSDPModule, kind)
         body = {"__deepcopy__": _refuse_copy, "__module__": kind.__module__}
         cls_to_fsdp_cls[kind] = type(f"FSDP{kind.__name__}", bases, body)
+
+
+def users_class(kind: type[Any]) -> type[Any]:
+    """The class that a module had before `fully_shard` changed it to `kind`."""
+    index = getattr(kind, "_orig_cls_mro_index", 2)  # older torch has no name for it
+    return kind.__mro__[index] if issubclass(kind, FSDPModule) else kind
 
 
 def _is_generic_first(kind: type) -> bool:

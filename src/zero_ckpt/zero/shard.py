@@ -34,7 +34,7 @@ from zero_ckpt.zero.expert_calls import require_every_call
 from zero_ckpt.zero.expert_gradients import divide_gradients
 from zero_ckpt.zero.experts import attach_experts, expert_lists, mesh_of_experts
 from zero_ckpt.zero.gathered import keep_gathered
-from zero_ckpt.zero.generic import allow_generic
+from zero_ckpt.zero.generic import allow_generic, users_class
 from zero_ckpt.zero.initial import (
     broadcast_from_first,
     materialize,
@@ -108,7 +108,7 @@ def shard_module(
         )
     elif (known.stage, known.root) != (stage, root):
         raise ConfigurationError(
-            f"{type(module).__name__} is already sharded with stage={known.stage}, "
+            f"{users_class(type(module)).__name__} is already sharded with stage={known.stage}, "
             f"root={known.root!r}; it cannot become stage={stage}, root={root!r}. "
             "Shard a fresh model."
         )
