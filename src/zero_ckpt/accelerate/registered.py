@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from zero_ckpt.core.lazy import LazyTensor
+from zero_ckpt.zero.parts import part_like
 
 __all__ = ["as_live"]
 
@@ -23,9 +24,7 @@ def as_live(saved: Any, live: Any) -> Any:
     if isinstance(saved, LazyTensor):
         whole = saved.materialize()
         if isinstance(live, DTensor) and live.shape == whole.shape:
-            device = live.to_local().device
-            mesh, placements = live.device_mesh, live.placements
-            return distribute_tensor(whole.to(device), mesh, placements, src_data_rank=None)
+            return part_like(whole, live)
         return whole
     if isinstance(saved, dict):
         known = live if isinstance(live, dict) else {}

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
 from zero_ckpt import zero
 from zero_ckpt.zero.generic import users_class
+from zero_ckpt.zero.parts import part_like
 
 __all__ = ["allow_copies", "shard_copies"]
 
@@ -73,9 +74,7 @@ def _shard_like(copy: nn.Module, model: nn.Module) -> None:
 
 
 def _part_like(whole: nn.Parameter, like: DTensor) -> nn.Parameter:
-    source = whole.detach().to(like.to_local().device)
-    part = distribute_tensor(source, like.device_mesh, like.placements, src_data_rank=None)
-    return nn.Parameter(part, requires_grad=whole.requires_grad)
+    return nn.Parameter(part_like(whole, like), requires_grad=whole.requires_grad)
 
 
 def _average_by_kind(averaged: AveragedModel) -> None:

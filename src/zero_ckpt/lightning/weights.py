@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.dtensors import layout_of, local_part
@@ -23,6 +23,7 @@ from zero_ckpt.core.outcome import LoadReport
 from zero_ckpt.core.reader import Request
 from zero_ckpt.errors import StateMismatchError
 from zero_ckpt.zero.generic import users_class
+from zero_ckpt.zero.parts import part_like
 
 __all__ = ["UnfitWeightsError", "load_weights"]
 
@@ -121,9 +122,7 @@ def _like(value: Any, target: Any) -> Any:
         return value
     if isinstance(value, DTensor) or value.shape != target.shape:
         return value
-    local = target.to_local()
-    source = value.detach().to(local.device)
-    return distribute_tensor(source, target.device_mesh, target.placements, src_data_rank=None)
+    return part_like(value, target)
 
 
 def _misshapen(live: Mapping[str, Any], values: Mapping[str, Any]) -> bool:

@@ -10,9 +10,10 @@ from collections.abc import Iterable, MutableMapping
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+
+from zero_ckpt.zero.parts import placed_like
 
 
 def rebind_optimizer(
@@ -42,25 +43,6 @@ def rebind_optimizer(
     optimizer.state.clear()
     optimizer.state.update({**other, **state})
     return count
-
-
-def placed_like(value: Any, parameter: torch.Tensor) -> Any:
-    """A whole tensor as a tensor of a sharded parameter: of its shape, sharded like it; of another, replicated.
-
-    Anything else as it is, and so are tensors without dimensions, or where `parameter` is not sharded.
-    """
-    if (
-        not isinstance(parameter, DTensor)
-        or not isinstance(value, torch.Tensor)
-        or isinstance(value, DTensor)
-        or value.ndim == 0
-    ):
-        return value
-    mesh, placements = parameter.device_mesh, parameter.placements
-    value = value.detach().to(parameter.to_local().device)
-    if value.shape != parameter.shape:
-        return DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return distribute_tensor(value, mesh, placements, src_data_rank=None)
 
 
 def rebind_scheduler(scheduler: Any, old: Optimizer, new: Optimizer) -> None:
