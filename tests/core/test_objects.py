@@ -249,7 +249,7 @@ def test_other_values_are_pickled_and_refused_with_path_and_type(value: Any) -> 
 
 
 def test_what_cannot_be_pickled_is_named_when_it_is_saved() -> None:
-    with pytest.raises(ConfigurationError, match=r"objects/a/fn: a builtins\.function"):
+    with pytest.raises(ConfigurationError, match=r"objects/a/fn: builtins\.function"):
         encode_objects({"a": {"fn": lambda: None}}, "objects")
     with pytest.raises(ConfigurationError, match=r"objects/a"):
         encode_objects({"a": PICKLED[-1]}, "objects")

@@ -32,7 +32,9 @@ from zero_ckpt.errors import (
     DisagreementError,
     SaveError,
     StateMismatchError,
+    ZeroCkptError,
 )
+from zero_ckpt.lightning import ZeroStrategy
 from zero_ckpt.lightning.weights import UnfitWeightsError
 
 
@@ -295,3 +297,18 @@ def test_a_file_or_link_at_the_tags_place_is_replaced(tmp_path: Path) -> None:
         assert not is_link
         assert is_folder
     shutil.rmtree(tmp_path / "last.ckpt")
+
+
+def _fails_on_rank_1() -> tuple[str, Any]:
+    def action() -> None:
+        if dist.get_rank() == 1:
+            raise LookupError("a device that is gone")
+
+    with pytest.raises(ZeroCkptError) as caught:
+        ZeroStrategy(stage=1)._together("resume: weights", action)
+    return str(caught.value), type(caught.value.__cause__)
+
+
+def test_the_rank_that_fails_shows_where() -> None:
+    text = "rank 1: LookupError: a device that is gone"
+    assert on_ranks(_fails_on_rank_1, 2) == [(text, type(None)), (text, LookupError)]

@@ -163,7 +163,7 @@ class _Encoder:
             blob = pickle.dumps(value, protocol=4)
         except Exception as error:
             raise ConfigurationError(
-                f"{'/'.join((self._prefix, *path))}: a {kind} is neither a supported type nor picklable ({error}). "
+                f"{'/'.join((self._prefix, *path))}: {kind} is neither a supported type nor picklable ({error}). "
                 "Store plain Python values, tensors or arrays instead."
             ) from error
         tensor = torch.frombuffer(bytearray(blob), dtype=torch.uint8)

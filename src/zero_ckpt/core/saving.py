@@ -69,7 +69,7 @@ class Captured:
         """Of what a load will refuse; "" for nothing. Names no checkpoint: Python shows equal texts once."""
         if not self.pickled:
             return ""
-        shown = [f"'{path}' (a {kind})" for path, kind in list(self.pickled.items())[:3]]
+        shown = [f"'{path}' ({kind})" for path, kind in list(self.pickled.items())[:3]]
         more = ", ..." if len(self.pickled) > 3 else ""
         return (
             f"stored as pickles: {', '.join(shown)}{more}. Opening a pickle can run code, so a load refuses it unless "

@@ -19,7 +19,7 @@ from zero_ckpt.core.control import DEFAULT_TIMEOUT, ControlPlane
 from zero_ckpt.core.decoupled import AsyncSave, make_engine
 from zero_ckpt.core.engine import SyncEngine
 from zero_ckpt.core.outcome import LoadReport
-from zero_ckpt.errors import ConfigurationError, by_name, to_record
+from zero_ckpt.errors import ConfigurationError, ZeroCkptError, by_name, raise_for, to_record
 from zero_ckpt.lightning.namespaces import Namespace
 from zero_ckpt.lightning.ranks import Resumption
 from zero_ckpt.zero import Sharding, WrapPolicy
@@ -155,11 +155,12 @@ class StrategyBase(Host):
 
     def _together(self, phase: str, action: Callable[[], None]) -> None:
         """Run `action` on every rank; when it fails on any, raise that error on all."""
-        problem: list[str] = []
+        failure: Exception | None = None
         try:
             action()
         except Exception as error:
-            problem = to_record(error)
+            failure = error
+        problem = [] if failure is None else to_record(failure)
 
         def decide(problems: list[Any]) -> None:
             for rank, found in enumerate(problems):
@@ -167,7 +168,10 @@ class StrategyBase(Host):
                     same = all(each == found for each in problems)
                     raise by_name(found[0], found[1] if same else f"rank {rank}: {found[1]}")
 
-        self._meet(phase, problem, decide, self.save_timeout)
+        try:
+            self._meet(phase, problem, decide, self.save_timeout)
+        except ZeroCkptError as error:
+            raise_for(error, failure)
 
     def __getstate__(self) -> dict[str, Any]:
         """For launchers that pickle the strategy: connections of this process stay behind."""
