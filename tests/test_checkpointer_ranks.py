@@ -362,6 +362,42 @@ def test_without_its_process_group_no_rank_takes_itself_for_the_only_one(tmp_pat
     assert [path.name for path in tmp_path.rglob("manifest.json")] == ["manifest.json"]
 
 
+class OfParts(torch.optim.Optimizer):
+    """Keeps plain tensors of this rank's part, and of them nothing that says so."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["part"] = torch.full_like(p.to_local(), float(dist.get_rank()))
+
+
+def _misplaced(directory: str) -> list[str]:
+    net = fully_shard(nn.Linear(3, 4))
+    turned = DeviceMesh("cpu", [1, 0])
+    calls: list[Callable[[], object]] = [
+        lambda: save_checkpoint(directory, net, OfParts(net.parameters()), tag="t"),
+        lambda: save_checkpoint(
+            directory, Holder(w=distribute_tensor(torch.arange(4.0), turned, [Shard(0)])), tag="t"
+        ),
+    ]
+    told = []
+    for call in calls:
+        with pytest.raises(StateMismatchError) as caught:
+            call()
+        told.append(str(caught.value))
+    whole = Holder(w=distribute_tensor(torch.arange(4.0), turned, [Replicate()]))
+    save_checkpoint(directory, whole, tag="same")
+    return told
+
+
+def test_parts_of_which_nothing_tells_the_place_are_refused(tmp_path: Path) -> None:
+    found = run_ranks(_misplaced, 2, str(tmp_path))
+    assert found[0] == found[1]
+    assert "'part' of 'weight' as a plain tensor of shape [2, 3]" in found[0][0]
+    assert "tensor 'w' is sharded over a mesh of ranks [1, 0], which its process" in found[0][1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "same"]
+
+
 def _large_replicated(directory: str) -> dict[str, int]:
     torch.manual_seed(0)
     odd = torch.randn(1031, 1009)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import warnings
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from zero_ckpt import (
     load_checkpoint,
     save_checkpoint,
 )
+from zero_ckpt.cli.program import main
 from zero_ckpt.core import optimizers
 from zero_ckpt.core.checkpoint import open_checkpoint
 from zero_ckpt.core.dtensors import DTYPE_NAMES
@@ -635,6 +637,30 @@ def test_keep_last_removes_the_oldest_committed_checkpoints(tmp_path: Path) -> N
     }
     with pytest.raises(ConfigurationError, match="keep_last"):
         Checkpointer(model, keep_last=0)
+
+
+@pytest.mark.parametrize("name", [b"\xff\xfe", b"a\nb", "%d {x} ü".encode(), b"y" * 200], ids=repr)
+def test_directories_of_any_name(name: bytes, tmp_path: Path) -> None:
+    place = os.fsencode(tmp_path) + b"/" + name
+    model, other = two_layers(), two_layers(1)
+    save_checkpoint(os.fsdecode(place), model, tag="t")
+    load_checkpoint(os.fsdecode(place), other)
+    load_checkpoint(place, other)  # type: ignore[arg-type]
+    assert same(dict(other.state_dict()), dict(model.state_dict()))
+    assert same(
+        get_fp32_state_dict_from_zero_checkpoint(os.fsdecode(place)), dict(model.state_dict())
+    )
+    out = os.fsdecode(place) + "/out.bin"
+    export_fp32(os.fsdecode(place), out)
+    assert same(torch.load(out), dict(model.state_dict()))
+    for command in ("ls", "inspect", "verify"):
+        assert main([command, os.fsdecode(place)]) == 0
+
+
+def test_a_path_that_no_file_system_knows_is_refused(tmp_path: Path) -> None:
+    for call in (save_checkpoint, load_checkpoint):
+        with pytest.raises(ConfigurationError, match=r"x\\x00y': a path cannot hold"):
+            call(f"{tmp_path}/x\0y", two_layers(), tag="t")
 
 
 def test_latest_moves_only_when_asked(tmp_path: Path) -> None:

@@ -129,6 +129,13 @@ def test_tensors_that_cannot_be_stored_are_named(tensor: torch.Tensor, said: str
         layout_of("layer.w", tensor)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_is_named() -> None:
+    tensor = torch.nested.nested_tensor([torch.ones(1), torch.ones(2)])
+    with pytest.raises(StateMismatchError, match="tensor 'w' is a nested tensor"):
+        layout_of("w", tensor)
+
+
 class Wrapper(torch.Tensor):
     """Shows float32, and keeps another tensor: of the same values, or as quantized ones do."""
 

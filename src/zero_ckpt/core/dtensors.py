@@ -53,7 +53,7 @@ TORCH_DTYPES = _TorchDtypes({name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 _USUAL = (torch.Tensor, torch.nn.Parameter)
 
-_meshes: dict[int, tuple[Any, Mesh, int | None]] = {}
+_meshes: dict[int, tuple[Any, Mesh, int | None, bool]] = {}
 _mesh_layouts: dict[tuple[Any, ...], tuple[Any, Layout]] = {}
 """By what tensors of equal layout have in common; with the mesh, of whose id another may not come to be."""
 
@@ -63,16 +63,29 @@ def mesh_of(device_mesh: Any) -> Mesh:
     return _known_mesh(device_mesh)[1]
 
 
-def _known_mesh(device_mesh: Any) -> tuple[Any, Mesh, int | None]:
-    """A `DeviceMesh`, its `Mesh`, and which of its ranks this process is; None for one outside of it."""
+def _known_mesh(device_mesh: Any) -> tuple[Any, Mesh, int | None, bool]:
+    """A `DeviceMesh`, its `Mesh`, which of its ranks this process is (None: of none), and whether they are in order."""
     known = _meshes.get(id(device_mesh))
     if known is None or known[0] is not device_mesh:
         tensor = device_mesh.mesh
         mesh = Mesh(tuple(tensor.shape), tuple(tensor.flatten().tolist()))
         coordinate = device_mesh.get_coordinate()
         own = None if coordinate is None else int(tensor[tuple(coordinate)])
-        known = _meshes[id(device_mesh)] = (device_mesh, mesh, own)
+        in_order = own is None or _is_in_order(device_mesh, tuple(coordinate))
+        known = _meshes[id(device_mesh)] = (device_mesh, mesh, own, in_order)
     return known
+
+
+def _is_in_order(device_mesh: Any, coordinate: tuple[int, ...]) -> bool:
+    """Whether torch hands out parts in the order in which the mesh lists the ranks: its groups may sort them."""
+    ranks = device_mesh.mesh
+    for dim in range(ranks.ndim):
+        at = (*coordinate[:dim], slice(None), *coordinate[dim + 1 :])
+        line = ranks[at].tolist()
+        ascending = line == sorted(line) or not dist.is_initialized()
+        if not ascending and line != dist.get_process_group_ranks(device_mesh.get_group(dim)):
+            return False
+    return True
 
 
 @lru_cache(maxsize=65536)
@@ -206,7 +219,7 @@ def local_part(
     """
     local, box = local_tensor(tensor), _box_at(layout, rank)
     if isinstance(tensor, DTensor):
-        _check_rank(key, tensor.device_mesh, rank)
+        _check_rank(key, tensor, rank)
     if layout.mesh is not None and box is not None and local.shape != box.shape and box.numel:
         raise StateMismatchError(
             f"tensor '{key}': rank {rank} holds a local part of shape {list(local.shape)}, but global shape "
@@ -216,9 +229,14 @@ def local_part(
     return local, box
 
 
-def _check_rank(key: str, device_mesh: Any, rank: int) -> None:
+def _check_rank(key: str, tensor: DTensor, rank: int) -> None:
     """Without its group every process takes itself for rank 0, and its part for that of rank 0."""
-    _, mesh, own = _known_mesh(device_mesh)
+    _, mesh, own, in_order = _known_mesh(tensor.device_mesh)
+    if not in_order and not all(isinstance(p, Replicate) for p in tensor.placements):
+        raise StateMismatchError(
+            f"tensor '{key}' is sharded over a mesh of ranks {list(mesh.ranks)}, which its process groups have in "
+            "another order: which rank has which part is not what the mesh says. Make the mesh of ascending ranks."
+        )
     is_alone = len(mesh.ranks) > 1 and not dist.is_initialized()
     if is_alone or (own != rank and not (own is None and rank not in mesh.ranks)):
         raise StateMismatchError(

@@ -110,14 +110,15 @@ class _Session:
     ) -> Loaded[T] | None:
         """None when it is damaged and another one may be tried."""
         failure: Exception | None = None
+        digests: list[dict[str, str]] = []
         with ExitStack() as unless_loaded:
             try:
                 checkpoint = unless_loaded.enter_context(Checkpoint(self._storage, folder))
                 plan, prepared = prepare(checkpoint)
                 live, fresh = map(checkpoint.plan_reads, (plan.live, plan.fresh))
+                digests = [live.digests(), fresh.digests()]
             except Exception as error:
                 failure = error
-            digests = [] if failure is not None else [live.digests(), fresh.digests()]
             record = [_problem(failure), digests]
             answer = self._meet("load: planned", record, self._judge_plans, failure)
             if answer["next"]:

@@ -26,7 +26,9 @@ def is_url(path: str) -> bool:
 
 
 def _text(path: str | os.PathLike[str]) -> str:
-    text = os.fspath(path).removeprefix("file://")
+    text = os.fsdecode(path).removeprefix("file://")
+    if "\0" in text:
+        raise ConfigurationError(f"{text!r}: a path cannot hold the character \\0.")
     if isinstance(path, PurePath) and _BROKEN_URL.match(text):
         raise ConfigurationError(
             f"{text}: a URL that was made a {type(path).__name__}, which drops a slash. Give it as a string."

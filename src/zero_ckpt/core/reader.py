@@ -160,7 +160,8 @@ class ReadPlan:
         hashers: dict[str, Any] = {}
         for plan in sorted(self.files, key=lambda plan: plan.reader.name):
             hasher = hashers.setdefault(plan.role, xxhash.xxh3_128())
-            hasher.update(f"{plan.reader.name}\n{sorted(plan.blocks)}\n".encode())
+            told = f"{plan.reader.name}\n{sorted(plan.blocks)}\n"
+            hasher.update(told.encode(errors="surrogateescape"))  # not every path is UTF-8
         return {role: hasher.hexdigest() for role, hasher in hashers.items()}
 
     def verify(

@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from zero_ckpt.core.dtensors import local_tensor
 from zero_ckpt.core.experts import Share
 from zero_ckpt.core.naming import ParameterNames, naming_of, split_expert
 from zero_ckpt.core.state_values import MARKS, add_value, split_state_name
@@ -223,9 +225,23 @@ def capture_optimizer(
                     f"the optimizer keeps state of '{fqn_of[id(parameter)]}' under {name!r}, which would come back "
                     f"under another name: expected a text that does not end in {', '.join(MARKS)}"
                 )
+            _refuse_part(fqn_of[id(parameter)], parameter, name, value)
             add_value(state.tensors, f"{base}/{name}", value)
     state.notice = _unsaved(holder_of(optimizer))
     return state
+
+
+def _refuse_part(fqn: str, parameter: Any, name: str, value: Any) -> None:
+    """Raises `StateMismatchError` for a part of the state that does not say so: ranks would store one for all."""
+    if not isinstance(parameter, DTensor) or isinstance(value, DTensor):
+        return
+    part = local_tensor(parameter).shape
+    if isinstance(value, torch.Tensor) and value.shape == part != parameter.shape:
+        raise StateMismatchError(
+            f"the optimizer keeps '{name}' of '{fqn}' as a plain tensor of shape {list(part)}, that of this rank's "
+            f"part of the parameter, which is a DTensor of shape {list(parameter.shape)}: where the other parts are "
+            "is not known. Make it a DTensor, too (torch.zeros_like(parameter))"
+        )
 
 
 def _unsaved(optimizer: torch.optim.Optimizer) -> str:
