@@ -46,7 +46,7 @@ def is_within(trainer: Any) -> bool:
     epoch = trainer.fit_loop.epoch_progress.current
     progress = trainer.fit_loop.epoch_loop.batch_progress
     given, done = progress.current.ready, progress.current.processed
-    over = progress.is_last_batch and given == done or epoch.processed == epoch.ready
+    over = (progress.is_last_batch and given == done) or epoch.processed == epoch.ready
     return bool(given > 0 and done < trainer.num_training_batches and not over)
 
 
