@@ -11,6 +11,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.tuner import Tuner
 from safetensors.torch import load_file
 
 from tests.lightning.harness import Model, assert_same, loader, on_ranks, trainer, whole_weights
@@ -152,6 +153,30 @@ def test_nothing_is_exported_after_an_exception_nor_by_a_trainer_that_keeps_noth
     tmp_path: Path,
 ) -> None:
     on_ranks(no_export, 1, tmp_path)
+
+
+def tuned(root: Path) -> None:
+    """A search for the learning rate is no fit: the trainer is what it was, and nothing is exported."""
+    run = trainer(root, 2, strategy=ZeroStrategy(2), max_epochs=1, enable_checkpointing=True)
+    before = list(run.callbacks)
+    Tuner(run).lr_find(Searching(), loader(), num_training=4)
+    assert run.callbacks == before
+    assert not list(root.rglob("fp32"))
+    run.fit(Searching(), loader(16))
+    assert run.callbacks == before
+    assert len(list(root.rglob("model.safetensors"))) == 1
+    run.fit_loop.max_epochs = 2
+    with pytest.raises(RuntimeError, match="as a test"):
+        run.fit(Fails(), loader(16))
+    assert run.callbacks == before
+
+
+class Searching(Model):
+    lr = 0.05
+
+
+def test_a_trainer_keeps_its_own_callbacks(tmp_path: Path) -> None:
+    on_ranks(tuned, 2, tmp_path)
 
 
 def nothing_left(root: Path) -> None:

@@ -120,6 +120,7 @@ def _state_is_partitioned() -> tuple[set[str], int]:
     assert set(state) == set(owned_parameters(zero))
     for parameter, values in state.items():
         assert values["exp_avg"].shape == parameter.shape
+    assert type(zero).__name__ == type(user).__name__ == "AdamW"
     assert [g.get("name") for g in zero.param_groups] == ["decayed", None]
     assert zero.param_groups[1]["betas"] == (0.8, 0.9)
     assert zero.param_groups[0] is user.param_groups[0]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 else:
     Host = object  # the Callback of either copy of Lightning comes after the mixin
 
-__all__ = ["Fp32ExportMixin", "attach_export", "make_export", "run_export"]
+__all__ = ["Fp32ExportMixin", "attach_export", "detach_export", "make_export", "run_export"]
 
 FOLDER = "fp32"
 """Where the export goes, beside the checkpoint."""
@@ -59,6 +59,8 @@ class Fp32ExportMixin(Host):
     namespace: ClassVar[Namespace]
     is_asked_for = True
     """False of the one that the strategy adds: it writes nothing when the trainer keeps no checkpoints."""
+    is_attached = False
+    """Whether the strategy has added it to the trainer, for one fit."""
 
     def __init__(
         self,
@@ -95,6 +97,10 @@ class Fp32ExportMixin(Host):
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         self.run(trainer)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if self.is_attached:
+            detach_export(trainer)
 
     def run(self, trainer: Any) -> None:
         """Collective: export once in this fit, or warn why that failed."""
@@ -176,7 +182,13 @@ def attach_export(trainer: Any, namespace: Namespace, export: Any) -> None:
     if export is True:
         export = make_export(namespace.name)()
         export.is_asked_for = False
+    export.is_attached = True
     trainer.callbacks.append(export)
+
+
+def detach_export(trainer: Any) -> None:
+    """Leave a trainer with the callbacks that its user gave it. Also called when a fit or a tuner's search ends."""
+    trainer.callbacks = [c for c in trainer.callbacks if not getattr(c, "is_attached", False)]
 
 
 def run_export(trainer: Any) -> None:

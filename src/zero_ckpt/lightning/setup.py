@@ -17,7 +17,7 @@ from zero_ckpt import zero
 from zero_ckpt.core.notices import warn_user
 from zero_ckpt.errors import ConfigurationError, ZeroCkptError
 from zero_ckpt.lightning.copies import allow_copies, shard_copies
-from zero_ckpt.lightning.export import attach_export, run_export
+from zero_ckpt.lightning.export import attach_export, detach_export, run_export
 from zero_ckpt.lightning.restoring import RestoreMixin
 from zero_ckpt.lightning.steps import StepMixin
 from zero_ckpt.zero.experts import expert_lists
@@ -183,6 +183,8 @@ class SetupMixin(RestoreMixin, StepMixin):
 
     def teardown(self) -> None:
         """Leaves a sharded model sharded, where it is: its parts live on the mesh's devices."""
+        if self.interrupted:
+            detach_export(self._current_trainer())
         self._end_saves()
         self.close_checkpoint()
         self.is_set_up = False

@@ -7,6 +7,7 @@ whole parameters to ranks and distributes the results.
 from __future__ import annotations
 
 import warnings
+from functools import cache
 from typing import Any
 
 import torch
@@ -45,8 +46,8 @@ def partition_optimizer(
 
     Collective over `process_group` (default: all ranks), with the same parameters in the same
     order on every rank. The result shares the group dicts of `optimizer` (same options, and a
-    change through either object is seen by both), its defaults, hooks and state, from which the
-    part of other ranks is dropped. Every step takes the hyper-parameters from these groups.
+    change through either object is seen by both), its defaults, hooks, class name and state, from
+    which the part of other ranks is dropped. Every step takes the hyper-parameters from these groups.
     `optimizer` must not step any more; bind its LR schedulers to the result with
     `rebind_scheduler`. Given an already partitioned optimizer, returns it.
 
@@ -60,9 +61,8 @@ def partition_optimizer(
         return _with_groups(optimizer, groups)
 
     constructor: Any = local  # documented as a class; only ever called with groups and defaults
-    return PartitionedOptimizer(
-        optimizer.param_groups, constructor, process_group, **optimizer.defaults
-    )
+    kind = _named_like(type(optimizer).__name__)
+    return kind(optimizer.param_groups, constructor, process_group, **optimizer.defaults)
 
 
 class PartitionedOptimizer(ZeroRedundancyOptimizer):
@@ -99,6 +99,12 @@ class PartitionedOptimizer(ZeroRedundancyOptimizer):
             for p in group["params"]
             if p not in experts
         ]
+
+
+@cache
+def _named_like(name: str) -> type[PartitionedOptimizer]:
+    """The class under the name of the user's: loggers call the learning rate after it."""
+    return type(name, (PartitionedOptimizer,), {"__module__": __name__})
 
 
 def _with_groups(optimizer: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:
