@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from benchmarks.simulation import MODELS, fsdp, table_of
-from zero_ckpt.core.control import longest_pause
 from zero_ckpt.core.layout import ROLES, Table
 from zero_ckpt.core.manifest import FileRecord, Manifest, shard_name
 from zero_ckpt.core.planner import SavePlan, plan_save
+from zero_ckpt.core.store_control import longest_pause
 
 RANKS = (8, 512, 4096, 16384)
 RANKS_PER_HOST = 8

@@ -25,7 +25,7 @@ from benchmarks.report import joined, machine_text, markdown
 from benchmarks.scale import FOLLOWER_CALLS, RANK_0_CALLS
 from benchmarks.scale import main as print_scale
 from benchmarks.table import Row, as_json, at_least, at_most
-from zero_ckpt.core.control import StoreControl
+from zero_ckpt.core.store_control import StoreControl
 
 ROOT = Path(__file__).parents[1]
 

@@ -24,11 +24,11 @@ from benchmarks.table import Row, at_most, timed_alone
 from zero_ckpt.core.agreement import Agreement, Proposal, agree
 from zero_ckpt.core.commit import CommitRequest, Vote
 from zero_ckpt.core.commit import commit as commit_votes
-from zero_ckpt.core.control import StoreControl, longest_pause
 from zero_ckpt.core.layout import ROLES
 from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.core.manifest import FileRecord, shard_name
 from zero_ckpt.core.planner import plan_save
+from zero_ckpt.core.store_control import StoreControl, longest_pause
 
 GOAL = 2.0
 HEADER = {"step": 1, "zero_stage": 3, "buffers": [], "frozen": [], "excluded": [], "aliases": {}}

@@ -13,13 +13,8 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from zero_ckpt.core.control import (
-    Decide,
-    LocalControl,
-    StoreControl,
-    control_for_process_group,
-    longest_pause,
-)
+from zero_ckpt.core.control import Decide, LocalControl, control_for_process_group
+from zero_ckpt.core.store_control import StoreControl, longest_pause
 from zero_ckpt.core.watch import identity
 from zero_ckpt.errors import (
     ConfigurationError,

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch.distributed import HashStore
 
-from zero_ckpt.core.control import StoreControl
 from zero_ckpt.core.decoupled import AsyncEngine
 from zero_ckpt.core.engine import SyncEngine
 from zero_ckpt.core.state import Snapshot
 from zero_ckpt.core.storage import Storage
+from zero_ckpt.core.store_control import StoreControl
 
 ENGINES: dict[str, Callable[..., Any]] = {"async": AsyncEngine, "sync": SyncEngine}
 """Every engine that saves: the sweeps go over all of them."""

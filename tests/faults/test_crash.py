@@ -32,9 +32,10 @@ from tests.faults.jobs import (
 )
 from tests.faults.team import ENGINES
 from tests.workers import Outcome, Ranks, run_ranks, start_ranks
-from zero_ckpt.core.control import Decide, StoreControl
+from zero_ckpt.core.control import Decide
 from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.core.state import Snapshot
+from zero_ckpt.core.store_control import StoreControl
 from zero_ckpt.errors import RankTimeoutError
 from zero_ckpt.testing import FaultyStorage, Operation, kill_at
 

@@ -32,8 +32,9 @@ from tests.faults.jobs import (
 from tests.faults.network import Way, join_over
 from tests.told import warned
 from tests.workers import Ranks, run_ranks, start_ranks
-from zero_ckpt.core.control import Decide, StoreControl
+from zero_ckpt.core.control import Decide
 from zero_ckpt.core.local_storage import LocalStorage
+from zero_ckpt.core.store_control import StoreControl
 from zero_ckpt.testing import FaultyStorage, Operation
 
 WORLD = 2

@@ -20,7 +20,8 @@ from typing import Any, Generic, TypeVar
 
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.collector import collector_paused
-from zero_ckpt.core.control import DEFAULT_TIMEOUT, TORN, ControlPlane
+from zero_ckpt.core.consequences import TORN
+from zero_ckpt.core.control import DEFAULT_TIMEOUT, ControlPlane
 from zero_ckpt.core.finding import Candidates, Found, fallback_notice, find_checkpoint, locate
 from zero_ckpt.core.memory import free_share
 from zero_ckpt.core.notices import warn_on_first
