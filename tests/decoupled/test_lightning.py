@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+)
 from safetensors.torch import load_file
 
 from tests.decoupled.jobs import storage
@@ -78,6 +83,31 @@ def _averaged(root: str, async_save: bool) -> dict[str, Any]:
 def test_averaged_weights_are_saved_as_they_were(tmp_path: Path) -> None:
     results = [on_ranks(_averaged, 2, str(tmp_path / str(a)), a)[0] for a in (False, True)]
     assert_same(*results)
+
+
+def _exchanged(root: str) -> dict[str, Any]:
+    """An epoch's end is saved, slowly, and the next begins with averaged weights."""
+
+    def hook(operation: Any) -> None:
+        time.sleep(0.3)  # so that nothing is staged when the save returns
+
+    callbacks = [
+        StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1, annealing_epochs=1),
+        ModelCheckpoint(root, filename="{epoch}", save_top_k=-1),
+    ]
+    options = {"async_save": True}
+    run = trainer(root, 3, max_epochs=3, callbacks=callbacks, strategy_options=options)
+    strategy: Any = run.strategy
+    strategy.engine.storage = storage(hook, "free")
+    model = Model()
+    run.fit(model, loader(16))
+    return whole_weights(model)
+
+
+def test_weights_that_a_callback_exchanges_are_saved_as_they_were(tmp_path: Path) -> None:
+    weights = on_ranks(_exchanged, 2, str(tmp_path))[0]
+    with open_checkpoint(tmp_path / "epoch=1.ckpt") as checkpoint:
+        assert not torch.equal(checkpoint.tensor("model", "head.weight"), weights["head.weight"])
 
 
 def _fit_on_a_full_disk(root: str) -> str:

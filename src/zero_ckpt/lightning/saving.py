@@ -14,7 +14,7 @@ from zero_ckpt.core.notices import warn_user
 from zero_ckpt.core.per_rank import CLIENT_STATE
 from zero_ckpt.core.state import Snapshot
 from zero_ckpt.errors import ConfigurationError, RankTimeoutError, ZeroCkptError
-from zero_ckpt.lightning import paths
+from zero_ckpt.lightning import epochs, paths
 from zero_ckpt.lightning.base import INTERRUPTED_TIMEOUT, StrategyBase
 from zero_ckpt.lightning.checkpoint_io import ZeroCheckpointIO
 from zero_ckpt.lightning.content import ModuleNames, step_of, to_snapshot
@@ -146,6 +146,8 @@ class SaveMixin(StrategyBase):
             )
         if self.interrupted or self._links_to_last():
             handle.wait()
+        elif self._weights_may_be_exchanged():
+            self.engine.fence()
 
     def _snapshot(self, checkpoint: dict[str, Any]) -> Snapshot:
         assert self.lightning_module is not None
@@ -160,6 +162,19 @@ class SaveMixin(StrategyBase):
         trainer = self._current_trainer()
         callbacks = [] if trainer is None else trainer.checkpoint_callbacks
         return any(getattr(callback, "save_last", None) == "link" for callback in callbacks)
+
+    def _weights_may_be_exchanged(self) -> bool:
+        """Whether a callback may put averaged weights in the place of the model's, without an optimizer's step.
+
+        They do when an epoch begins or the training ends. (Before a validation the strategy itself waits.)
+        """
+        trainer = self._current_trainer()
+        if trainer is None or (epochs.is_within(trainer) and not trainer.fit_loop.done):
+            return False
+        known = self.namespace.module("callbacks")
+        names = ("StochasticWeightAveraging", "WeightAveraging")
+        kinds = tuple(getattr(known, name) for name in names if hasattr(known, name))
+        return any(isinstance(callback, kinds) for callback in trainer.callbacks)
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Remove a checkpoint of any kind; rank 0 does it. Never leaves a dangling `last`.
