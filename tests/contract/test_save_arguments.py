@@ -127,7 +127,7 @@ def test_no_rank_gets_anothers_client_state_at_another_world_size(tmp_path: Path
 
 def test_a_pickled_value_of_one_rank_opens_only_when_that_is_allowed(tmp_path: Path) -> None:
     with pytest.warns(
-        UserWarning, match=r"stored as pickles: 'rank_objects/client_state/0' \(a .*Odd"
+        UserWarning, match=r"stored as pickles: 'rank_objects/client_state/0' \(.*Odd"
     ):
         save_checkpoint(tmp_path, Net(), step=1, per_rank_client_state=[Odd()])
     with pytest.raises(UnsafeObjectError, match="Odd"):

@@ -41,7 +41,7 @@ def small_blocks() -> Iterator[None]:
             *("staging", "reader", "pipeline"),
         ):
             changed.enter_context(patch(f"zero_ckpt.core.{name}.BLOCK", SMALL_BLOCK))
-        for name in ("shard_reader", "staging"):
+        for name in ("shard_reader", "staging", "reader"):
             changed.enter_context(patch(f"zero_ckpt.core.{name}.WINDOW", 1024))
         changed.enter_context(patch("zero_ckpt.core.pipeline._spare", []))
         yield

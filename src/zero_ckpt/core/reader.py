@@ -18,7 +18,7 @@ import torch
 import xxhash
 
 from zero_ckpt.core.chunks import Box
-from zero_ckpt.core.memory import aligned_buffer
+from zero_ckpt.core.memory import WINDOW, aligned_buffer
 from zero_ckpt.core.pipeline import run_pipeline
 from zero_ckpt.core.placing import Part, Request, byte_span, copy_parts, home
 from zero_ckpt.core.planner import Placed, needed_chunks
@@ -114,7 +114,7 @@ class _Holding(_Work):
 
     def look(self, buffer: memoryview, fetched: memoryview | None) -> None:
         _Work.look(self, buffer, fetched)
-        if fetched is not None:
+        if fetched is not None and len(fetched) > WINDOW:  # a smaller one is fetched from near, too
             self.held[self.reader.name, self.index] = fetched
 
 
