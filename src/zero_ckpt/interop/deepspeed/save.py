@@ -12,8 +12,8 @@ from contextlib import suppress
 from typing import Any
 
 from zero_ckpt.errors import CorruptCheckpointError
+from zero_ckpt.interop.deepspeed.file_table import FileTable
 from zero_ckpt.interop.deepspeed.names import Folder
-from zero_ckpt.interop.deepspeed.sources import FileTable
 from zero_ckpt.interop.deepspeed.tensors import LayoutError
 from zero_ckpt.interop.deepspeed.torch_files import REMEDY
 
