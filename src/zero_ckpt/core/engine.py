@@ -31,7 +31,7 @@ __all__ = ["SyncEngine", "cuda_device"]
 
 
 class SyncEngine:
-    """Saves checkpoints; one save at a time. `buffers` staging buffers of 4 MiB each are its extra memory."""
+    """Saves checkpoints; one save at a time. Its extra memory is that of a `StagingPool`: six buffers of 4 MiB."""
 
     is_async = False
 
@@ -40,19 +40,16 @@ class SyncEngine:
         *,
         storage: Storage | None = None,
         control: ControlPlane | None = None,
-        buffers: int = 6,
     ) -> None:
         self.storage: Storage = storage or AnyStorage()
         self._given = control
         self._found: dict[str, tuple[Any, ControlPlane]] = {}
         self._ranks = 1
-        self._buffers = buffers
         self._pool: StagingPool | None = None
         self._plans = Plans()
         if process_group_store() is not None:
-            _ = (
-                self.control
-            )  # makes this rank known, so that its death is seen even before its first save
+            # Makes this rank known, so that its death is seen even before its first save.
+            _ = self.control
 
     @property
     def control(self) -> ControlPlane:
@@ -146,7 +143,7 @@ class SyncEngine:
     def _staging_pool(self, captured: Captured, shards: list[ShardPlan]) -> StagingPool:
         device = cuda_device(captured.all_tensors())
         if self._pool is None or self._pool.device != device:
-            self._pool = StagingPool(self._buffers, device)
+            self._pool = StagingPool(device=device)
         return self._pool
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from zero_ckpt.core.control import DEFAULT_TIMEOUT
 from zero_ckpt.core.naming import parameter_names
 from zero_ckpt.core.notices import warn_user
 from zero_ckpt.core.per_rank import CLIENT_STATE
@@ -101,7 +102,9 @@ class SaveMixin(StrategyBase):
         if self._zero_is_alone:
             return
         try:
-            self._save(checkpoint, filepath, min(self.save_timeout or 300.0, INTERRUPTED_TIMEOUT))
+            self._save(
+                checkpoint, filepath, min(self.save_timeout or DEFAULT_TIMEOUT, INTERRUPTED_TIMEOUT)
+            )
         except (ZeroCkptError, OSError) as error:
             self._zero_is_alone = isinstance(error, RankTimeoutError)
             warn_user(f"no checkpoint was written at {filepath}: {error}")
