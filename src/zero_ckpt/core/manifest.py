@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from json.encoder import encode_basestring_ascii as quote
-from math import isfinite, prod
+from math import isfinite
 from typing import Any, TypeVar
 
 from zero_ckpt.core.dtypes import ITEMSIZE
@@ -222,7 +222,7 @@ def _check_references(manifest: Manifest) -> None:
         lengths = {rank: record.nbytes for rank, record in enumerate(files) if record is not None}
         distinct = {id(placed): placed for placed in keys.values()}
         # A reader makes room for a tensor before it reads it.
-        sizes = {key: prod(p.shape) * ITEMSIZE[p.dtype] for key, p in distinct.items()}
+        sizes = {key: placed.nbytes for key, placed in distinct.items()}
         needed = sum(sizes[id(placed)] for placed in keys.values())
         there = sum(lengths.values())
         _expect(needed <= there, f"{role} tensors of {needed} bytes in files of {there}")
