@@ -49,14 +49,14 @@ WHEN_BUSY = ("wait", "skip", "replace")
 
 @dataclass(frozen=True, slots=True)
 class AsyncSave:
-    """How saves run beside the training.
+    """How saves run beside the training. Raises `ConfigurationError` for values that cannot work.
 
-    staging_bytes: host memory of this rank for copies of its state. None: as much as it writes, at most a quarter of
-        what is free when it is first needed, shared by the ranks of this host. A larger state is staged in pieces,
-        and the next optimizer step waits for the disk to take what has no room.
+    staging_bytes: host memory of this rank for copies of its state, at least 24 MiB. None: as much as it writes, at
+        most a quarter of what is free when it is first needed, shared by the ranks of this host. A larger state is
+        staged in pieces, and the next optimizer step waits for the disk to take what has no room.
     when_busy: what a save does while `max_in_flight` earlier ones are under way: "wait" for the oldest, "skip" this
         one, or "replace" those by this one.
-    max_in_flight: saves under way at a time.
+    max_in_flight: saves under way at a time, at least 1.
     check_staging: checksum all that is staged later when the save begins, and once more before the next step may begin:
         finds code that changes it in ways that leave no trace (`tensor.data`). For debugging; the save call waits.
     grace: seconds that SIGTERM waits for a commit before it ends the process.

@@ -24,6 +24,7 @@ from zero_ckpt.core.state_values import MARKS, add_value, split_state_name
 from zero_ckpt.errors import ConfigurationError, StateMismatchError
 
 __all__ = [
+    "EXTRA_STATE",
     "ModelState",
     "OptimizerState",
     "Snapshot",
@@ -32,6 +33,7 @@ __all__ = [
     "capture_models",
     "capture_optimizer",
     "group_names",
+    "holder_of",
     "local_states",
     "names_in_groups",
 ]
