@@ -37,7 +37,7 @@ from zero_ckpt.core.state import Snapshot
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.core.termination import TerminationGuard
 from zero_ckpt.core.threads import start_thread
-from zero_ckpt.core.transaction import Request
+from zero_ckpt.core.transaction import SaveRequest
 from zero_ckpt.errors import ConfigurationError
 
 __all__ = ["AsyncEngine", "AsyncSave", "async_save_of", "make_engine"]
@@ -119,7 +119,7 @@ class AsyncEngine(SyncEngine):
         super().__init__(storage=storage, control=control)
         self._guard = TerminationGuard(self._is_busy, self.options.grace)
 
-    def _run(self, request: Request, snapshot: Snapshot | Callable[[], Snapshot]) -> SaveHandle:
+    def _run(self, request: SaveRequest, snapshot: Snapshot | Callable[[], Snapshot]) -> SaveHandle:
         if not self._make_room(request):
             return Skipped(f"{request.directory}/{request.tag}", request.tag)
         slot = self._saves % self.options.max_in_flight
@@ -184,7 +184,7 @@ class AsyncEngine(SyncEngine):
         with suppress(MemoryError):  # the save will find out whether there is enough for it
             start_thread(thread)
 
-    def _make_room(self, request: Request) -> bool:
+    def _make_room(self, request: SaveRequest) -> bool:
         """By `when_busy`; False: skip this save. Raises what earlier saves failed with. Every rank does the same."""
         surplus = len(self._flights) - self.options.max_in_flight + 1
         if self.options.when_busy == "wait" or not self._busy_anywhere(request.timeout):

@@ -25,7 +25,7 @@ from zero_ckpt.core.saving import Captured, ShardPlan
 from zero_ckpt.core.staging import StagingPool
 from zero_ckpt.core.state import Snapshot
 from zero_ckpt.core.storage import Storage
-from zero_ckpt.core.transaction import Plans, Request, Transaction
+from zero_ckpt.core.transaction import Plans, SaveRequest, Transaction
 
 __all__ = ["SyncEngine", "cuda_device"]
 
@@ -90,7 +90,7 @@ class SyncEngine:
         or `ConfigurationError`. Then nothing was committed, unless the message says otherwise, earlier checkpoints are
         intact, and the next save may succeed. `ConfigurationError` when the process group of earlier calls is gone.
         """
-        request = Request(
+        request = SaveRequest(
             absolute(directory),
             str(tag),
             step,
@@ -105,7 +105,7 @@ class SyncEngine:
             raise type(gone)(f"{request.directory}: {gone}. Nothing was written.")
         return self._run(request, snapshot)
 
-    def _run(self, request: Request, snapshot: Snapshot | Callable[[], Snapshot]) -> SaveHandle:
+    def _run(self, request: SaveRequest, snapshot: Snapshot | Callable[[], Snapshot]) -> SaveHandle:
         begin = time.perf_counter()
         transaction = self._transaction(request, self.control)
         transaction.begin(snapshot)
@@ -131,7 +131,7 @@ class SyncEngine:
         """Let go of the buffers. Another save makes new ones."""
         self._pool = None
 
-    def _transaction(self, request: Request, control: ControlPlane) -> Transaction:
+    def _transaction(self, request: SaveRequest, control: ControlPlane) -> Transaction:
         transaction: Transaction
 
         def pool_for(shards: list[ShardPlan]) -> StagingPool:
