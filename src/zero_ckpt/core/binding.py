@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zero_ckpt.core.naming import ParameterNames, naming_of, parameter_names
+from zero_ckpt.core.naming import ParameterNames, dotted, naming_of, parameter_names
 from zero_ckpt.core.state import EXTRA_STATE, Snapshot, capture_models, capture_optimizer
 from zero_ckpt.errors import ConfigurationError, StateMismatchError
 
@@ -74,7 +74,7 @@ def bound_names(models: Mapping[str, nn.Module]) -> ParameterNames:
     """id(parameter) -> FQN over all models."""
     bound = ParameterNames()
     for name, model in models.items():
-        prefix, own = f"{name}." if name else "", parameter_names(model)
+        prefix, own = dotted(name), parameter_names(model)
         bound.update({key: prefix + fqn for key, fqn in own.items()})
         bound.experts |= {prefix + path: share for path, share in own.experts.items()}
     return bound
@@ -141,7 +141,7 @@ def set_extra_state(models: Mapping[str, nn.Module], extra: Mapping[str, Any]) -
         naming = naming_of(model)
         for path, module in model.named_modules():
             raw = f"{path}.{EXTRA_STATE}" if path else EXTRA_STATE
-            key = (f"{name}." if name else "") + naming.clean(raw)
+            key = dotted(name) + naming.clean(raw)
             # A wrapper goes by the name of what it wraps, and has no such state itself.
             takes = type(module).set_extra_state is not nn.Module.set_extra_state
             if takes and key in extra:
