@@ -144,6 +144,13 @@ class StrategyBase(Host):
     def _current_trainer(self) -> Any:
         return None if self._lightning_module is None else self._lightning_module._trainer
 
+    def _callbacks(self, *names: str) -> list[Any]:
+        """The run's callbacks that are Lightning's own of these names; a version of Lightning may lack some of them."""
+        trainer = self._current_trainer()
+        known = self.namespace.module("callbacks")
+        kinds = tuple(getattr(known, name) for name in names if hasattr(known, name))
+        return [] if trainer is None else [c for c in trainer.callbacks if isinstance(c, kinds)]
+
     def _meet(
         self, phase: str, record: Any, decide: Callable[[list[Any]], Any], timeout: float | None
     ) -> Any:

@@ -155,10 +155,7 @@ class RestoreMixin(OpenMixin):
 
     def _has_no_schedules_by_design(self) -> bool:
         """Lightning's stochastic weight averaging takes the schedulers away when it resumes, and brings its own."""
-        trainer: Any = self.lightning_module.trainer if self.lightning_module else None
-        callbacks = trainer.callbacks if trainer is not None else []
-        kinds = (kind.__name__ for callback in callbacks for kind in type(callback).__mro__)
-        return not self.lr_scheduler_configs and "StochasticWeightAveraging" in kinds
+        return not self.lr_scheduler_configs and bool(self._callbacks("StochasticWeightAveraging"))
 
     def _source_path(self) -> str:
         """What to call the checkpoint in messages."""

@@ -69,10 +69,7 @@ class SaveMixin(StrategyBase):
 
     def _names_without_pruning(self) -> dict[str, str]:
         """Of parameters that `ModelPruning` puts into the checkpoint as if they had never been pruned."""
-        pruning = self.namespace.module("callbacks").ModelPruning
-        trainer = self._current_trainer()
-        callbacks = [] if trainer is None else trainer.callbacks
-        if not any(isinstance(c, pruning) and c._make_pruning_permanent for c in callbacks):
+        if not any(c._make_pruning_permanent for c in self._callbacks("ModelPruning")):
             return {}
         assert self.lightning_module is not None
         return pruned_names(self.lightning_module)
@@ -174,10 +171,7 @@ class SaveMixin(StrategyBase):
         trainer = self._current_trainer()
         if trainer is None or (epochs.is_within(trainer) and not trainer.fit_loop.done):
             return False
-        known = self.namespace.module("callbacks")
-        names = ("StochasticWeightAveraging", "WeightAveraging")
-        kinds = tuple(getattr(known, name) for name in names if hasattr(known, name))
-        return any(isinstance(callback, kinds) for callback in trainer.callbacks)
+        return bool(self._callbacks("StochasticWeightAveraging", "WeightAveraging"))
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Remove a checkpoint of any kind; rank 0 does it. Never leaves a dangling `last`.
