@@ -1,5 +1,16 @@
 """ZeRO-sharded training checkpoints for Lightning, Accelerate and plain PyTorch.
 
+    Checkpointer                        saves and loads a plain training loop's objects; AsyncSave: beside the training
+    save_checkpoint, load_checkpoint    one save or load without it; they give a SaveHandle, a LoadResult
+    export_fp32, get_fp32_state_dict_from_zero_checkpoint
+                                        a checkpoint's weights as one full fp32 state dict, in files or in memory
+
+    zero_ckpt.lightning                 the strategy, the CheckpointIO plugin, the export callback
+    zero_ckpt.accelerate                attach: an Accelerator that saves and loads through this package
+    zero_ckpt.zero                      ZeRO stages 1 to 3 for a loop of one's own, and experts on different ranks
+    zero_ckpt.interop                   DeepSpeed's checkpoints, converted in and out
+    zero_ckpt.errors                    every exception that is raised on purpose
+
 Importing this package imports neither torch nor a framework: names are resolved on first use.
 """
 

@@ -31,9 +31,10 @@ def save_checkpoint(
     exclude_frozen_parameters: bool = False,
     tag_validation: str = "warn",
 ) -> SaveHandle:
-    """One save without a `Checkpointer`; arguments as those of its constructor and of its `save_checkpoint`.
+    """One save without a `Checkpointer`: collective, committed and durable on return.
 
-    Steps are not counted, so `tag` or `step` must be given.
+    Arguments, the result and errors are those of its constructor and of its `save_checkpoint`. But steps are not
+    counted, so `tag` or `step` must be given, else `ConfigurationError` is raised; with `tag` alone the step is 0.
     """
     if tag is None and step is None:
         raise ConfigurationError(
@@ -68,10 +69,11 @@ def load_checkpoint(
     weights_only: bool = True,
     verify_first: bool = True,
 ) -> LoadResult:
-    """One load without a `Checkpointer`; arguments as those of `Checkpointer.load_checkpoint`.
+    """One load without a `Checkpointer`: collective, all or nothing. Returns `path, client_state`, as a `LoadResult`.
 
-    As DeepSpeed's, and unlike the method: where nothing was ever saved (no such directory or tag) it returns
-    `(None, None)`, with a warning, unless `missing_ok=False`. A checkpoint that is damaged, or that is gone, raises.
+    Arguments and errors are those of its constructor and of its `load_checkpoint`. But, as DeepSpeed's, where nothing
+    was ever saved (no such directory or tag) it returns `(None, None)`, with a warning, unless `missing_ok=False`. A
+    checkpoint that is damaged, or that is gone, raises.
     """
     with Checkpointer(model, optimizer, lr_scheduler) as one:
         return one.load_checkpoint(

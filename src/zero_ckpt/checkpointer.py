@@ -23,7 +23,7 @@ from zero_ckpt.core import rng
 from zero_ckpt.core.agreement import check_tag_validation
 from zero_ckpt.core.alone import check_all_save
 from zero_ckpt.core.arguments import check_keep_last, check_timeout, check_zero_stage
-from zero_ckpt.core.binding import bound_names, check_kinds, named, prefix_of
+from zero_ckpt.core.binding import bound_names, check_kinds, named, snapshot_of
 from zero_ckpt.core.bound import Wanted, plan_training, plan_weights
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.custom import CustomLoad
@@ -32,14 +32,9 @@ from zero_ckpt.core.handle import SaveHandle
 from zero_ckpt.core.loading import load_together
 from zero_ckpt.core.notices import alone_notice, warn_on_first, warn_user
 from zero_ckpt.core.outcome import LoadResult, log_report, report_of
-from zero_ckpt.core.per_rank import (
-    CLIENT_STATE,
-    client_state_notice,
-    own_client_state,
-    read_own,
-)
+from zero_ckpt.core.per_rank import CLIENT_STATE, client_state_notice, own_client_state, read_own
 from zero_ckpt.core.restoring import Restoration
-from zero_ckpt.core.state import Snapshot, capture_models, capture_optimizer
+from zero_ckpt.core.state import Snapshot
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.errors import NothingSavedError, ZeroCkptError
 
@@ -50,13 +45,23 @@ Some = Union[T, Sequence[T], Mapping[str, T]]  # noqa: UP007 - a generic alias a
 
 
 class Checkpointer:
-    """Saves and loads checkpoints of the objects that it is given.
+    """Saves and loads checkpoints of the objects that it is given. Use it in a `with` statement, or `close` it.
 
-    `zero_stage`: recorded in the manifest; found out from the objects when None. `keep_last`: committed checkpoints to
-    keep, older ones are removed after each commit; None keeps all. `tag_validation`: what to do when ranks are given
-    different tags or directories: `ignore` or `warn` (rank 0's counts), or `fail`. `timeout`: seconds of silence after
-    which another rank counts as lost. `rng`: also save and restore random number generators, per rank. `engine`:
-    "sync"; or "async", which saves beside the training, or an `AsyncSave` that says how.
+    model, optimizer, lr_scheduler: one of each, a list of them, or a dict by name; the last two may be None. A
+        scheduler is anything with `state_dict` and `load_state_dict`.
+    zero_stage: 0 to 3, recorded in the manifest; None: found out from the objects.
+    keep_last: committed checkpoints to keep, at least 1; older ones are removed after each commit. None keeps all.
+    tag_validation: what to do when ranks are given different tags or directories: "ignore" or "warn" (rank 0's counts),
+        or "fail".
+    timeout: seconds of silence after which another rank counts as lost; None: 300.
+    rng: also save and restore random number generators, per rank.
+    engine: "sync"; or "async", which saves beside the training, or an `AsyncSave` that says how.
+    storage: where files go; None: the local disk, or the object store of a path's URL. Another one follows
+        `zero_ckpt.core.storage.Storage`.
+
+    `models`, `optimizers`, `lr_schedulers`: what was given, by name. `global_step`: steps that the first optimizer has
+    made, going on from those of the checkpoint that was loaded. Raises `ConfigurationError` for arguments that cannot
+    work.
     """
 
     def __init__(
@@ -116,11 +121,14 @@ class Checkpointer:
         state; rank 0's is stored and given back by `load_checkpoint`. `save_latest`: move `latest` to this tag.
         `exclude_frozen_parameters`: leave out what has `requires_grad=False`; a load keeps the model's own values.
         `per_rank_client_state`: the same for each rank's own; a load at the same world size gives it back to its rank.
+        `step`: orders checkpoints by age, and names this one where `tag` does not; None: `global_step`.
 
-        Raises the same error on every rank (see `zero_ckpt.errors`); then nothing was committed. With `engine="async"`
-        it returns before the commit, and what goes wrong is raised by the next save, by `wait` or by `close`. Weights
-        and optimizer state may then change in `optimizer.step()`, which waits until they are copied; before any other
-        change call the handle's `staged()`.
+        Returns a handle that tells where the checkpoint is. With `engine="async"` that is before the commit, and what
+        goes wrong is raised by the next save, by `wait` or by `close`. Weights and optimizer state may then change in
+        `optimizer.step()`, which waits until they are copied; before any other change call the handle's `staged()`.
+
+        Raises the same error on every rank, and then nothing was committed: `SaveError`, `RankTimeoutError`,
+        `DisagreementError`, `StateMismatchError` (a tensor that cannot be stored) or `ConfigurationError`.
         """
         warn_on_first(0, [alone_notice()])
         step = self.global_step if step is None else step
@@ -143,34 +151,19 @@ class Checkpointer:
         self, client_state: Any, per_rank: Any, step: int, exclude_frozen: bool
     ) -> Snapshot:
         check_all_save(self.models, self.optimizers, self._engine.control.world_size)
-        state = capture_models(self.models)
-        names = bound_names(self.models)
-        optimizers = {
-            name: capture_optimizer(optimizer, names, prefix_of(name))
-            for name, optimizer in self.optimizers.items()
-        }
-        excluded = frozenset(state.frozen) if exclude_frozen else frozenset()
-        own = {CLIENT_STATE: per_rank} if per_rank is not None else {}
-        if self._rng:
-            own["rng"] = rng.capture(self._device())
-        return Snapshot(
-            model={key: t for key, t in state.tensors.items() if key not in excluded},
-            optim={key: t for o in optimizers.values() for key, t in o.tensors.items()},
-            objects={
-                "client_state": client_state,
-                "global_step": step,
-                "optimizers": {name: o.record for name, o in optimizers.items()},
-                "lr_schedulers": {n: s.state_dict() for n, s in self.lr_schedulers.items()},
-                "extra_state": state.extra,
-            },
-            rank_objects=own,
-            buffers=frozenset(state.buffers),
-            frozen=frozenset(state.frozen) - excluded,
-            aliases={k: v for k, v in state.aliases.items() if v not in excluded},
-            excluded=excluded,
-            experts=state.experts,
-            notices=tuple(o.notice for o in optimizers.values()),
+        snapshot = snapshot_of(
+            self.models,
+            self.optimizers,
+            self.lr_schedulers,
+            step=step,
+            client_state=client_state,
+            exclude_frozen=exclude_frozen,
         )
+        if per_rank is not None:
+            snapshot.rank_objects[CLIENT_STATE] = per_rank
+        if self._rng:
+            snapshot.rank_objects["rng"] = rng.capture(self._device())
+        return snapshot
 
     def load_checkpoint(
         self,
@@ -205,7 +198,8 @@ class Checkpointer:
         state partly overwritten, and the error says so.
 
         Raises the same error on every rank: `CheckpointNotFoundError`, `CorruptCheckpointError`, `StateMismatchError`
-        (all missing, unexpected and misshapen keys at once), `FormatVersionError` or `UnsafeObjectError`.
+        (all missing, unexpected and misshapen keys at once), `FormatVersionError`, `UnsafeObjectError`,
+        `DisagreementError` or `RankTimeoutError`; and what an earlier save with `engine="async"` failed with.
         """
         warn_on_first(0, [alone_notice()])
         self._engine.wait()

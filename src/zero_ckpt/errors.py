@@ -21,6 +21,7 @@ happened, where (file, tensor, block), what was expected, what was found, and wh
 from __future__ import annotations
 
 import pickle
+from collections.abc import Sequence
 from typing import NoReturn
 
 __all__ = [
@@ -127,6 +128,21 @@ def raise_for(error: ZeroCkptError, failure: BaseException | None) -> NoReturn:
     if type(failure) is type(error) and str(failure) == str(error):
         raise failure from failure.__cause__
     raise error.with_traceback(None) from failure
+
+
+def first_told(
+    records: Sequence[Sequence[str]], default: type[ZeroCkptError] = SaveError
+) -> ZeroCkptError | None:
+    """The error of the lowest rank that has one, naming that rank unless all have the same; None where none has.
+
+    `records`: of all ranks in their order, as `to_record` makes them; empty for a rank without an error.
+    """
+    found = next((rank for rank, record in enumerate(records) if record), None)
+    if found is None:
+        return None
+    name, text = records[found]
+    same = all(record == records[found] for record in records)
+    return by_name(name, text if same else f"rank {found}: {text}", default)
 
 
 def by_name(name: str, message: str, default: type[ZeroCkptError] = SaveError) -> ZeroCkptError:

@@ -69,7 +69,7 @@ class ZeroMixin(EndMixin, LoadMixin, PrepareMixin):
 class ZeroAccelerator(ZeroMixin, Accelerator):  # type: ignore[misc]
     """An `Accelerator` that is attached from the start: `ZeroAccelerator(stage=2, mixed_precision="bf16")`.
 
-    Takes the keyword arguments of `attach` and those of `Accelerator`.
+    Takes the keyword arguments of `attach` and those of `Accelerator`, and raises what both raise.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -177,7 +177,8 @@ def attach(
 def detach(accelerator: A) -> A:
     """Give an attached accelerator back to Accelerate. Returns the same accelerator.
 
-    Models that were sharded at our stages 1 to 3 stay so; Accelerate alone cannot save them.
+    Models that were sharded at our stages 1 to 3 stay so; Accelerate alone cannot save them. Waits for saves that are
+    under way, and raises what one of them failed with. Raises `ConfigurationError` for a subclass of `ZeroAccelerator`.
     """
     given: Any = accelerator
     if not isinstance(given, ZeroMixin):

@@ -1,4 +1,4 @@
-"""The `zero-ckpt` command: `ls`, `inspect`, `verify`, `export`, `convert`. Only the last two import torch."""
+"""The `zero-ckpt` command: `ls`, `inspect`, `verify`, `repair`, `export`, `convert`. The last two import torch."""
 
 from zero_ckpt.cli.program import main
 

@@ -70,7 +70,7 @@ def _size(path: str) -> int:
 
 def run(options: argparse.Namespace) -> int:
     source = find_source("export", options.path)
-    # The one command that needs torch; only now, when there is something to export.
+    # Needs torch; only now, when there is something to export.
     from zero_ckpt.fp32 import export_fp32
 
     begin = time.monotonic()

@@ -24,7 +24,6 @@ from zero_ckpt.cli.text import (
     size_text,
     table,
 )
-from zero_ckpt.core.dtypes import itemsize
 from zero_ckpt.core.finding import fallback_notice, find_checkpoint, locate
 from zero_ckpt.core.foreign import ForeignManifest
 from zero_ckpt.core.layout import ROLES
@@ -172,7 +171,7 @@ def _rank_of(name: str) -> int:
 def _tensor_lines(m: Manifest, role: str, full: bool) -> Iterator[str]:
     tensors = m.tensors[role]
     elements = sum(prod(p.shape) for p in tensors.values())
-    total = size_text(sum(_nbytes(p) for p in tensors.values()))
+    total = size_text(sum(p.nbytes for p in tensors.values()))
     count = plural(len(tensors), "tensor")
     yield f"{_TITLES[role]}: {count}, {count_text(elements)} elements, {total}"
     buffers, frozen = frozenset(m.buffers), frozenset(m.frozen)
@@ -207,7 +206,7 @@ def _row(group: Group, tensors: dict[str, Placed], note: str) -> list[str]:
         str(len(group.keys)),
         first.dtype,
         str(list(first.shape)),
-        size_text(_nbytes(first) * len(group.keys)),
+        size_text(first.nbytes * len(group.keys)),
         ", ".join(map(placement_text, first.placements or ())) or "-",
         ranks_text(ranks),
         note,
@@ -219,10 +218,6 @@ def _chunk_lines(placed: Placed) -> Iterator[str]:
         for rank, box in run:
             spans = [f"{a}:{a + n}" for a, n in zip(box.offset, box.shape, strict=True)]
             yield f"    rank {rank}: [{', '.join(spans)}]"
-
-
-def _nbytes(placed: Placed) -> int:
-    return prod(placed.shape) * itemsize(placed.dtype)
 
 
 def _object_lines(
@@ -268,7 +263,7 @@ def _tensor_record(m: Manifest, role: str, placed: Placed, full: bool) -> dict[s
     record = {
         "dtype": placed.dtype,
         "shape": list(placed.shape),
-        "nbytes": _nbytes(placed),
+        "nbytes": placed.nbytes,
         "placements": None if placed.placements is None else list(placed.placements),
         "runs": [run.to_json() for run in placed.runs],
     }

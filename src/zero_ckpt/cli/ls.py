@@ -56,9 +56,7 @@ def run(options: argparse.Namespace) -> int:
             raise no_checkpoint(storage, directory)
         latest, links = read_latest(storage, directory), _links(directory)
         for info in infos:
-            with suppress(
-                FileNotFoundError
-            ):  # removed meanwhile, by the retention of a running job
+            with suppress(FileNotFoundError):  # the retention of a running job has removed it
                 rows.append(_row(storage, directory, info, latest, links))
     if options.json:
         tags = [_record(directory, row) for row in rows]

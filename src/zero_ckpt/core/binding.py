@@ -1,7 +1,8 @@
 """Live objects under the names that they have in a checkpoint: models, optimizers and schedulers of one job.
 
-One object is called "", several are called by their place or by names of the user's. Every door of the package names
-in this way, so that what one has saved the others find.
+Owns those names, and what a save takes of the objects under them; what a load does to them is in `bound`. One object is
+called "", several are called by their place or by names of the user's. Every door of the package names in this way, so
+that what one has saved the others find.
 """
 
 from __future__ import annotations
@@ -9,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
-from zero_ckpt.core.naming import ParameterNames, naming_of, parameter_names
-from zero_ckpt.core.state import EXTRA_STATE
+from zero_ckpt.core.naming import ParameterNames, dotted, naming_of, parameter_names
+from zero_ckpt.core.state import EXTRA_STATE, Snapshot, capture_models, capture_optimizer
 from zero_ckpt.errors import ConfigurationError, StateMismatchError
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "named",
     "prefix_of",
     "set_extra_state",
+    "snapshot_of",
 ]
 
 
@@ -71,10 +74,48 @@ def bound_names(models: Mapping[str, nn.Module]) -> ParameterNames:
     """id(parameter) -> FQN over all models."""
     bound = ParameterNames()
     for name, model in models.items():
-        prefix, own = f"{name}." if name else "", parameter_names(model)
+        prefix, own = dotted(name), parameter_names(model)
         bound.update({key: prefix + fqn for key, fqn in own.items()})
         bound.experts |= {prefix + path: share for path, share in own.experts.items()}
     return bound
+
+
+def snapshot_of(
+    models: Mapping[str, nn.Module],
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    schedulers: Mapping[str, Any],
+    *,
+    step: int,
+    client_state: Any,
+    exclude_frozen: bool,
+) -> Snapshot:
+    """What a save stores of live objects: references, but for schedulers' states. `rank_objects` are empty yet.
+
+    `exclude_frozen`: without the parameters that have `requires_grad=False`, which is recorded.
+    """
+    state, names = capture_models(models), bound_names(models)
+    captured = {
+        name: capture_optimizer(optimizer, names, prefix_of(name))
+        for name, optimizer in optimizers.items()
+    }
+    excluded = frozenset(state.frozen) if exclude_frozen else frozenset()
+    return Snapshot(
+        model={key: t for key, t in state.tensors.items() if key not in excluded},
+        optim={key: t for each in captured.values() for key, t in each.tensors.items()},
+        objects={
+            "client_state": client_state,
+            "global_step": step,
+            "optimizers": {name: each.record for name, each in captured.items()},
+            "lr_schedulers": {name: each.state_dict() for name, each in schedulers.items()},
+            "extra_state": state.extra,
+        },
+        buffers=frozenset(state.buffers),
+        frozen=frozenset(state.frozen) - excluded,
+        aliases={alias: key for alias, key in state.aliases.items() if key not in excluded},
+        excluded=excluded,
+        experts=state.experts,
+        notices=tuple(each.notice for each in captured.values()),
+    )
 
 
 def check_same_names(
@@ -100,7 +141,7 @@ def set_extra_state(models: Mapping[str, nn.Module], extra: Mapping[str, Any]) -
         naming = naming_of(model)
         for path, module in model.named_modules():
             raw = f"{path}.{EXTRA_STATE}" if path else EXTRA_STATE
-            key = (f"{name}." if name else "") + naming.clean(raw)
+            key = dotted(name) + naming.clean(raw)
             # A wrapper goes by the name of what it wraps, and has no such state itself.
             takes = type(module).set_extra_state is not nn.Module.set_extra_state
             if takes and key in extra:

@@ -10,6 +10,8 @@ seconds. So the time limit bounds silence, not the length of a save on a slow di
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from zero_ckpt.core.consequences import shared_error
@@ -22,6 +24,7 @@ __all__ = [
     "Decide",
     "LocalControl",
     "control_for_process_group",
+    "meet_json",
     "process_group_store",
 ]
 
@@ -59,6 +62,22 @@ class LocalControl:
 
     def beat(self) -> None:
         pass
+
+
+def meet_json(
+    control: ControlPlane,
+    phase: str,
+    record: Any,
+    decide: Callable[[list[Any]], Any],
+    timeout: float | None,
+) -> Any:
+    """`control.meet` with records and an answer that are JSON. `timeout`: seconds; None: `DEFAULT_TIMEOUT`."""
+
+    def answer(records: list[bytes]) -> bytes:
+        return json.dumps(decide([json.loads(each) for each in records])).encode()
+
+    limit = DEFAULT_TIMEOUT if timeout is None else timeout
+    return json.loads(control.meet(phase, json.dumps(record).encode(), answer, limit))
 
 
 def process_group_store() -> Any:

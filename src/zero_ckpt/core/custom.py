@@ -14,7 +14,7 @@ from torch import nn
 
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.control import ControlPlane
-from zero_ckpt.core.naming import innermost, local_name
+from zero_ckpt.core.naming import dotted, innermost, local_name
 from zero_ckpt.core.restoring import Restoration
 from zero_ckpt.core.shares import verify_share
 from zero_ckpt.core.state import capture_model
@@ -61,7 +61,7 @@ def plan_custom(
     plan = Restoration()
     for name, model in models.items():
         state = capture_model(model)  # lets sharded models put away what they have gathered
-        every = lazy_state_dict(checkpoint, extra, f"{name}." if name else "")
+        every = lazy_state_dict(checkpoint, extra, dotted(name))
         called = {key: local_name(key, state.experts) for key in every}
         source = {here: every[key] for key, here in called.items() if here is not None}
         plan.installs.append(partial(load, source, innermost(model)))

@@ -146,14 +146,15 @@ class _Decoder:
             ) from error
 
 
+_SHOWN_AS = {"$dtype": "torch.{}", "$device": "device('{}')", "$size": "torch.Size({})"}
+
+
 class _Viewer(_Decoder):
     def _typed(self, kind: str, content: Any, path: Path) -> Any:
-        if kind in ("$dtype", "$device", "$size"):
-            form = {"$dtype": "torch.{}", "$device": "device('{}')", "$size": "torch.Size({})"}[
-                kind
-            ]
-            return Shown(form.format(content))
-        return super()._typed(kind, content, path)
+        form = _SHOWN_AS.get(kind)
+        return (
+            Shown(form.format(content)) if form is not None else super()._typed(kind, content, path)
+        )
 
     def _stored(self, kind: str, content: Any, path: Path) -> Any:
         if kind == "$pickle":

@@ -37,7 +37,7 @@ from zero_ckpt.core.state import Snapshot
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.core.termination import TerminationGuard
 from zero_ckpt.core.threads import start_thread
-from zero_ckpt.core.transaction import Request
+from zero_ckpt.core.transaction import SaveRequest
 from zero_ckpt.errors import ConfigurationError
 
 __all__ = ["AsyncEngine", "AsyncSave", "async_save_of", "make_engine"]
@@ -49,14 +49,14 @@ WHEN_BUSY = ("wait", "skip", "replace")
 
 @dataclass(frozen=True, slots=True)
 class AsyncSave:
-    """How saves run beside the training.
+    """How saves run beside the training. Raises `ConfigurationError` for values that cannot work.
 
-    staging_bytes: host memory of this rank for copies of its state. None: as much as it writes, at most a quarter of
-        what is free when it is first needed, shared by the ranks of this host. A larger state is staged in pieces,
-        and the next optimizer step waits for the disk to take what has no room.
+    staging_bytes: host memory of this rank for copies of its state, at least 24 MiB. None: as much as it writes, at
+        most a quarter of what is free when it is first needed, shared by the ranks of this host. A larger state is
+        staged in pieces, and the next optimizer step waits for the disk to take what has no room.
     when_busy: what a save does while `max_in_flight` earlier ones are under way: "wait" for the oldest, "skip" this
         one, or "replace" those by this one.
-    max_in_flight: saves under way at a time.
+    max_in_flight: saves under way at a time, at least 1.
     check_staging: checksum all that is staged later when the save begins, and once more before the next step may begin:
         finds code that changes it in ways that leave no trace (`tensor.data`). For debugging; the save call waits.
     grace: seconds that SIGTERM waits for a commit before it ends the process.
@@ -119,7 +119,7 @@ class AsyncEngine(SyncEngine):
         super().__init__(storage=storage, control=control)
         self._guard = TerminationGuard(self._is_busy, self.options.grace)
 
-    def _run(self, request: Request, snapshot: Snapshot | Callable[[], Snapshot]) -> SaveHandle:
+    def _run(self, request: SaveRequest, snapshot: Snapshot | Callable[[], Snapshot]) -> SaveHandle:
         if not self._make_room(request):
             return Skipped(f"{request.directory}/{request.tag}", request.tag)
         slot = self._saves % self.options.max_in_flight
@@ -184,7 +184,7 @@ class AsyncEngine(SyncEngine):
         with suppress(MemoryError):  # the save will find out whether there is enough for it
             start_thread(thread)
 
-    def _make_room(self, request: Request) -> bool:
+    def _make_room(self, request: SaveRequest) -> bool:
         """By `when_busy`; False: skip this save. Raises what earlier saves failed with. Every rank does the same."""
         surplus = len(self._flights) - self.options.max_in_flight + 1
         if self.options.when_busy == "wait" or not self._busy_anywhere(request.timeout):

@@ -10,7 +10,7 @@ What is copied later is held by references of its own: memory that is taken from
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,42 +117,53 @@ def detach(
 
     `digests`: of all that is copied later, so that every change of it is found.
     """
-    state, model = captured.tensors["state"], captured.tensors["model"]
-    at_once = snapshot.buffers | _teachers(model, snapshot)
-    moving = [
-        *captured.private.values(),
-        *state.values(),
-        *(model[k] for k in model.keys() & at_once),
-    ]
-    nbytes = _local_bytes(moving)
+    at_once = snapshot.buffers | _teachers(captured.tensors["model"], snapshot)
+    nbytes = _local_bytes(_moving(captured, at_once))
+    fits = nbytes <= room
+    made = _copy(captured, at_once, copies) if fits else []
+    copies.drop_unused()
+    watched = _hold(captured, at_once)
+    held = captured.tensors["model"] | captured.tensors["optim"]
+    devices = {tensor.device for tensor in watched.values() if tensor.is_cuda}
+    return Detached(
+        ready=[torch.cuda.current_stream(device).record_event() for device in devices],
+        copies=made,
+        nbytes=nbytes,
+        fits=fits,
+        _versions={k: (t, _version(t)) for k, t in watched.items() if not t.is_inference()},
+        _digests={k: (held[k], digest_of(held[k])) for k in watched} if digests else {},
+    )
+
+
+def _moving(captured: Captured, at_once: Collection[str]) -> Iterator[torch.Tensor]:
+    """What may change before the next step. `at_once`: keys of such weights and buffers."""
+    yield from captured.private.values()
+    yield from captured.tensors["state"].values()
+    yield from (t for k, t in captured.tensors["model"].items() if k in at_once)
+
+
+def _copy(captured: Captured, at_once: Collection[str], copies: Copies) -> list[torch.Tensor]:
+    """Put copies in the place of what `_moving` names; returns them."""
     made: list[torch.Tensor] = []
 
     def copied(tensor: torch.Tensor) -> torch.Tensor:
         made.append(copies.of(tensor))
         return made[-1]
 
-    if nbytes <= room:
-        captured.private = {key: copied(tensor) for key, tensor in captured.private.items()}
-        state = {key: copied(tensor) for key, tensor in state.items()}
-        model = {k: copied(t) if k in at_once else t for k, t in model.items()}
-    copies.drop_unused()
-    later = {k: t for k, t in model.items() if k not in at_once} | captured.tensors["optim"]
-    watched = {k: t for k, t in later.items() if not isinstance(t, LazyTensor)}
-    captured.tensors = {
-        "model": {k: t if k in at_once else _held(t) for k, t in model.items()},
-        "optim": {key: _held(tensor) for key, tensor in captured.tensors["optim"].items()},
-        "state": state,
-    }
-    devices = {tensor.device for tensor in watched.values() if tensor.is_cuda}
-    held = captured.tensors["model"] | captured.tensors["optim"]
-    return Detached(
-        ready=[torch.cuda.current_stream(device).record_event() for device in devices],
-        copies=made,
-        nbytes=nbytes,
-        fits=nbytes <= room,
-        _versions={k: (t, _version(t)) for k, t in watched.items() if not t.is_inference()},
-        _digests={k: (held[k], digest_of(held[k])) for k in watched} if digests else {},
-    )
+    state, model = captured.tensors["state"], captured.tensors["model"]
+    captured.private = {key: copied(tensor) for key, tensor in captured.private.items()}
+    captured.tensors["state"] = {key: copied(tensor) for key, tensor in state.items()}
+    captured.tensors["model"] = {k: copied(t) if k in at_once else t for k, t in model.items()}
+    return made
+
+
+def _hold(captured: Captured, at_once: Collection[str]) -> dict[str, torch.Tensor]:
+    """Take references of our own to the rest; returns those of it that are live, as they are known outside."""
+    model, optim = captured.tensors["model"], captured.tensors["optim"]
+    later = {k: t for k, t in model.items() if k not in at_once} | optim
+    captured.tensors["model"] = {k: t if k in at_once else _held(t) for k, t in model.items()}
+    captured.tensors["optim"] = {key: _held(tensor) for key, tensor in optim.items()}
+    return {k: t for k, t in later.items() if not isinstance(t, LazyTensor)}
 
 
 def _teachers(model: Mapping[str, torch.Tensor], snapshot: Snapshot) -> frozenset[str]:

@@ -29,7 +29,6 @@ __all__ = [
     "local_part",
     "local_shape",
     "local_tensor",
-    "mesh_of",
 ]
 
 DTYPE_NAMES: dict[torch.dtype, str] = {
@@ -58,7 +57,7 @@ _mesh_layouts: dict[tuple[Any, ...], tuple[Any, Layout]] = {}
 """By what tensors of equal layout have in common; with the mesh, of whose id another may not come to be."""
 
 
-def mesh_of(device_mesh: Any) -> Mesh:
+def _mesh_of(device_mesh: Any) -> Mesh:
     """The `Mesh` of a torch `DeviceMesh`, computed once for each."""
     return _known_mesh(device_mesh)[1]
 
@@ -141,7 +140,7 @@ def layout_of(key: str, tensor: torch.Tensor, whole: bool = False) -> Layout:
         return known[1]
     try:
         layout = _mesh_layout(
-            _dtype_name(key, dtype), tuple(tensor.shape), mesh_of(mesh), placements, whole
+            _dtype_name(key, dtype), tuple(tensor.shape), _mesh_of(mesh), placements, whole
         )
     except TypeError as error:
         raise StateMismatchError(
@@ -254,7 +253,7 @@ def local_shape(
     if coordinate is None:
         return (0,) * len(shape)
     names = tuple(_placement_name(p) for p in placements)
-    return local_box(shape, mesh_of(device_mesh).shape, names, tuple(coordinate)).shape
+    return local_box(shape, _mesh_of(device_mesh).shape, names, tuple(coordinate)).shape
 
 
 def dtensor_from(

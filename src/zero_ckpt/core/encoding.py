@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import math
 import pickle
 from collections import Counter, OrderedDict, defaultdict
 from typing import TYPE_CHECKING, Any
@@ -68,17 +67,11 @@ class _Encoder:
 
     def encode(self, value: Any, path: Path) -> Any:
         kind = type(value)
-        if value is None or kind in (bool, str):
-            return value
-        if kind is int:
-            return value if -(1 << 63) <= value < 1 << 64 else {"$int": hex(value)}
-        if kind is float:
-            return value if math.isfinite(value) else {"$float": repr(value)}
+        leaf = LEAVES.get(kind)
+        if leaf is not None:
+            return leaf(value)
         if kind in _CONTAINERS:
             return self._container(value, path)
-        encode = LEAVES.get(kind)
-        if encode is not None:
-            return encode(value)
         if kind is datetime.datetime and _is_plain_time(value):
             return {"$datetime": value.isoformat()}
         return self._other(value, path)

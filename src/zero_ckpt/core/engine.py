@@ -25,13 +25,13 @@ from zero_ckpt.core.saving import Captured, ShardPlan
 from zero_ckpt.core.staging import StagingPool
 from zero_ckpt.core.state import Snapshot
 from zero_ckpt.core.storage import Storage
-from zero_ckpt.core.transaction import Plans, Request, Transaction
+from zero_ckpt.core.transaction import Plans, SaveRequest, Transaction
 
 __all__ = ["SyncEngine", "cuda_device"]
 
 
 class SyncEngine:
-    """Saves checkpoints; one save at a time. `buffers` staging buffers of 4 MiB each are its extra memory."""
+    """Saves checkpoints; one save at a time. Its extra memory is that of a `StagingPool`: six buffers of 4 MiB."""
 
     is_async = False
 
@@ -40,19 +40,16 @@ class SyncEngine:
         *,
         storage: Storage | None = None,
         control: ControlPlane | None = None,
-        buffers: int = 6,
     ) -> None:
         self.storage: Storage = storage or AnyStorage()
         self._given = control
         self._found: dict[str, tuple[Any, ControlPlane]] = {}
         self._ranks = 1
-        self._buffers = buffers
         self._pool: StagingPool | None = None
         self._plans = Plans()
         if process_group_store() is not None:
-            _ = (
-                self.control
-            )  # makes this rank known, so that its death is seen even before its first save
+            # Makes this rank known, so that its death is seen even before its first save.
+            _ = self.control
 
     @property
     def control(self) -> ControlPlane:
@@ -93,7 +90,7 @@ class SyncEngine:
         or `ConfigurationError`. Then nothing was committed, unless the message says otherwise, earlier checkpoints are
         intact, and the next save may succeed. `ConfigurationError` when the process group of earlier calls is gone.
         """
-        request = Request(
+        request = SaveRequest(
             absolute(directory),
             str(tag),
             step,
@@ -108,7 +105,7 @@ class SyncEngine:
             raise type(gone)(f"{request.directory}: {gone}. Nothing was written.")
         return self._run(request, snapshot)
 
-    def _run(self, request: Request, snapshot: Snapshot | Callable[[], Snapshot]) -> SaveHandle:
+    def _run(self, request: SaveRequest, snapshot: Snapshot | Callable[[], Snapshot]) -> SaveHandle:
         begin = time.perf_counter()
         transaction = self._transaction(request, self.control)
         transaction.begin(snapshot)
@@ -134,7 +131,7 @@ class SyncEngine:
         """Let go of the buffers. Another save makes new ones."""
         self._pool = None
 
-    def _transaction(self, request: Request, control: ControlPlane) -> Transaction:
+    def _transaction(self, request: SaveRequest, control: ControlPlane) -> Transaction:
         transaction: Transaction
 
         def pool_for(shards: list[ShardPlan]) -> StagingPool:
@@ -146,7 +143,7 @@ class SyncEngine:
     def _staging_pool(self, captured: Captured, shards: list[ShardPlan]) -> StagingPool:
         device = cuda_device(captured.all_tensors())
         if self._pool is None or self._pool.device != device:
-            self._pool = StagingPool(self._buffers, device)
+            self._pool = StagingPool(device=device)
         return self._pool
 
 

@@ -67,8 +67,9 @@ _METADATA = frozenset(
 
 
 class LazyTensor(torch.Tensor):
-    """Shape and dtype of a stored tensor, on the CPU. `role` and `key` say where it is stored in
-    `source`, the checkpoint that made it.
+    """Shape and dtype of a stored tensor, on the CPU.
+
+    `role` and `key` say where it is stored in `source`, the checkpoint that made it.
     """
 
     source: object = None

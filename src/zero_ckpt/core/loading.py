@@ -11,7 +11,6 @@ unfitting checkpoint changes nothing on any rank. (`verify_first=False` trades t
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -21,7 +20,7 @@ from typing import Any, Generic, TypeVar
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.collector import collector_paused
 from zero_ckpt.core.consequences import TORN
-from zero_ckpt.core.control import DEFAULT_TIMEOUT, ControlPlane
+from zero_ckpt.core.control import ControlPlane, meet_json
 from zero_ckpt.core.finding import Candidates, Found, fallback_notice, find_checkpoint, locate
 from zero_ckpt.core.memory import free_share
 from zero_ckpt.core.notices import warn_on_first
@@ -38,7 +37,7 @@ from zero_ckpt.errors import (
     DisagreementError,
     NothingSavedError,
     ZeroCkptError,
-    by_name,
+    first_told,
     raise_for,
     to_record,
 )
@@ -76,7 +75,6 @@ def load_together(
     Raises `CheckpointNotFoundError`, `CorruptCheckpointError`, `StateMismatchError`, `FormatVersionError`,
     `UnsafeObjectError`, `DisagreementError` or `RankTimeoutError`.
     """
-    timeout = DEFAULT_TIMEOUT if timeout is None else timeout
     session = _Session(storage, control, absolute(path), tag, timeout)
     while True:
         folder, notice = session.choose()
@@ -91,7 +89,12 @@ class _Session:
     """One load's meetings, and on rank 0 the checkpoints still to try."""
 
     def __init__(
-        self, storage: Storage, control: ControlPlane, path: str, tag: str | None, timeout: float
+        self,
+        storage: Storage,
+        control: ControlPlane,
+        path: str,
+        tag: str | None,
+        timeout: float | None,
     ) -> None:
         self._storage, self._control, self._timeout = storage, control, timeout
         self._path, self._tag = path, tag
@@ -159,15 +162,8 @@ class _Session:
         failure: Exception | None = None,
     ) -> dict[str, Any]:
         """`failure`: this rank's own, whose traceback is shown with what all ranks raise."""
-
-        def answer(records: list[bytes]) -> bytes:
-            return json.dumps(decide([json.loads(r) for r in records])).encode()
-
-        data = json.dumps(record).encode()
         try:
-            found: dict[str, Any] = json.loads(
-                self._control.meet(phase, data, answer, self._timeout)
-            )
+            found: dict[str, Any] = meet_json(self._control, phase, record, decide, self._timeout)
         except ZeroCkptError as error:
             raise_for(error, failure)
         return found
@@ -207,7 +203,7 @@ class _Session:
 
     def _judge(self, problems: list[Any]) -> dict[str, Any]:
         """Rank 0: go on, try an older checkpoint, or raise."""
-        error = _first(problems)
+        error = first_told(problems, ZeroCkptError)
         if error is None:
             return {"next": False}
         kinds = {name for name, _ in filter(None, problems)}
@@ -253,16 +249,6 @@ def _problem(failure: Exception | None) -> list[str]:
 
 def _raise_torn(problems: list[Any]) -> dict[str, Any]:
     """Raise the first problem of the step that overwrites."""
-    if (error := _first(problems)) is not None:
+    if (error := first_told(problems, ZeroCkptError)) is not None:
         raise type(error)(f"{str(error).rstrip('.')}. {TORN}")
     return {}
-
-
-def _first(problems: Sequence[Any]) -> ZeroCkptError | None:
-    """The first rank's problem; says which rank, unless all ranks have the same."""
-    found = next((rank for rank, problem in enumerate(problems) if problem), None)
-    if found is None:
-        return None
-    name, text = problems[found]
-    same = all(problem == problems[found] for problem in problems)
-    return by_name(name, text if same else f"rank {found}: {text}", ZeroCkptError)

@@ -1,11 +1,7 @@
 """The commit record: which files and tensors form a checkpoint. Pure: records <-> bytes, no files, no torch.
 
-`manifest.json` is written last; without it there is no checkpoint. It is one JSON object whose first line is the
-format version and the XXH3-128 of the body's bytes, so that a flipped bit is found before anything is believed:
-
-    {"zero_ckpt": 1, "checksum": "<32 hex digits>", "manifest":
-    {...body...}
-    }
+`manifest.json` is written last; without it there is no checkpoint. Its bytes lie in an `envelope`, which is verified
+before anything in it is believed. Then every number is checked: a sound checksum does not make a manifest true.
 
 Size grows with tensors + ranks: equal tensors share one entry of `layouts`, and chunks are runs (see `runs`).
 """
@@ -18,27 +14,19 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from json.encoder import encode_basestring_ascii as quote
-from math import isfinite, prod
+from math import isfinite
 from typing import Any, TypeVar
 
-import xxhash
-
 from zero_ckpt.core.dtypes import ITEMSIZE
+from zero_ckpt.core.envelope import FORMAT_VERSION, seal, unseal
 from zero_ckpt.core.layout import MAX_DIMS, ROLES
 from zero_ckpt.core.planner import Placed
 from zero_ckpt.core.runs import run_from_json, runs_coverage_error
-from zero_ckpt.errors import CorruptManifestError, FormatVersionError
+from zero_ckpt.errors import CorruptManifestError
 
-__all__ = ["FORMAT_VERSION", "MANIFEST_NAME", "FileRecord", "Manifest", "Summary", "shard_name"]
+__all__ = ["MANIFEST_NAME", "FileRecord", "Manifest", "Summary", "shard_name"]
 
-FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-
-_HEAD = re.compile(rb'\{"zero_ckpt": (\d{1,9}), "checksum": "([0-9a-f]{32})", "manifest":\n')
-_TAIL = b"\n}\n"
-_REMEDY = (
-    "Use an earlier tag, or let 'zero-ckpt repair' rebuild it from shard files that are whole."
-)
 
 
 def shard_name(role: str, rank: int, world_size: int, generation: int) -> str:
@@ -78,7 +66,7 @@ class Summary:
     @classmethod
     def from_bytes(cls, data: bytes, path: str = MANIFEST_NAME) -> Summary:
         """Parse and check this much. Raises `CorruptManifestError` or `FormatVersionError`, naming `path`."""
-        body = _verified_body(data, path)
+        body = unseal(data, path)
         return _believed(path, lambda: Summary(**_summary(_head(body))))
 
 
@@ -104,14 +92,12 @@ class Manifest(Summary):
         return shard_name(role, rank, self.world_size, self.generation)
 
     def to_bytes(self) -> bytes:
-        body = _body(self).encode()
-        head = f'{{"zero_ckpt": {FORMAT_VERSION}, "checksum": "{_hash(body)}", "manifest":\n'
-        return head.encode() + body + _TAIL
+        return seal(_body(self).encode())
 
     @classmethod
     def from_bytes(cls, data: bytes, path: str = MANIFEST_NAME) -> Manifest:
         """Parse and check everything. Raises `CorruptManifestError` or `FormatVersionError`, naming `path`."""
-        body = _verified_body(data, path)
+        body = unseal(data, path)
         return _believed(path, lambda: _parse(json.loads(body)))
 
 
@@ -148,31 +134,6 @@ _UNBELIEVABLE = (
     RecursionError,
 )
 """What content that is no manifest makes of the code that reads it."""
-
-
-def _hash(body: bytes) -> str:
-    return xxhash.xxh3_128_hexdigest(body)
-
-
-def _verified_body(data: bytes, path: str) -> bytes:
-    match = _HEAD.match(data)
-    if match is None:
-        raise CorruptManifestError(
-            f"{path}: not a zero_ckpt manifest, or damaged: {len(data)} bytes found, starting {data[:24]!r}. {_REMEDY}"
-        )
-    version = int(match[1])
-    if version > FORMAT_VERSION:
-        raise FormatVersionError(
-            f"{path}: format version {version}; this zero_ckpt reads up to version {FORMAT_VERSION}. Upgrade zero-ckpt."
-        )
-    body = data[match.end() : -len(_TAIL)]
-    found = _hash(body)
-    if not data.endswith(_TAIL) or found != match[2].decode() or version < 1:
-        raise CorruptManifestError(
-            f"{path}: checksum {match[2].decode()} expected, {found} found over {len(body)} bytes: "
-            f"the manifest is truncated or damaged. {_REMEDY}"
-        )
-    return body
 
 
 def _body(m: Manifest) -> str:
@@ -261,7 +222,7 @@ def _check_references(manifest: Manifest) -> None:
         lengths = {rank: record.nbytes for rank, record in enumerate(files) if record is not None}
         distinct = {id(placed): placed for placed in keys.values()}
         # A reader makes room for a tensor before it reads it.
-        sizes = {key: prod(p.shape) * ITEMSIZE[p.dtype] for key, p in distinct.items()}
+        sizes = {key: placed.nbytes for key, placed in distinct.items()}
         needed = sum(sizes[id(placed)] for placed in keys.values())
         there = sum(lengths.values())
         _expect(needed <= there, f"{role} tensors of {needed} bytes in files of {there}")

@@ -18,6 +18,7 @@ from zero_ckpt.core.experts import Share, share_of
 __all__ = [
     "Naming",
     "ParameterNames",
+    "dotted",
     "innermost",
     "is_elsewhere",
     "local_name",
@@ -36,6 +37,11 @@ _WRAPPER_CHILDREN = {
     "OffloadWrapper": _ACTIVATION_CHILD,
     "FullyShardedDataParallel": "_fsdp_wrapped_module",
 }
+
+
+def dotted(name: str) -> str:
+    """What the names of all that is in a module, or in a model of several, start with; "" where that has no name."""
+    return f"{name}." if name else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +109,7 @@ def _shares(model: nn.Module, wrappers: Iterable[str]) -> dict[str, Share]:
     for name, module in model.named_modules(remove_duplicate=False):
         share = share_of(module) if isinstance(module, nn.ModuleList) else None
         if share is not None:
-            path = f"{name}." if name else ""
+            path = dotted(name)
             found[_without_wrappers(path, wrappers)] = share
     return found
 

@@ -53,10 +53,12 @@ class LoadResult(tuple[Any, ...]):
 
     @property
     def path(self) -> Any:
+        """The tag's folder, or None."""
         return self[0]
 
     @property
     def client_state(self) -> Any:
+        """What rank 0 gave to the save, or None."""
         return self[1]
 
     def __getnewargs__(self) -> tuple[Any, ...]:

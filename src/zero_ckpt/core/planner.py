@@ -11,8 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
+from math import prod
 
 from zero_ckpt.core.chunks import Box
+from zero_ckpt.core.dtypes import itemsize
 from zero_ckpt.core.grids import Grid
 from zero_ckpt.core.layout import ROLES, Layout, Mesh, Table
 from zero_ckpt.core.runs import Run
@@ -38,6 +40,11 @@ class Placed:
     shape: tuple[int, ...]
     runs: tuple[Run, ...]
     placements: tuple[str, ...] | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its elements."""
+        return prod(self.shape) * itemsize(self.dtype)
 
 
 @dataclass(slots=True)

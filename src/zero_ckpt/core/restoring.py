@@ -87,11 +87,7 @@ def plan_model(
             )
             continue
         local, box = local_part(key, tensor, layout, rank)
-        if 0 in local.stride() and _is_expanded(local):
-            raise StateMismatchError(
-                f"tensor '{key}' of the model was expanded: several of its elements are one place in memory, which "
-                "cannot be filled. Nothing was loaded. Make it a tensor of its own with clone()."
-            )
+        _check_fillable(key, local)
         if box is not None and box.numel:
             plan.live.append(Request("model", stored, placed, box, local))
     # A checkpoint of untied weights has a tensor for each name of a tied one: the first is taken.
@@ -105,8 +101,13 @@ def plan_model(
     return plan
 
 
-def _is_expanded(tensor: torch.Tensor) -> bool:
-    return any(n > 1 and not step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+def _check_fillable(key: str, tensor: torch.Tensor) -> None:
+    steps = tensor.stride()
+    if 0 in steps and any(n > 1 and not step for n, step in zip(tensor.shape, steps, strict=True)):
+        raise StateMismatchError(
+            f"tensor '{key}' of the model was expanded: several of its elements are one place in memory, which "
+            "cannot be filled. Nothing was loaded. Make it a tensor of its own with clone()."
+        )
 
 
 def _stored_name(checkpoint: Checkpoint, key: str, aliases: Mapping[str, str]) -> str | None:

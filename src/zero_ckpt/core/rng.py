@@ -1,8 +1,7 @@
 """One rank's random number generators as plain tensors and numbers, and back.
 
-Owns: torch's CPU generator, the rank's CUDA generator, NumPy's legacy global generator and Python's
-`random`. Promises: `restore(capture())` continues the four streams bitwise. May not touch a
-generator that a user created.
+Owns torch's CPU generator, the rank's CUDA generator, NumPy's legacy global generator and Python's `random`. Promises:
+`restore(capture())` continues the four streams bitwise. May not touch a generator that a user created.
 """
 
 from __future__ import annotations
@@ -71,8 +70,7 @@ def streams(*, python: bool = True, numpy: bool = True) -> Streams:
 def capture(device: torch.device | None = None) -> dict[str, Any]:
     """The state of this process's generators; with a CUDA `device`, that device's too.
 
-    Values are uint8 and int64 tensors, numbers and strings, so that they are stored without a
-    pickle.
+    Values are uint8 and int64 tensors, numbers and strings, so that they are stored without a pickle.
     """
     state = streams().packed()
     if device is not None and device.type == "cuda":
@@ -81,9 +79,7 @@ def capture(device: torch.device | None = None) -> dict[str, Any]:
 
 
 def restore(state: Mapping[str, Any], device: torch.device | None = None) -> None:
-    """Put the generators back to what `capture` saw. A stream that was not captured is left
-    alone.
-    """
+    """Put the generators back to what `capture` saw. A stream that was not captured is left alone."""
     torch.set_rng_state(state["torch"].cpu())
     if "python" in state:
         python = state["python"]
@@ -96,8 +92,7 @@ def restore(state: Mapping[str, Any], device: torch.device | None = None) -> Non
 
 
 def derive(state: Mapping[str, Any], rank: int, device: torch.device | None = None) -> None:
-    """Seed this rank's generators from another rank's `state`: for a world size that the checkpoint
-    has not.
+    """Seed this rank's generators from another rank's `state`: for a world size that the checkpoint has not.
 
     Ranks that derive from the same state get different streams, and the same ones on every resume.
     """

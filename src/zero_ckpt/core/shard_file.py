@@ -25,7 +25,8 @@ import xxhash
 
 from zero_ckpt.core.chunks import Box
 from zero_ckpt.core.dtypes import itemsize, stored_dtype, stored_shape
-from zero_ckpt.core.manifest import FORMAT_VERSION, FileRecord
+from zero_ckpt.core.envelope import FORMAT_VERSION
+from zero_ckpt.core.manifest import FileRecord
 from zero_ckpt.core.memory import round_up
 
 __all__ = [

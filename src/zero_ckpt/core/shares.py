@@ -20,8 +20,8 @@ def verify_share(
 ) -> None:
     """Read and verify every block of this rank's share of the files: those of its own number.
 
-    At the same world size that is what this rank loads next. `sharing`: what will be loaded by all
-    ranks. Raises `CorruptShardError`.
+    At the same world size that is what this rank loads next. `sharing`: what will be loaded by all ranks. Raises
+    `CorruptShardError`.
     """
     manifest = checkpoint.manifest
     requests = []

@@ -19,11 +19,12 @@ from torch.distributed.tensor import DTensor
 
 from zero_ckpt.core.dtensors import local_tensor
 from zero_ckpt.core.experts import Share
-from zero_ckpt.core.naming import ParameterNames, naming_of, split_expert
+from zero_ckpt.core.naming import ParameterNames, dotted, naming_of, split_expert
 from zero_ckpt.core.state_values import MARKS, add_value, split_state_name
 from zero_ckpt.errors import ConfigurationError, StateMismatchError
 
 __all__ = [
+    "EXTRA_STATE",
     "ModelState",
     "OptimizerState",
     "Snapshot",
@@ -32,6 +33,7 @@ __all__ = [
     "capture_models",
     "capture_optimizer",
     "group_names",
+    "holder_of",
     "local_states",
     "names_in_groups",
 ]
@@ -159,7 +161,7 @@ def capture_models(models: Mapping[str, nn.Module]) -> ModelState:
     """Several models as one: keys are prefixed with "<name>.", but for a single model called ""."""
     state = ModelState()
     for name, model in models.items():
-        state.add(capture_model(model), f"{name}." if name else "")
+        state.add(capture_model(model), dotted(name))
     return state
 
 

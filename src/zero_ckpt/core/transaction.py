@@ -27,11 +27,11 @@ from zero_ckpt.core.state import Snapshot
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.errors import ConfigurationError, ZeroCkptError, raise_for, to_record
 
-__all__ = ["Plans", "Request", "Transaction"]
+__all__ = ["Plans", "SaveRequest", "Transaction"]
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class SaveRequest:
     """What a caller asks for. `timeout`: seconds of silence after which another rank counts as lost."""
 
     directory: str
@@ -66,7 +66,7 @@ class Transaction:
     raise to give the save up; `before_vote` when they are.
     """
 
-    request: Request
+    request: SaveRequest
     storage: Storage
     control: ControlPlane
     plans: Plans

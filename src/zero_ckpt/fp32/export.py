@@ -10,7 +10,6 @@ had finished of several files, and the same one, run again, goes on from there: 
 
 from __future__ import annotations
 
-import json
 import os
 import uuid
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from contextlib import suppress
 from typing import Any
 
 from zero_ckpt.core.checkpoint import Checkpoint
-from zero_ckpt.core.control import DEFAULT_TIMEOUT, ControlPlane, LocalControl
+from zero_ckpt.core.control import ControlPlane, LocalControl, meet_json
 from zero_ckpt.core.finding import Found, fallback_notice, find_checkpoint
 from zero_ckpt.core.notices import warn_on_first
 from zero_ckpt.core.places import AnyStorage, absolute
@@ -30,7 +29,7 @@ from zero_ckpt.errors import (
     RankTimeoutError,
     SaveError,
     ZeroCkptError,
-    by_name,
+    first_told,
 )
 from zero_ckpt.fp32.contents import Contents, Options
 from zero_ckpt.fp32.destination import check_destination, folders_to_make, remove_empty
@@ -102,7 +101,7 @@ class _Export:
         self, options: Options, control: ControlPlane, timeout: float | None, progress: Progress
     ) -> None:
         self._options, self._control, self._progress = options, control, progress
-        self._timeout = DEFAULT_TIMEOUT if timeout is None else timeout
+        self._timeout = timeout
         self._output: Output = options.output
         self._storage = AnyStorage()
         self._contents: Contents | None = None
@@ -143,11 +142,7 @@ class _Export:
     def _meet(
         self, phase: str, record: Any, decide: Callable[[list[Any]], dict[str, Any]]
     ) -> dict[str, Any]:
-        def answer(records: list[bytes]) -> bytes:
-            return json.dumps(decide([json.loads(r) for r in records])).encode()
-
-        data = json.dumps(record).encode()
-        found: dict[str, Any] = json.loads(self._control.meet(phase, data, answer, self._timeout))
+        found: dict[str, Any] = meet_json(self._control, phase, record, decide, self._timeout)
         return found
 
     def _open(self, folder: str) -> Contents:
@@ -160,11 +155,8 @@ class _Export:
         if self._contents is None or not isinstance(error, CorruptCheckpointError):
             return error
         known = self._contents.checkpoint
-        return (
-            _replaced(known.path)
-            if was_replaced(self._storage, known.path, known.manifest)
-            else error
-        )
+        was = was_replaced(self._storage, known.path, known.manifest)
+        return _replaced(known.path) if was else error
 
     def _start(self, asked: list[Any]) -> dict[str, Any]:
         """Rank 0: find the checkpoint, and make the files that several ranks will write parts of."""
@@ -233,11 +225,8 @@ class _Export:
 
     def _finish(self, problems: list[Any]) -> dict[str, Any]:
         """Rank 0: put the files in place, or raise the first rank's problem."""
-        found = [(rank, problem) for rank, problem in enumerate(problems) if problem]
-        if found:
-            rank, (name, text) = found[0]
-            same = all(problem == found[0][1] for problem in problems)
-            raise by_name(name, text if same else f"rank {rank}: {text}")
+        if (told := first_told(problems)) is not None:
+            raise told
         assert self._contents is not None
         assert self._journal is not None
         if not self._is_unchanged():

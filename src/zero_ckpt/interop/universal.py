@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from zero_ckpt.core.binding import prefix_of
 from zero_ckpt.core.checkpoint import Checkpoint, open_checkpoint
 from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.core.places import local
@@ -103,8 +104,7 @@ class _Writer:
         return groups
 
     def _prefix(self) -> str:
-        name = next(iter(self._objects["optimizers"]))
-        return f"{name}/" if name else ""
+        return prefix_of(next(iter(self._objects["optimizers"])))
 
     def _parameter(self, name: str, states: Mapping[str, str]) -> None:
         checkpoint = self._checkpoint

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,15 +10,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 
 from zero_ckpt.core.agreement import check_tag_validation
 from zero_ckpt.core.arguments import check_timeout
 from zero_ckpt.core.bound import Wanted
-from zero_ckpt.core.control import DEFAULT_TIMEOUT, ControlPlane
+from zero_ckpt.core.control import ControlPlane, meet_json
 from zero_ckpt.core.decoupled import AsyncSave, make_engine
 from zero_ckpt.core.engine import SyncEngine
 from zero_ckpt.core.outcome import LoadReport
-from zero_ckpt.errors import ConfigurationError, ZeroCkptError, by_name, raise_for, to_record
+from zero_ckpt.errors import ConfigurationError, ZeroCkptError, first_told, raise_for, to_record
 from zero_ckpt.lightning.namespaces import Namespace
 from zero_ckpt.lightning.ranks import Resumption
 from zero_ckpt.zero import Sharding, WrapPolicy
@@ -110,6 +110,8 @@ class StrategyBase(Host):
         self._zero_sharding: Sharding | None = None
         self._zero_mesh: DeviceMesh | None = None
         self._zero_resumption: Resumption | None = None
+        # Stage 1: the parts -> the user's optimizer, and the groups that the parts were made for.
+        self._zero_partitions: dict[Optimizer, tuple[Optimizer, list[Any]]] = {}
         # Whether other ranks did not come to a save after an exception.
         self._zero_is_alone = False
 
@@ -142,16 +144,18 @@ class StrategyBase(Host):
     def _current_trainer(self) -> Any:
         return None if self._lightning_module is None else self._lightning_module._trainer
 
+    def _callbacks(self, *names: str) -> list[Any]:
+        """The run's callbacks that are Lightning's own of these names; a version of Lightning may lack some of them."""
+        trainer = self._current_trainer()
+        known = self.namespace.module("callbacks")
+        kinds = tuple(getattr(known, name) for name in names if hasattr(known, name))
+        return [] if trainer is None else [c for c in trainer.callbacks if isinstance(c, kinds)]
+
     def _meet(
         self, phase: str, record: Any, decide: Callable[[list[Any]], Any], timeout: float | None
     ) -> Any:
         """Every rank's `record` to rank 0; what its `decide` returns, or raises, to every rank."""
-
-        def answer(records: list[bytes]) -> bytes:
-            return json.dumps(decide([json.loads(each) for each in records])).encode()
-
-        limit = DEFAULT_TIMEOUT if timeout is None else timeout
-        return json.loads(self.control.meet(phase, json.dumps(record).encode(), answer, limit))
+        return meet_json(self.control, phase, record, decide, timeout)
 
     def _together(self, phase: str, action: Callable[[], None]) -> None:
         """Run `action` on every rank; when it fails on any, raise that error on all."""
@@ -163,10 +167,8 @@ class StrategyBase(Host):
         problem = [] if failure is None else to_record(failure)
 
         def decide(problems: list[Any]) -> None:
-            for rank, found in enumerate(problems):
-                if found:
-                    same = all(each == found for each in problems)
-                    raise by_name(found[0], found[1] if same else f"rank {rank}: {found[1]}")
+            if (told := first_told(problems)) is not None:
+                raise told
 
         try:
             self._meet(phase, problem, decide, self.save_timeout)

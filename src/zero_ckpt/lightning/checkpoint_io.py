@@ -34,10 +34,10 @@ __all__ = ["ZeroCheckpointIO"]
 
 
 class ZeroCheckpointIO(_AllCheckpointIOs):
-    """Checkpoints as committed, verified folders, written by one process.
+    """Checkpoints as committed, verified folders, written by one process. Takes no arguments.
 
-    A dict that is not a checkpoint of Lightning's (the weights that a spawning launcher hands back)
-    is written as a plain file. Accepted by `lightning` and by `pytorch_lightning`.
+    A dict that is not a checkpoint of Lightning's (the weights that a spawning launcher hands back) is written as a
+    plain file. Accepted by `lightning` and by `pytorch_lightning`.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,10 @@ class ZeroCheckpointIO(_AllCheckpointIOs):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
     ) -> None:
-        """Commit `checkpoint` at `path`. Raises `SaveError` and leaves no trace when it cannot."""
+        """Commit `checkpoint` at `path`, durable on return. Raises `SaveError` and leaves no trace when it cannot.
+
+        `storage_options` are refused with `ConfigurationError`, and so are sharded tensors.
+        """
         if storage_options is not None:
             raise ConfigurationError(
                 f"ZeroCheckpointIO takes no storage_options, got {storage_options!r}: it writes to "
@@ -80,6 +83,8 @@ class ZeroCheckpointIO(_AllCheckpointIOs):
 
         `map_location`: a device to put tensors on; anything else leaves them on the CPU.
         `weights_only` None or True refuses objects that were stored as pickles.
+
+        Raises `CheckpointNotFoundError`, `CorruptCheckpointError`, `FormatVersionError` or `UnsafeObjectError`.
         """
         if not paths.is_checkpoint_folder(path):
             paths.refuse_export(path)

@@ -18,21 +18,18 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from zero_ckpt.core.binding import named, prefix_of
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.custom import lazy_state_dict
 from zero_ckpt.core.dtensors import TORCH_DTYPES, local_tensor
 from zero_ckpt.core.lazy import LazyTensor
 from zero_ckpt.core.naming import Naming, naming_of
 from zero_ckpt.core.objects import decode_objects
-from zero_ckpt.core.state import (
-    EXTRA_STATE,
-    Snapshot,
-    by_parameter,
-)
+from zero_ckpt.core.state import EXTRA_STATE, Snapshot, by_parameter
 from zero_ckpt.core.state_values import add_value, python_value, split_state_name
 from zero_ckpt.lightning.optimizers import STATES, pruned_names
 
-__all__ = ["VERSION_KEY", "ModuleNames", "from_checkpoint", "named", "step_of", "to_snapshot"]
+__all__ = ["VERSION_KEY", "ModuleNames", "from_checkpoint", "step_of", "to_snapshot"]
 
 VERSION_KEY = "pytorch-lightning_version"
 """Marks a dict as Lightning's; Lightning refuses one without."""
@@ -40,8 +37,9 @@ VERSION_KEY = "pytorch-lightning_version"
 
 @dataclass(frozen=True, slots=True)
 class ModuleNames:
-    """What a module says about its state dict's keys. `ties`: name -> first name of the same
-    tensor. `memory`: where this rank's parts of its parameters lie.
+    """What a module says about its state dict's keys.
+
+    `ties`: name -> first name of the same tensor. `memory`: where this rank's parts of its parameters lie.
     """
 
     naming: Naming = field(default_factory=Naming)
@@ -99,10 +97,10 @@ def to_snapshot(
         if exclude_frozen:
             _leave_frozen(snapshot)
     if _all_known(client.get("optimizer_states")):
-        states = named(client.pop("optimizer_states"))
+        states = named(client.pop("optimizer_states"), "optimizers")
         objects["optimizers"] = {n: _take_optimizer(snapshot, n, s) for n, s in states.items()}
     if isinstance(client.get("lr_schedulers"), list):
-        objects["lr_schedulers"] = named(client.pop("lr_schedulers"))
+        objects["lr_schedulers"] = named(client.pop("lr_schedulers"), "schedulers")
     objects["client_state"] = tree_map_only(LazyTensor, LazyTensor.materialize, client)
     return snapshot
 
@@ -113,15 +111,10 @@ def step_of(checkpoint: Mapping[str, Any]) -> int:
     return int(step) if isinstance(step, int) and step >= 0 else 0
 
 
-def named(items: list[Any]) -> dict[str, Any]:
-    """One is called "", several by their place: as `Checkpointer` calls them."""
-    return {"": items[0]} if len(items) == 1 else {str(i): item for i, item in enumerate(items)}
-
-
-def _listed(named: Mapping[str, Any]) -> list[Any]:
-    if set(named) == {str(i) for i in range(len(named))}:
-        return [named[str(i)] for i in range(len(named))]
-    return list(named.values())
+def _listed(by_name: Mapping[str, Any]) -> list[Any]:
+    if set(by_name) == {str(i) for i in range(len(by_name))}:
+        return [by_name[str(i)] for i in range(len(by_name))]
+    return list(by_name.values())
 
 
 def _take_weights(
@@ -190,7 +183,7 @@ def _take_optimizer(snapshot: Snapshot, name: str, state: Mapping[str, Any]) -> 
     """Put the state's tensors into the snapshot; returns the optimizer's record."""
     if not state:
         return {"class": "", "groups": []}
-    prefix = f"{name}/" if name else ""
+    prefix = prefix_of(name)
     for parameter, values in state["state"].items():
         for key, value in values.items():
             add_value(snapshot.optim, f"{prefix}{parameter}/{key}", value)
@@ -241,7 +234,7 @@ def _optimizer(checkpoint: Checkpoint, name: str, record: Mapping[str, Any]) -> 
     groups = [{"params": list(g["params"]), **g["options"]} for g in record["groups"]]
     if not groups:
         return {}
-    prefix = f"{name}/" if name else ""
+    prefix = prefix_of(name)
     known = {parameter for group in groups for parameter in group["params"]}
     state: dict[Any, dict[str, Any]] = {}
     marked: dict[tuple[str, str], str] = {}

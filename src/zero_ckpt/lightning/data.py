@@ -1,14 +1,12 @@
 """Training data loaders that continue in the middle of an epoch.
 
-Owns: what a loader must remember so that a resumed epoch yields exactly the batches that were left,
-and the moment at which a restored random stream takes effect. Lightning itself continues only its
-batch counter: an ordinary `DataLoader` would start again at its first batch.
+Owns what a loader must remember so that a resumed epoch yields exactly the batches that were left. Lightning itself
+continues only its batch counter: an ordinary `DataLoader` would start again at its first batch.
 
-A `torch.utils.data.DataLoader` gets the interface that Lightning calls "stateful" (`state_dict`,
-`load_state_dict`) by changing its class to a subclass, so that whoever looks at it sees the same
-loader. A loader that is already stateful is left alone. Batches are skipped by their indices,
-nothing is read for them; a stream (`IterableDataset`) has to be read. Workers' own random streams
-(augmentation under `num_workers > 0`) start anew.
+A `torch.utils.data.DataLoader` gets the interface that Lightning calls "stateful" (`state_dict`, `load_state_dict`) by
+changing its class to a subclass, so that whoever looks at it sees the same loader. A loader that is already stateful is
+left alone. Batches are skipped by their indices, nothing is read for them; a stream (`IterableDataset`) has to be read.
+Workers' own random streams (augmentation under `num_workers > 0`) start anew.
 """
 
 from __future__ import annotations
@@ -21,62 +19,13 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from zero_ckpt.core import rng
+from zero_ckpt.lightning.pending_rng import PendingRng
 
-__all__ = ["PendingRng", "ResumableLoader", "can_resume", "make_resumable"]
-
-
-class PendingRng:
-    """A restored random stream that waits for its moment.
-
-    In the uninterrupted run the stream had the restored state right after the save, so it must have
-    it again where the resumed run reaches that point: before the next epoch's iterators are made
-    (which draw from it), or, within an epoch, between the making of the iterators (whose draws lie
-    in the past) and the next batch. What is drawn between the iterators and the first batch (by
-    validation loaders that Lightning only skips) was not drawn then, and is undone.
-
-    state: what `rng.capture` returned on this rank when the checkpoint was written.
-    """
-
-    def __init__(self, state: Mapping[str, Any], device: torch.device) -> None:
-        self._state: Mapping[str, Any] | None = state
-        self._device = device
-        self._leader: object = None  # the first loader; the others draw from the stream after it
-        self._at_first_batch: Mapping[str, Any] | None = None
-        self._in_epoch = False
-        self._started = False
-
-    def before_iterator(self, loader: object, *, in_epoch: bool) -> None:
-        """A training loader makes its iterator; `in_epoch`: to continue an unfinished epoch."""
-        self._leader = self._leader if self._leader is not None else loader
-        self._in_epoch = self._in_epoch or in_epoch
-        if not self._in_epoch and loader is self._leader:
-            self._apply(self._state)
-
-    def after_iterator(self) -> None:
-        """The iterator is made."""
-        self._at_first_batch = self._state if self._in_epoch else rng.capture(self._device)
-
-    def at_train_start(self) -> None:
-        """Iterators exist, and what is prefetched is prefetched; the first batch comes next."""
-        self._started = True
-        if self._leader is None:
-            self._apply(self._state)
-            self._state = None
-
-    def before_fetch(self) -> None:
-        """A training loader is asked for a batch."""
-        if self._started and self._state is not None:
-            self._apply(self._at_first_batch)
-            self._state = None
-
-    def _apply(self, state: Mapping[str, Any] | None) -> None:
-        if state is not None:
-            rng.restore(state, self._device)
+__all__ = ["can_resume", "make_resumable"]
 
 
 class _SkipFirst:
-    """A loader's index sampler without its first `count` items, for the first iterator that is
-    used.
+    """A loader's index sampler without its first `count` items, for the first iterator that is used.
 
     (A loader with workers makes two iterators and uses the second.)
     """
@@ -94,9 +43,7 @@ class _SkipFirst:
         return len(self._sampler)
 
     def skip(self) -> None:
-        """Skip now, in the iterator made last: so that its order is drawn before the random stream
-        moves on.
-        """
+        """Skip now, in the iterator made last: so that its order is drawn before the random stream moves on."""
         count, self._count = self._count, 0
         for _ in islice(self._latest, count):
             pass
@@ -107,8 +54,9 @@ class _SkipFirst:
 
 
 class _CountingIterator:
-    """A loader's iterator that counts its batches, and keeps how the generators stood before the
-    first: only then does a sampler draw its order.
+    """A loader's iterator that counts its batches, and keeps how the generators stood before the first.
+
+    Only then does a sampler draw its order.
     """
 
     def __init__(self, loader: ResumableLoader, iterator: Any, count: int) -> None:

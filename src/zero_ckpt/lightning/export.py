@@ -39,15 +39,15 @@ LIVE_TAG = ".live"
 class Fp32ExportMixin(Host):
     """Writes the weights of the best checkpoint as fp32, all ranks sharing the work, when fit ends.
 
-    Best is what `ModelCheckpoint` monitors; without a monitor it is the last checkpoint, and the
-    weights as they are when none was saved. The result is in `fp32/` beside the checkpoint, or in
-    the log directory, else in `default_root_dir`, and takes the place of an earlier one.
-    An export that fails is a warning: the training is done, and its checkpoints are intact.
-    Nothing is written after an exception, nor in a `fast_dev_run`, nor by `Trainer(barebones=True)`.
+    Best is what `ModelCheckpoint` monitors; without a monitor it is the last checkpoint, and the weights as they are
+    when none was saved. The result is in `fp32/` beside the checkpoint, or in the log directory, else in
+    `default_root_dir`, and takes the place of an earlier one. An export that fails is a warning: the training is done,
+    and its checkpoints are intact. Nothing is written after an exception, nor in a `fast_dev_run`, nor by
+    `Trainer(barebones=True)`.
 
-    dirpath: another folder to write to.
+    dirpath: another folder to write to, or the URL of one.
     format: "safetensors", "bin" (`pytorch_model.bin`), or "ckpt" (for `load_from_checkpoint`).
-    max_shard_size: bytes, or a text like "5GB"; more than that becomes several files and an index.
+    max_shard_size: bytes, or a text like "5GB"; more than that becomes several files and an index. None: one file.
     strip_prefix: names of parameters that start with it lose it.
     dtype: "fp32", "bf16", "fp16" or "keep", of floating parameters.
     exclude_frozen_parameters: leave out what has `requires_grad=False`.

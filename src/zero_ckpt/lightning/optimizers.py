@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.lazy import LazyTensor
@@ -23,6 +23,7 @@ from zero_ckpt.core.optimizers import plan_optimizer
 from zero_ckpt.core.restoring import Restoration
 from zero_ckpt.core.state import group_names, holder_of, local_states, names_in_groups
 from zero_ckpt.errors import StateMismatchError
+from zero_ckpt.zero.parts import part_like, placed_like
 
 __all__ = ["STATES", "Pristine", "plan_state", "pruned_names", "state_of"]
 
@@ -179,10 +180,6 @@ def _placed(value: Any, name: str, parameter: torch.Tensor, cpu_step: bool) -> A
         return value
     if name == "step" and value.ndim == 0:
         return value.clone() if cpu_step else value.to(parameter.device, copy=True)
-    value = value.to(parameter.device)
-    if not isinstance(parameter, DTensor) or value.ndim == 0:
-        return value.clone()
-    mesh = parameter.device_mesh
-    if value.shape == parameter.shape:
-        return distribute_tensor(value, mesh, parameter.placements, src_data_rank=None)
-    return DTensor.from_local(value.clone(), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    if isinstance(parameter, DTensor) and value.ndim and value.shape == parameter.shape:
+        return part_like(value, parameter)
+    return placed_like(value.to(parameter.device).clone(), parameter)

@@ -70,10 +70,8 @@ def making_way(engine: SyncEngine, directory: str, tag: str) -> Iterator[Callabl
 
     def make_way() -> None:
         ends.append(_make_way(directory, tag))
-        if engine.is_async:
-            os.makedirs(
-                f"{directory}/{tag}", exist_ok=True
-            )  # `ModelCheckpoint` looks what is there
+        if engine.is_async:  # `ModelCheckpoint` looks what is there
+            os.makedirs(f"{directory}/{tag}", exist_ok=True)
 
     try:
         yield make_way
@@ -111,13 +109,13 @@ def _make_way(directory: str, tag: str) -> Callable[[bool], None]:
     return end
 
 
-def remove(path: Any, storage: Storage | None = None) -> None:
+def remove(path: Any) -> None:
     """Remove a checkpoint, whatever kind it is; nothing where nothing is.
 
     Links beside it that point to it, and `latest`, are first pointed to the newest remaining
     checkpoint, so that `last.ckpt` never dangles; without another one they go too.
     """
-    storage = storage or AnyStorage()
+    storage = AnyStorage()
     directory, tag = split(path)
     target = f"{directory}/{tag}"
     if os.path.islink(target) or os.path.isfile(target):

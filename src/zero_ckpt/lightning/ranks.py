@@ -19,14 +19,14 @@ from zero_ckpt.core import rng
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.notices import warn_on_first
 from zero_ckpt.lightning import epochs
-from zero_ckpt.lightning.data import PendingRng, can_resume, make_resumable
+from zero_ckpt.lightning.data import can_resume, make_resumable
+from zero_ckpt.lightning.pending_rng import PendingRng
 
 __all__ = ["Resumption", "capture_rank", "restore_rank"]
 
 
 def capture_rank(trainer: Any, checkpoint: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """This rank's own state; none without a trainer. Takes the loaders' states out of Lightning's
-    `checkpoint`.
+    """This rank's own state; none without a trainer. Takes the loaders' states out of Lightning's `checkpoint`.
 
     (Lightning keeps those of rank 0 only, and would refuse ours where loaders are ordinary ones.)
     """

@@ -1,41 +1,24 @@
-"""Restoring, in DDP's order of hooks at every stage.
+"""Restoring, in DDP's order of hooks at every stage: weights, then optimizers, from the dict that `opening` made.
 
-`load_checkpoint` reads objects only; weights and optimizer state in the dict that it returns are
-lazy. `load_model_state_dict` comes before the model is sharded, and hooks may have changed the
-dict by then: it applies the weights at once where somebody may look at them before `setup` (a
-callback that overrides `on_load_checkpoint`), else at the end of sharding, so that each rank reads
-only its part.
+`load_model_state_dict` comes before the model is sharded, and hooks may have changed the dict by then. It applies the
+weights at once where somebody may look at them before `setup` (a callback that overrides `on_load_checkpoint`), else at
+the end of sharding, so that each rank reads only its part.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
-
 from zero_ckpt.core.checkpoint import Checkpoint
-from zero_ckpt.core.loading import load_together
 from zero_ckpt.core.naming import parameter_names
-from zero_ckpt.core.notices import warn_on_first
 from zero_ckpt.core.outcome import log_report
-from zero_ckpt.core.per_rank import client_state_notice, own_client_state, read_own
-from zero_ckpt.core.places import absolute
-from zero_ckpt.core.reader import Request, Sharing
-from zero_ckpt.core.restoring import Restoration
-from zero_ckpt.core.shares import verify_share
-from zero_ckpt.core.tag_folder import is_tag_folder, nothing_at
-from zero_ckpt.errors import DisagreementError, StateMismatchError
-from zero_ckpt.lightning import paths
-from zero_ckpt.lightning.base import StrategyBase
-from zero_ckpt.lightning.checkpoint_io import ZeroCheckpointIO
-from zero_ckpt.lightning.content import from_checkpoint
-from zero_ckpt.lightning.kept import HandedOut
+from zero_ckpt.core.reader import Request
+from zero_ckpt.errors import StateMismatchError
+from zero_ckpt.lightning.opening import OpenMixin
 from zero_ckpt.lightning.optimizers import Pristine, plan_state
-from zero_ckpt.lightning.ranks import restore_rank
-from zero_ckpt.lightning.wanted import PER_RANK, follow_schedules, leave_out
+from zero_ckpt.lightning.wanted import follow_schedules
 from zero_ckpt.lightning.weights import load_weights
 
 __all__ = ["RestoreMixin"]
@@ -49,15 +32,11 @@ class _Deferred:
     strict: bool
 
 
-class RestoreMixin(StrategyBase):
-    """Overrides of the strategy that load."""
+class RestoreMixin(OpenMixin):
+    """Overrides of the strategy that put a checkpoint's content into the module and its optimizers."""
 
     is_set_up = False
-    _zero_source: Checkpoint | None = None
-    _zero_handed_out: HandedOut | None = None
-    _zero_pristine: tuple[Pristine, ...] = ()
     _zero_deferred: _Deferred | None = None
-    _zero_asked = False
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
@@ -75,132 +54,6 @@ class RestoreMixin(StrategyBase):
         self._zero_is_alone = False
         self._zero_deferred = None
         self._zero_resumption = None
-
-    def load_checkpoint(
-        self, checkpoint_path: Any, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """Lightning's checkpoint dict from a folder of ours (lazily) or a file that Lightning
-        wrote.
-
-        Collective. `weights_only` None or True refuses objects that were stored as pickles.
-        """
-        self._zero_asked = True
-        self.wait_for_saves()
-        path = self._agreed_path(os.fspath(checkpoint_path)) or ""
-        self.close_checkpoint()
-        if not self._is_ours(path):
-            return self._only_wanted(self._load_file(path, weights_only))
-        loaded = load_together(
-            self.engine.storage,
-            self.control,
-            path,
-            None,
-            self._prepare(weights_only is not False),
-            timeout=self.save_timeout,
-        )
-        self._zero_source = loaded.checkpoint
-        content, notice = loaded.prepared
-        self._tell([notice])
-        self._zero_handed_out = HandedOut(content)
-        content = self._only_wanted(content)
-        states = content.get("optimizer_states", [])
-        prefixes = [""] if len(states) == 1 else [f"{i}/" for i in range(len(states))]
-        self._zero_pristine = tuple(
-            Pristine.of(loaded.checkpoint, prefix, state)
-            for prefix, state in zip(prefixes, states, strict=True)
-        )
-        if self.is_fitting and not self.wanted.module_only:
-            self._zero_resumption = restore_rank(
-                loaded.checkpoint,
-                content,
-                self.global_rank,
-                self.world_size,
-                self.root_device,
-                weights_only is not False,
-                self._current_trainer().accumulate_grad_batches,
-            )
-        return content
-
-    def _prepare(
-        self, weights_only: bool
-    ) -> Callable[[Checkpoint], tuple[Restoration, tuple[dict[str, Any], str]]]:
-        def prepare(checkpoint: Checkpoint) -> tuple[Restoration, tuple[dict[str, Any], str]]:
-            with_optimizers = self.is_fitting and self.wanted.optimizers
-            roles = ("model", "optim", "state") if with_optimizers else ("model", "state")
-            verify_share(checkpoint, roles, self.control, self.replicated)
-            content = from_checkpoint(
-                checkpoint,
-                self.namespace.version,
-                weights_only,
-                with_optimizers=with_optimizers,
-            )
-            own = read_own(checkpoint, self.control, weights_only)
-            mine = own_client_state(checkpoint, self.control, own)
-            if mine is not None:
-                content[PER_RANK] = mine
-            notice = client_state_notice(checkpoint, self.world_size, own)
-            return Restoration(), (content, notice)
-
-        return prepare
-
-    def _only_wanted(self, content: dict[str, Any]) -> dict[str, Any]:
-        """Without what a fit was not asked to restore."""
-        if self.is_fitting:
-            datamodule = getattr(self._current_trainer(), "datamodule", None)
-            parts = [type(part).__qualname__ for part in (self.precision_plugin, datamodule)]
-            leave_out(content, self.wanted, parts)
-        return content
-
-    def _tell(self, notices: list[str]) -> None:
-        warn_on_first(self.global_rank, notices)
-
-    def _has_no_schedules_by_design(self) -> bool:
-        """Lightning's stochastic weight averaging takes the schedulers away when it resumes, and brings its own."""
-        trainer: Any = self.lightning_module.trainer if self.lightning_module else None
-        callbacks = trainer.callbacks if trainer is not None else []
-        kinds = (kind.__name__ for callback in callbacks for kind in type(callback).__mro__)
-        return not self.lr_scheduler_configs and "StochasticWeightAveraging" in kinds
-
-    def _is_ours(self, path: str) -> bool:
-        """Whether to read `path` as a sharded checkpoint; another plugin may write folders too."""
-        if not paths.is_checkpoint_folder(path):
-            return False
-        io = self.checkpoint_io
-        return isinstance(io, ZeroCheckpointIO) or is_tag_folder(self.engine.storage, path)
-
-    def _load_file(self, path: str, weights_only: bool | None) -> dict[str, Any]:
-        torch.cuda.empty_cache()
-        paths.refuse_export(path)
-        try:
-            content: dict[str, Any] = self.checkpoint_io.load_checkpoint(
-                path, weights_only=weights_only
-            )
-        except FileNotFoundError as error:
-            raise nothing_at(self.engine.storage, absolute(path)) from error
-        return content
-
-    def _agreed_path(self, path: str | None) -> str | None:
-        """Rank 0's path. Raises when some ranks found a checkpoint and others none."""
-
-        def decide(paths: list[Any]) -> Any:
-            none = [rank for rank, each in enumerate(paths) if each is None]
-            if none and len(none) < len(paths):
-                found = next(each for each in paths if each is not None)
-                raise DisagreementError(
-                    f"ckpt_path names '{found}' on some ranks, and on ranks {none} there is no "
-                    "checkpoint to resume from. Give the path itself, on a file system that all "
-                    "ranks share."
-                )
-            return paths[0]
-
-        agreed: str | None = self._meet("resume: path", path, decide, self.save_timeout)
-        return agreed
-
-    def agree_nothing_to_restore(self) -> None:
-        """A rank that found no checkpoint meets here those that found one."""
-        if not self._zero_asked:
-            self._zero_asked = True
-            self._agreed_path(None)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load the weights, or keep them for the end of `setup` (see the module's docstring)."""
@@ -252,8 +105,7 @@ class RestoreMixin(StrategyBase):
             self.lightning_module, state_dict, source, self.global_rank, read, strict=strict
         )
         self.load_report = report
-        path = "the checkpoint" if source is None else source.path
-        log_report(report, path, self.global_rank)
+        log_report(report, self._source_path(), self.global_rank)
 
     def _read(self, source: Checkpoint, requests: list[Request]) -> None:
         try:
@@ -261,20 +113,9 @@ class RestoreMixin(StrategyBase):
         finally:
             source.close()  # files are opened again when they are needed again
 
-    @property
-    def replicated(self) -> Sharing | None:
-        """Below stage 2 all ranks read the same weights: once from the disk, then from its cache."""
-        several = self.stage < 2 and self.world_size > 1
-        return Sharing(0, 1, frozenset({"model", "optim"})) if several else None
-
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Restore every optimizer; all of them, or none. Lightning restores the schedulers next."""
-        source = self._zero_source
-        path = "the checkpoint" if source is None else source.path
-        schedulers = [config.scheduler for config in self.lr_scheduler_configs]
-        content = cast("dict[str, Any]", checkpoint)  # which Lightning goes on with
-        notices = follow_schedules(content, schedulers, self.wanted, path)
-        self._tell([] if self._has_no_schedules_by_design() else notices)
+        self._ready_schedules(cast("dict[str, Any]", checkpoint))  # with which Lightning goes on
         states = checkpoint["optimizer_states"]
         if not states:
             return
@@ -298,6 +139,7 @@ class RestoreMixin(StrategyBase):
             for index, (optimizer, state) in enumerate(zip(self.optimizers, states, strict=True))
             if state
         ]
+        source = self._zero_source
         if source is not None:
             requests = [request for plan in plans for request in (*plan.fresh, *plan.live)]
             self._together("resume: optimizers", lambda: self._read(source, requests))
@@ -306,25 +148,21 @@ class RestoreMixin(StrategyBase):
             self._tell(plan.notices)
         self._zero_pristine = ()
 
+    def _ready_schedules(self, content: dict[str, Any]) -> None:
+        schedulers = [config.scheduler for config in self.lr_scheduler_configs]
+        notices = follow_schedules(content, schedulers, self.wanted, self._source_path())
+        self._tell([] if self._has_no_schedules_by_design() else notices)
+
+    def _has_no_schedules_by_design(self) -> bool:
+        """Lightning's stochastic weight averaging takes the schedulers away when it resumes, and brings its own."""
+        return not self.lr_scheduler_configs and bool(self._callbacks("StochasticWeightAveraging"))
+
+    def _source_path(self) -> str:
+        """What to call the checkpoint in messages."""
+        return "the checkpoint" if self._zero_source is None else self._zero_source.path
+
     def follow_regrouping(self) -> None:
         raise AssertionError("a part of the strategy overrides this")
 
     def _pristine(self, index: int) -> Pristine | None:
         return self._zero_pristine[index] if index < len(self._zero_pristine) else None
-
-    def read_what_is_kept(self) -> None:
-        """Collective: all is restored. What hooks still hold of the checkpoint is read now."""
-        handed_out, self._zero_handed_out = self._zero_handed_out, None
-        source = self._zero_source
-        self._zero_pristine = ()
-        if handed_out is not None and source is not None:
-            self._together("resume: what hooks kept", lambda: handed_out.read_kept(source))
-            source.close()
-
-    def close_checkpoint(self) -> None:
-        """Forget the checkpoint that was loaded last."""
-        source, self._zero_source = self._zero_source, None
-        self._zero_handed_out = None
-        self._zero_pristine = ()
-        if source is not None:
-            source.close()

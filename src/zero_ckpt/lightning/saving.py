@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from zero_ckpt.core.control import DEFAULT_TIMEOUT
 from zero_ckpt.core.naming import parameter_names
 from zero_ckpt.core.notices import warn_user
 from zero_ckpt.core.per_rank import CLIENT_STATE
@@ -68,10 +69,7 @@ class SaveMixin(StrategyBase):
 
     def _names_without_pruning(self) -> dict[str, str]:
         """Of parameters that `ModelPruning` puts into the checkpoint as if they had never been pruned."""
-        pruning = self.namespace.module("callbacks").ModelPruning
-        trainer = self._current_trainer()
-        callbacks = [] if trainer is None else trainer.callbacks
-        if not any(isinstance(c, pruning) and c._make_pruning_permanent for c in callbacks):
+        if not any(c._make_pruning_permanent for c in self._callbacks("ModelPruning")):
             return {}
         assert self.lightning_module is not None
         return pruned_names(self.lightning_module)
@@ -101,7 +99,9 @@ class SaveMixin(StrategyBase):
         if self._zero_is_alone:
             return
         try:
-            self._save(checkpoint, filepath, min(self.save_timeout or 300.0, INTERRUPTED_TIMEOUT))
+            self._save(
+                checkpoint, filepath, min(self.save_timeout or DEFAULT_TIMEOUT, INTERRUPTED_TIMEOUT)
+            )
         except (ZeroCkptError, OSError) as error:
             self._zero_is_alone = isinstance(error, RankTimeoutError)
             warn_user(f"no checkpoint was written at {filepath}: {error}")
@@ -171,10 +171,7 @@ class SaveMixin(StrategyBase):
         trainer = self._current_trainer()
         if trainer is None or (epochs.is_within(trainer) and not trainer.fit_loop.done):
             return False
-        known = self.namespace.module("callbacks")
-        names = ("StochasticWeightAveraging", "WeightAveraging")
-        kinds = tuple(getattr(known, name) for name in names if hasattr(known, name))
-        return any(isinstance(callback, kinds) for callback in trainer.callbacks)
+        return bool(self._callbacks("StochasticWeightAveraging", "WeightAveraging"))
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Remove a checkpoint of any kind; rank 0 does it. Never leaves a dangling `last`.

@@ -1,6 +1,4 @@
-"""Setting up a run: the model sharded once, the optimizers over what is sharded, and the end of
-it.
-"""
+"""Setting up a run: the model sharded once, the optimizers over what is sharded, and the end of it."""
 
 from __future__ import annotations
 
@@ -29,11 +27,6 @@ __all__ = ["SetupMixin"]
 
 class SetupMixin(RestoreMixin, StepMixin):
     """Setup and teardown at every stage."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # Stage 1: the parts -> the user's optimizer, and the groups that the parts were made for.
-        self._zero_partitions: dict[Optimizer, tuple[Optimizer, list[Any]]] = {}
 
     def setup(self, trainer: Any) -> None:
         self.agree_nothing_to_restore()
@@ -106,8 +99,7 @@ class SetupMixin(RestoreMixin, StepMixin):
         allow_copies(model)
 
     def _refuse_pruning(self) -> None:
-        pruning = self.namespace.module("callbacks").ModelPruning
-        if any(isinstance(callback, pruning) for callback in self._current_trainer().callbacks):
+        if self._callbacks("ModelPruning"):
             raise ConfigurationError(
                 f"ModelPruning works on whole weights, and stage={self.stage} shards them. Use stage 0 or 1."
             )
@@ -163,8 +155,9 @@ class SetupMixin(RestoreMixin, StepMixin):
         return parts
 
     def follow_regrouping(self) -> None:
-        """Partition anew an optimizer whose list of groups was replaced (a finetuning callback that
-        resumes does that): its parts would go on with the old ones.
+        """Partition anew an optimizer whose list of groups was replaced: its parts would go on with the old ones.
+
+        A finetuning callback that resumes does that.
         """
         optimizers = list(self.optimizers)
         for index, parts in enumerate(optimizers):

@@ -1,6 +1,4 @@
-"""Steps of the loops: through the module's hooks, with gradients reduced, scaled and clipped
-right.
-"""
+"""Steps of the loops: through the module's hooks, with gradients reduced, scaled and clipped right."""
 
 from __future__ import annotations
 
@@ -168,8 +166,9 @@ class StepMixin(StrategyBase):
         super().on_exception(exception)
 
     def _wrap_anew_when_unfrozen(self, wrapped: DistributedDataParallel) -> None:
-        """DDP reduces only what was trainable when it wrapped the model: not what a finetuning
-        callback has unfrozen since.
+        """DDP reduces only what was trainable when it wrapped the model.
+
+        Not what a finetuning callback has unfrozen since.
         """
         if sum(p.requires_grad for p in wrapped.module.parameters()) > self._zero_trainable:
             self.model = wrapped.module

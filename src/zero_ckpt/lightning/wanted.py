@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from zero_ckpt.core.binding import named
 from zero_ckpt.core.bound import Wanted
 from zero_ckpt.core.schedulers import scheduler_notices, with_rates_of
-from zero_ckpt.lightning.content import named
 
 __all__ = ["PER_RANK", "follow_schedules", "leave_out"]
 
@@ -41,4 +41,4 @@ def follow_schedules(
         live = [scheduler.state_dict() for scheduler in schedulers]
         pairs = zip(saved, live, strict=False)
         content["lr_schedulers"] = [with_rates_of(state, own) for state, own in pairs]
-    return scheduler_notices(path, named(schedulers), named(saved))
+    return scheduler_notices(path, named(schedulers, "schedulers"), named(saved, "schedulers"))

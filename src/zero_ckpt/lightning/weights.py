@@ -52,20 +52,12 @@ def load_weights(
     live = module.state_dict()
     naming = naming_of(module)
     raw_names = {naming.clean(raw): raw for raw in live}
-    values: dict[str, Any] = {}
-    requests: list[Request] = []
-    loaded: dict[int, Any] = {}
-    for key, value in state_dict.items():
-        if is_elsewhere(key, naming.experts):
-            continue
-        raw = raw_names.get(key, key)
-        if id(value) not in loaded:
-            target = live.get(raw)
-            if isinstance(value, LazyTensor):
-                loaded[id(value)] = _reading(value, target, checkpoint, rank, requests)
-            else:
-                loaded[id(value)] = _like(value, target)
-        values[raw] = loaded[id(value)]
+    named = {
+        raw_names.get(key, key): value
+        for key, value in state_dict.items()
+        if not is_elsewhere(key, naming.experts)
+    }
+    values, requests = _laid_out(named, live, checkpoint, rank)
     given = set(values)
     for key in checkpoint.manifest.excluded if checkpoint is not None else ():
         raw = raw_names.get(key, key)
@@ -76,17 +68,10 @@ def load_weights(
         with _undone_on_error(live, values, strict):
             module.load_state_dict(_with_metadata(values, live), strict=strict)
     except RuntimeError as error:
-        _, is_torchs, reasons = str(error).partition("Error(s) in loading state_dict for ")
-        if not is_torchs:
+        unfit = _unfit(error, module, checkpoint, helps=strict and not _misshapen(live, values))
+        if unfit is None:
             raise
-        source = "the checkpoint" if checkpoint is None else checkpoint.path
-        kind = type(module)
-        reasons = users_class(kind).__name__ + reasons.removeprefix(kind.__name__)
-        fits = strict and not _misshapen(live, values)
-        remedy = " To load what matches, set strict_loading = False on the module." if fits else ""
-        raise UnfitWeightsError(
-            f"{source} does not fit the model. {is_torchs}{reasons}\nNothing was loaded.{remedy}"
-        ) from error
+        raise unfit from error
     return LoadReport(
         missing=tuple(key for key in live if key not in values),
         unexpected=tuple(key for key in values if key not in live),
@@ -94,14 +79,47 @@ def load_weights(
     )
 
 
+def _unfit(
+    error: RuntimeError, module: nn.Module, checkpoint: Checkpoint | None, *, helps: bool
+) -> UnfitWeightsError | None:
+    """What to raise for torch's refusal of a state dict; None for any other error.
+
+    `helps`: whether all would be well without strictness.
+    """
+    _, is_torchs, reasons = str(error).partition("Error(s) in loading state_dict for ")
+    if not is_torchs:
+        return None
+    source = "the checkpoint" if checkpoint is None else checkpoint.path
+    kind = type(module)
+    reasons = users_class(kind).__name__ + reasons.removeprefix(kind.__name__)
+    remedy = " To load what matches, set strict_loading = False on the module." if helps else ""
+    return UnfitWeightsError(
+        f"{source} does not fit the model. {is_torchs}{reasons}\nNothing was loaded.{remedy}"
+    )
+
+
+def _laid_out(
+    state_dict: Mapping[str, Any], live: Mapping[str, Any], checkpoint: Checkpoint | None, rank: int
+) -> tuple[dict[str, Any], list[Request]]:
+    """Values laid out as the live ones are, tied ones once, and the requests that fill those not read yet."""
+    requests: list[Request] = []
+    made: dict[int, Any] = {}
+    for name, value in state_dict.items():
+        if id(value) not in made:
+            made[id(value)] = _reading(value, live.get(name), checkpoint, rank, requests)
+    return {name: made[id(value)] for name, value in state_dict.items()}, requests
+
+
 def _reading(
-    value: LazyTensor,
+    value: Any,
     target: Any,
     checkpoint: Checkpoint | None,
     rank: int,
     requests: list[Request],
 ) -> Any:
-    """A new tensor laid out like `target`, which the appended request fills."""
+    """`value` laid out like `target`; of a lazy one a new tensor, which the appended request fills."""
+    if not isinstance(value, LazyTensor):
+        return _like(value, target)
     if value.is_read or checkpoint is None or value.source is not checkpoint:
         return _like(value.materialize(), target)
     shape = tuple(value.shape)

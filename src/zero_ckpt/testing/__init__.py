@@ -1,7 +1,7 @@
 """Test doubles for whoever trains with zero_ckpt and wants to see a save fail, or writes a `Storage`.
 
-storage = FaultyStorage(LocalStorage(), fail_at(3, errno.ENOSPC), names={"write"})
-checkpointer = zero_ckpt.Checkpointer(model, optimizer, storage=storage)      # the fourth write finds a full disk
+    storage = FaultyStorage(LocalStorage(), fail_at(3, errno.ENOSPC), names={"write"})
+    checkpointer = zero_ckpt.Checkpointer(model, optimizer, storage=storage)  # the fourth write finds a full disk
 
 `FaultyStorage` fails, is slow, or kills its process at a chosen operation; `RecordingStorage` knows what a power
 failure at any moment would have left; `zero_ckpt.testing.conformance` is what every `Storage` must do, as tests.

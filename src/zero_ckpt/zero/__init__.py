@@ -1,5 +1,4 @@
-"""How a model becomes ZeRO-sharded, on torch's own engines. Pure torch; knows no framework and no
-file.
+"""How a model becomes ZeRO-sharded, on torch's own engines. Pure torch; knows no framework and no file.
 
     stage 0   DistributedDataParallel, wrapped by the caller
     stage 1   the same, and `partition_optimizer(optimizer)` for every optimizer (and `rebind_scheduler`)
@@ -8,9 +7,9 @@ file.
 
 Experts that live on different ranks are declared first, with `declare_experts`.
 
-Every function that communicates is collective over the mesh (or process group) that it names, and
-assumes that ranks run the same modules and backward passes in the same order. Parameters that no
-rank uses are fine at every stage; parameters that only some ranks use are not.
+Every function that communicates is collective over the mesh (or process group) that it names, and assumes that ranks
+run the same modules and backward passes in the same order. Parameters that no rank uses are fine at every stage;
+parameters that only some ranks use are not.
 """
 
 from __future__ import annotations

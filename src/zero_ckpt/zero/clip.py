@@ -1,9 +1,8 @@
 """Gradient clipping where plain tensors and DTensors on any meshes mix.
 
-A plain gradient is whole and the same on every rank; a DTensor's is spread over the mesh
-dimensions on which it is sharded and repeated over the others. Declared experts are other ones along
-their mesh dimension, and count like parts of one tensor. Norms are taken in
-float32 at least and summed in float64, so a narrow dtype does not overflow.
+A plain gradient is whole and the same on every rank; a DTensor's is spread over the mesh dimensions on which it is
+sharded and repeated over the others. Declared experts are other ones along their mesh dimension, and count like parts
+of one tensor. Norms are taken in float32 at least and summed in float64, so a narrow dtype does not overflow.
 """
 
 from __future__ import annotations
@@ -20,6 +19,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.zero.experts import expert_parameters
 from zero_ckpt.zero.initial import mesh_device
+
+__all__ = ["clip_grad_norm_", "clip_grad_value_"]
 
 Spread = tuple[tuple[DeviceMesh, int], ...]  # the dimensions of meshes that hold different parts
 
@@ -38,9 +39,9 @@ def clip_grad_norm_(
     on the unsharded gradients, and like it scales by `max_norm / (norm + 1e-6)` when that is below
     one.
 
-    Returns the norm before clipping, a plain 0-d float32 tensor, the same on every rank. Raises
-    `RuntimeError` on every rank, and changes nothing, when it is not finite and
-    `error_if_nonfinite`.
+    Returns the norm before clipping, a plain 0-d float32 tensor, the same on every rank. Raises RuntimeError on every
+    rank, and changes nothing, when it is not finite and `error_if_nonfinite`; `ConfigurationError` for a `norm_type`
+    that is not above 0, and for gradients whose reduction is still pending.
     """
     if not norm_type > 0:
         raise ConfigurationError(f"norm_type must be positive or inf, not {norm_type}.")
@@ -62,7 +63,10 @@ def clip_grad_norm_(
 
 @torch.no_grad()
 def clip_grad_value_(parameters: torch.Tensor | Iterable[torch.Tensor], clip_value: float) -> None:
-    """Clamp every gradient element to `[-clip_value, clip_value]`, in place. No communication."""
+    """Clamp every gradient element to `[-clip_value, clip_value]`, in place. No communication.
+
+    Raises `ConfigurationError` for gradients whose reduction is still pending.
+    """
     params = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
     for grads in _by_device_and_dtype(_local_grads(params)):
         torch._foreach_clamp_min_(grads, -float(clip_value))
@@ -119,8 +123,7 @@ def _reduce(part: torch.Tensor, spread: Spread, norm_type: float) -> None:
 
 
 def _reduction_device(params: list[torch.Tensor]) -> torch.device:
-    """Where the meshes communicate: gradients offloaded to the CPU still reduce on the
-    accelerator."""
+    """Where the meshes communicate: gradients offloaded to the CPU still reduce on the accelerator."""
     devices = {mesh_device(p.device_mesh) for p in params if isinstance(p, DTensor)}
     devices |= {p.grad.device for p in params if p.grad is not None}
     return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))

@@ -15,6 +15,8 @@ from torch import nn
 from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.zero.experts import mesh_of_experts
 
+__all__ = ["require_every_call"]
+
 
 def require_every_call(root: nn.Module, lists: Mapping[str, nn.ModuleList]) -> None:
     """From now on a forward pass of `root` ends with an error when it has called some experts of a list and not all.

@@ -20,6 +20,8 @@ from torch.utils.hooks import RemovableHandle
 
 from zero_ckpt.zero.sync import average, hooked
 
+__all__ = ["ExpertGradients", "divide_gradients"]
+
 
 class ExpertGradients:
     """Averages the gradients of plain parameters of experts over the ranks that have the same, once per backward pass.

@@ -27,6 +27,16 @@ from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.zero.expert_gradients import ExpertGradients
 from zero_ckpt.zero.sync import switch_gradients_of
 
+__all__ = [
+    "ExpertMesh",
+    "attach_experts",
+    "declare_experts",
+    "expert_lists",
+    "expert_parameters",
+    "mesh_of_experts",
+    "shared_buffers",
+]
+
 _IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
 
 

@@ -17,6 +17,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+__all__ = ["is_kept_gathered", "keep_gathered", "reshard"]
+
 # How many forward passes of the unit are running: a Lightning step calls its module within it.
 _running: WeakKeyDictionary[FSDPModule, int] = WeakKeyDictionary()
 

@@ -17,6 +17,8 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fully_shard import cls_to_fsdp_cls
 
+__all__ = ["allow_generic", "users_class"]
+
 _T = TypeVar("_T")
 
 

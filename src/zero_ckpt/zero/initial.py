@@ -15,12 +15,13 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.zero.sync import buckets, local_part
 
+__all__ = ["broadcast_from_first", "materialize", "mesh_device", "require_initializers"]
+
 Initializer = Callable[[], object]
 
 
 def require_initializers(root: nn.Module) -> None:
-    """Raise `ConfigurationError` naming the modules under `root` that `materialize` would
-    refuse."""
+    """Raise `ConfigurationError` naming the modules under `root` that `materialize` would refuse."""
     missing = [
         f"{name or '(root)'} ({type(module).__name__})"
         for name, module in root.named_modules()

@@ -6,6 +6,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from zero_ckpt.errors import ConfigurationError
 
+__all__ = ["make_mesh"]
+
 REPLICATE = "replicate"
 SHARD = "shard"
 
@@ -15,8 +17,8 @@ def make_mesh(world_size: int, sharding_size: int | None, device_type: str) -> D
 
     Shape `(world_size,)` with dimension `shard`; with a `sharding_size` below the world size
     (hybrid sharding), shape `(world_size // sharding_size, sharding_size)` with dimensions
-    `replicate`, `shard`: `sharding_size` consecutive ranks hold one copy of the model between
-    them.
+    `replicate`, `shard`: `sharding_size` consecutive ranks hold one copy of the model between them. `device_type`:
+    "cpu", "cuda" and so on, where the model is trained.
 
     Raises `ConfigurationError` when `sharding_size` does not divide `world_size`.
     """

@@ -22,6 +22,14 @@ with warnings.catch_warnings():
     warnings.filterwarnings("ignore", r"`torch\.jit\.\w+` is deprecated", DeprecationWarning)
     from torch.distributed.optim import ZeroRedundancyOptimizer
 
+__all__ = [
+    "PartitionedOptimizer",
+    "check_optimizer",
+    "owned_parameters",
+    "owned_state",
+    "partition_optimizer",
+]
+
 
 def check_optimizer(optimizer: Optimizer, stage: int) -> None:
     """Raise `ConfigurationError` when this optimizer cannot be right at this ZeRO stage."""

@@ -1,5 +1,4 @@
-"""Precision names to FSDP2 policies, and a gradient scaler for plain tensors and DTensors
-together."""
+"""Precision names to FSDP2 policies, and a gradient scaler for plain tensors and DTensors together."""
 
 from __future__ import annotations
 
@@ -15,6 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.zero.experts import expert_parameters
+
+__all__ = ["ShardedGradScaler", "mixed_precision_policy"]
 
 # Compute dtype of each name; None where stored weights are also what computes.
 _COMPUTE_DTYPES: dict[str, torch.dtype | None] = {

@@ -1,5 +1,4 @@
-"""Point optimizers at new parameters, and LR schedulers at a new optimizer, when these are
-replaced."""
+"""Point optimizers at new parameters, and LR schedulers at a new optimizer, when these are replaced."""
 
 from __future__ import annotations
 
@@ -14,6 +13,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from zero_ckpt.zero.parts import placed_like
+
+__all__ = ["rebind_optimizer", "rebind_scheduler"]
 
 
 def rebind_optimizer(

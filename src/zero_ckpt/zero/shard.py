@@ -44,16 +44,22 @@ from zero_ckpt.zero.initial import (
 from zero_ckpt.zero.sync import average_gradients_of
 from zero_ckpt.zero.wrap import Root, WrapPolicy, resolve_units
 
+__all__ = ["Sharding", "shard_module"]
+
 
 @dataclass(frozen=True, slots=True)
 class Sharding:
-    """How a module was sharded."""
+    """How a module was sharded.
+
+    `units`: paths of what is gathered together, innermost first; "" is the root. `replicated`: paths of parameters that
+    every rank that has them holds whole. `replaced`: the parameter before -> the parameter in its place, for as long as
+    the one before is alive.
+    """
 
     stage: int
     root: Root
-    units: tuple[str, ...]  # paths of what is gathered together, innermost first; "" is the root
-    replicated: tuple[str, ...]  # paths of parameters that every rank that has them holds whole
-    # The parameter before -> the parameter in its place, for as long as the one before is alive.
+    units: tuple[str, ...]
+    replicated: tuple[str, ...]
     replaced: WeakTensorKeyDictionary = field(repr=False, compare=False)
 
 
@@ -72,27 +78,25 @@ def shard_module(
 ) -> Sharding:
     """Shard `module` in place at ZeRO stage 2 or 3. Collective over `mesh`.
 
-    `mesh`: one dimension, or two for hybrid sharding (see `make_mesh`). `wrap`: see
-    `resolve_units`; where the model already has units of its own (`fully_shard` was called on
-    submodules), those are kept and `wrap` is not used. `cpu_offload`: parameters, gradients and
-    optimizer state live in host memory; on a CPU mesh they do anyway.
+    `mesh`: one dimension, or two for hybrid sharding (see `make_mesh`). `wrap`: see `resolve_units`; where the model
+    already has units of its own (`fully_shard` was called on submodules), those are kept and `wrap` is not used.
+    `mixed_precision`: see `mixed_precision_policy`; None computes in the stored dtype. `cpu_offload`: parameters,
+    gradients and optimizer state live in host memory; on a CPU mesh they do anyway.
 
-    `root="shard"`: all parameters are sharded; those outside the units belong to the root's own
-    group, which is whole whenever the root's forward and its backward run: `module` must then be
-    used by calling it, and every backward pass must go through its output. `root="replicate"`:
-    parameters outside the units stay plain and whole on every rank, with averaged gradients, so
-    that `module` may be used in any way, with several backward passes per step (a GAN under manual
-    optimization).
+    `root="shard"`: all parameters are sharded; those outside the units belong to the root's own group, which is whole
+    whenever the root's forward and its backward run: `module` must then be used by calling it, and every backward pass
+    must go through its output. `root="replicate"`: parameters outside the units stay plain and whole on every rank,
+    with averaged gradients, so that `module` may be used in any way, with several backward passes per step (a GAN under
+    manual optimization).
 
-    On return parameters are new objects (DTensors) under the same names, hold what rank 0 held,
-    and no tensor is on the meta device. Calling again with the same stage and root changes
-    nothing.
+    On return parameters are new objects (DTensors) under the same names, hold what rank 0 held, and no tensor is on the
+    meta device. Calling again with the same stage and root changes nothing.
 
-    Where several ranks have the same declared experts, each of these must be called in every forward
-    pass of `module`, with an empty input when it got no token; else that pass raises.
+    Where several ranks have the same declared experts, each of these must be called in every forward pass of `module`,
+    with an empty input when it got no token; else that pass raises.
 
-    Raises `ConfigurationError` for a wrong stage, a module that another engine has wrapped, an
-    uninitialized lazy module, or meta modules that nothing can initialize.
+    Raises `ConfigurationError` for a wrong stage, a module that another engine has wrapped or that is sharded at
+    another stage, an uninitialized lazy module, or meta modules that nothing can initialize.
     """
     known = _shardings.get(module)
     if known is None:
@@ -270,8 +274,7 @@ def _start(root: nn.Module, members: Sequence[nn.Module], mesh: DeviceMesh) -> l
 
 
 def _unshardable(parameters: Sequence[nn.Parameter]) -> set[nn.Parameter]:
-    """What FSDP2 refuses, or would cast to a compute dtype although it is not a number to compute
-    with."""
+    """What FSDP2 refuses, or would cast to a compute dtype although it is not a number to compute with."""
     sizes: Counter[torch.dtype] = Counter()
     for p in parameters:
         if p.requires_grad:

@@ -25,6 +25,19 @@ from torch.utils.hooks import RemovableHandle
 
 from zero_ckpt.zero.gathered import is_kept_gathered
 
+__all__ = [
+    "GradientSwitch",
+    "ReplicatedGradients",
+    "average",
+    "average_gradients_of",
+    "buckets",
+    "gradient_sync_disabled",
+    "hooked",
+    "local_part",
+    "set_gradient_sync",
+    "switch_gradients_of",
+]
+
 BUCKET_BYTES = 64 << 20
 
 

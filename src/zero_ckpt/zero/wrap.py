@@ -1,5 +1,4 @@
-"""Wrap policy: which submodules are sharded as units of their own. Pure: reads a module, changes
-nothing.
+"""Wrap policy: which submodules are sharded as units of their own. Pure: reads a module, changes nothing.
 
 A unit's parameters are gathered together, just before the unit runs. So units should be the
 repeated blocks of a model, must be used by calling them, and may not share a parameter with
@@ -15,6 +14,8 @@ from typing import Literal
 from torch import nn
 
 from zero_ckpt.errors import ConfigurationError
+
+__all__ = ["UNIT_NUMEL", "Root", "WrapPolicy", "check_wrap", "resolve_units"]
 
 WrapPolicy = (
     Literal["auto"] | type[nn.Module] | Collection[type[nn.Module]] | Callable[[nn.Module], bool]
@@ -40,8 +41,7 @@ class Occurrence:
 def resolve_units(
     module: nn.Module, wrap: WrapPolicy = "auto", *, root: Root = "shard"
 ) -> dict[str, nn.Module]:
-    """The submodules of `module` to shard as units, by path, innermost first; `module` is never
-    one.
+    """The submodules of `module` to shard as units, by path, innermost first; `module` is never one.
 
     `wrap`: `"auto"`, a class or a collection of classes, or a predicate on modules. `"auto"` takes
     the classes that a Hugging Face model names in `_no_split_modules`; else the repeated blocks of
@@ -137,8 +137,7 @@ def _can_be_unit(module: nn.Module) -> bool:
 def _only_called(module: nn.Module) -> bool:
     """Whether calling it is the only way to use it: its classes offer no other public method.
 
-    A module with, say, an `encode` method may be used without its forward, so its hooks may not
-    run.
+    A module with, say, an `encode` method may be used without its forward, so its hooks may not run.
     """
     for cls in type(module).__mro__:
         if cls is nn.Module or cls.__module__.startswith("torch.nn."):
@@ -191,8 +190,7 @@ def _no_split_modules(tree: list[Occurrence]) -> set[int]:
 
 
 def _repeated_blocks(module: nn.Module) -> set[int]:
-    """Composite modules that occur at least twice by class in one list; the outermost such
-    lists."""
+    """Composite modules that occur at least twice by class in one list; the outermost such lists."""
     blocks: set[int] = set()
     if isinstance(module, _BLOCK_CONTAINERS):
         kinds = [type(_bare(child)) for child in module.children()]
@@ -215,8 +213,7 @@ def _by_size(module: nn.Module) -> set[int]:
             if not isinstance(child, nn.MultiheadAttention):  # uses its children's weights directly
                 visit(child)
             own = {p: p.numel() for p in _own_parameters(child, chosen)}
-            # The weight of a layer that stands alone may be used directly; in a Sequential it is
-            # called.
+            # The weight of a layer that stands alone may be used directly; in a Sequential it is called.
             called = bool(child._modules) or type(parent) is nn.Sequential
             fits = called and _only_called(child) and _can_be_unit(child)
             if fits and sum(own.values()) >= UNIT_NUMEL:

@@ -22,6 +22,7 @@ __all__ = [
     "number_of",
     "shapes_by_group",
     "stored_items",
+    "zero_options",
 ]
 
 Value = Tensor | float
@@ -70,6 +71,13 @@ def shapes_by_group(model: Mapping[str, Any]) -> list[dict[str, tuple[int, ...]]
     found = model.get("param_shapes")
     groups = found if isinstance(found, list) else [found]
     return [named_shapes(group, f"param_shapes[{i}]") for i, group in enumerate(groups)]
+
+
+def zero_options(model: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`zero_optimization` of the configuration that the model file holds."""
+    config = model.get("ds_config")
+    found = config.get("zero_optimization") if isinstance(config, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def number_of(value: Any) -> float | None:

@@ -23,9 +23,10 @@ from zero_ckpt.core.shard_file import BLOCK, Chunk
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.errors import CorruptCheckpointError, CorruptShardError, StateMismatchError
 from zero_ckpt.interop.deepspeed.column import Column, Value
+from zero_ckpt.interop.deepspeed.file_table import FileTable
 from zero_ckpt.interop.deepspeed.folder import open_folder
 from zero_ckpt.interop.deepspeed.optimizers import states_of
-from zero_ckpt.interop.deepspeed.sources import FileTable, Source, WholeBlocks
+from zero_ckpt.interop.deepspeed.sources import Source, WholeBlocks
 from zero_ckpt.interop.deepspeed.state_file import StateFile
 from zero_ckpt.interop.deepspeed.tensors import LayoutError, Part, Piece, Tensor
 from zero_ckpt.interop.deepspeed.torch_files import REMEDY

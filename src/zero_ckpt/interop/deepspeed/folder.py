@@ -9,6 +9,7 @@ from zero_ckpt.core.dtypes import itemsize
 from zero_ckpt.core.storage import Storage as Files
 from zero_ckpt.errors import CorruptCheckpointError, StateMismatchError
 from zero_ckpt.interop.deepspeed.column import Column, stored_items
+from zero_ckpt.interop.deepspeed.file_table import FileTable
 from zero_ckpt.interop.deepspeed.grid import stack_stages
 from zero_ckpt.interop.deepspeed.modules import add_module, parameters_of, strip_compiled
 from zero_ckpt.interop.deepspeed.moe import read_experts
@@ -16,7 +17,7 @@ from zero_ckpt.interop.deepspeed.names import read_names
 from zero_ckpt.interop.deepspeed.parallel import join_columns
 from zero_ckpt.interop.deepspeed.pipeline import drop_doubles, drop_tied, stage_names
 from zero_ckpt.interop.deepspeed.save import Save, Tree
-from zero_ckpt.interop.deepspeed.sources import FileTable, read_bytes
+from zero_ckpt.interop.deepspeed.sources import read_bytes
 from zero_ckpt.interop.deepspeed.tensors import LayoutError, StoredTensor, Tensor
 from zero_ckpt.interop.deepspeed.torch_files import REMEDY
 from zero_ckpt.interop.deepspeed.universal import read_universal

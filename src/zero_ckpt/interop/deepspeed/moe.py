@@ -11,8 +11,8 @@ from typing import Any
 
 from zero_ckpt.interop.deepspeed.column import Column
 from zero_ckpt.interop.deepspeed.experts import is_expert
+from zero_ckpt.interop.deepspeed.file_table import FileTable
 from zero_ckpt.interop.deepspeed.names import Folder
-from zero_ckpt.interop.deepspeed.sources import FileTable
 from zero_ckpt.interop.deepspeed.tensors import StoredTensor
 from zero_ckpt.interop.deepspeed.unsharded import read_unsharded
 

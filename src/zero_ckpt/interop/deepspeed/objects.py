@@ -7,7 +7,6 @@ whoever asks for it is told its class, or allows pickles.
 from __future__ import annotations
 
 import datetime
-import math
 import pathlib
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
@@ -46,12 +45,9 @@ class ObjectEncoder:
         if self._nodes > MAX_NODES or len(path) > 200:
             raise LayoutError(f"'{'/'.join(path[:4])}' is too large or too deep for objects")
         kind = type(value)
-        if value is None or kind in (bool, str):
-            return value
-        if kind is int:
-            return value if -(1 << 63) <= value < 1 << 64 else {"$int": hex(value)}
-        if kind is float:
-            return value if math.isfinite(value) else {"$float": repr(value)}
+        leaf = _LEAVES.get(kind)
+        if leaf is not None:
+            return leaf(value)
         if kind in _SEQUENCES:
             items = [
                 self.encode(item, (*path, str(i))) for i, item in enumerate(ordered_items(value))
@@ -59,8 +55,7 @@ class ObjectEncoder:
             return items if kind is list else {_SEQUENCES[kind]: items}
         if isinstance(value, dict):
             return self._mapping(value, path)
-        leaf = _LEAVES.get(kind)
-        return leaf(value) if leaf is not None else self._other(value, path)
+        return self._other(value, path)
 
     def _mapping(self, value: dict[Any, Any], path: Path) -> Any:
         plain = all(type(k) is str and not k.startswith("$") for k in value)

@@ -12,8 +12,9 @@ from contextlib import suppress
 from typing import Any
 
 from zero_ckpt.errors import CorruptCheckpointError
+from zero_ckpt.interop.deepspeed.column import zero_options
+from zero_ckpt.interop.deepspeed.file_table import FileTable
 from zero_ckpt.interop.deepspeed.names import Folder
-from zero_ckpt.interop.deepspeed.sources import FileTable
 from zero_ckpt.interop.deepspeed.tensors import LayoutError
 from zero_ckpt.interop.deepspeed.torch_files import REMEDY
 
@@ -172,10 +173,3 @@ class Save:
         bf16 = config.get("bf16", config.get("bfloat16")) if isinstance(config, dict) else None
         wanted = "bf16_" if isinstance(bf16, dict) and bf16.get("enabled") else ""
         return wanted if wanted in optims else next(iter(optims))
-
-
-def zero_options(model: Tree) -> Mapping[str, Any]:
-    """`zero_optimization` of the configuration that the model file holds."""
-    config = model.get("ds_config")
-    found = config.get("zero_optimization") if isinstance(config, dict) else None
-    return found if isinstance(found, dict) else {}

@@ -1,27 +1,25 @@
 """Bytes of a checkpoint by address: a file as it is, ranges of files end to end, bytes at hand, strided tensors.
 
-A source has an address space that is read in blocks, as the core reads shard files. Addresses of tensors are
-multiples of their elements' size, which a file need not grant: then its storages are gathered.
+A source has an address space that is read in blocks, as the core reads shard files. Knows nothing of what the bytes
+mean; `file_table` says which sources a tag has.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from math import prod
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from zero_ckpt.core.dtypes import itemsize
 from zero_ckpt.core.memory import aligned_buffer, round_up
 from zero_ckpt.core.shard_file import BLOCK
-from zero_ckpt.core.storage import FileReader
-from zero_ckpt.core.storage import Storage as Files
+from zero_ckpt.core.storage import FileReader, Storage
 from zero_ckpt.errors import CorruptShardError
-from zero_ckpt.interop.deepspeed.tensors import Storage, StoredTensor
-from zero_ckpt.interop.deepspeed.torch_files import REMEDY, TorchFile, open_torch_file, read_range
+from zero_ckpt.interop.deepspeed.tensors import StoredTensor
+from zero_ckpt.interop.deepspeed.torch_files import REMEDY, read_range
 
-__all__ = ["Bytes", "FileTable", "Source", "WholeBlocks"]
+__all__ = ["Bytes", "FileSource", "Gathered", "Source", "Strided", "WholeBlocks", "read_bytes"]
 
 
 class Source(Protocol):
@@ -60,10 +58,10 @@ class WholeBlocks:
 
 
 @dataclass(slots=True)
-class _Path:
+class FileSource:
     """A file as it is; opened when it is first read, and again after a close."""
 
-    files: Files
+    files: Storage
     name: str
     nbytes: int
     _open: FileReader | None = None
@@ -175,96 +173,7 @@ class Gathered:
         """Its sources are closed by themselves."""
 
 
-class FileTable:
-    """The sources of one tag's folder, by number. Files are opened once; numbers are given in the order of opening."""
-
-    def __init__(self, files: Files, folder: str) -> None:
-        self.files, self.folder = files, folder
-        self.sources: list[Source] = []
-        self._opened: dict[str, TorchFile] = {}
-        self._files: list[TorchFile] = []
-        self._numbers = Bytes(f"{folder} (numbers)")
-        self._numbers_at: int | None = None
-
-    def open(self, name: str) -> TorchFile:
-        """A file of the folder, by its name there. Raises `CorruptShardError` or `UnsafeObjectError`."""
-        if name not in self._opened:
-            path = f"{self.folder}/{name}"
-            number = len(self.sources)
-            found = open_torch_file(self.files, path, number)
-            source = _Path(self.files, path, found.nbytes)
-            self.sources.append(source)
-            self._align(source, found)
-            for storage in found.storages:
-                for tensor in storage.views:
-                    if not tensor.is_contiguous:
-                        self._straighten(tensor)
-            self._opened[name] = found
-            self._files.append(replace(found, tree=None, storages=[]))
-        return self._opened[name]
-
-    def forget(self, name: str) -> None:
-        """The tree of a file that is not needed any more. Its bytes stay readable."""
-        self._opened.pop(name, None)
-
-    def forget_all(self) -> None:
-        """The trees of all files."""
-        self._opened.clear()
-
-    @property
-    def paths(self) -> set[str]:
-        """The paths of the files themselves."""
-        return {file.path for file in self._files}
-
-    def opened(self) -> list[TorchFile]:
-        """Every file that was opened, without its tree when that was forgotten."""
-        return self._files
-
-    def source_of(self, path: str) -> Source:
-        return next(source for source in self.sources if source.name == path)
-
-    @property
-    def names(self) -> list[str]:
-        return [source.name for source in self.sources]
-
-    def number(self, data: bytes) -> tuple[int, int]:
-        """(source, address) of a few bytes that no file holds as such."""
-        if self._numbers_at is None:
-            self._numbers_at = self.add(self._numbers)
-        return self._numbers_at, self._numbers.add(data)
-
-    def add(self, source: Source) -> int:
-        self.sources.append(source)
-        return len(self.sources) - 1
-
-    def close(self) -> None:
-        for source in self.sources:
-            source.close()
-
-    def _align(self, source: _Path, file: TorchFile) -> None:
-        """Storages that do not begin at a multiple of their elements' size are read through another address space."""
-        odd = [s for s in file.storages if s.begin % 16 and s.nbytes]
-        if not odd:
-            return
-        gathered = Gathered(f"{source.name} (aligned)")
-        number = self.add(gathered)
-        for storage in odd:
-            storage.begin = gathered.add(storage.nbytes, _shifted(source, storage.begin))
-            storage.file = number
-
-    def _straighten(self, tensor: StoredTensor) -> None:
-        """Make a strided tensor a contiguous one of a source of its own."""
-        source = _Strided(self.sources[tensor.storage.file], tensor)
-        storage = Storage(tensor.dtype, source.nbytes, tensor.storage.key, self.add(source))
-        tensor.storage, tensor.offset = storage, 0
-        tensor.strides = tuple(prod(tensor.shape[d + 1 :]) for d in range(len(tensor.shape)))
-
-
-def _shifted(source: _Path, begin: int) -> Callable[[int, int], bytes]:
-    return lambda offset, nbytes: source.range(begin + offset, nbytes)
-
-
-class _Strided:
+class Strided:
     """The elements of a strided tensor in row-major order. Holds the tensor while it is read."""
 
     def __init__(self, source: Source, tensor: StoredTensor) -> None:
@@ -297,7 +206,7 @@ class _Strided:
 
 def read_bytes(source: Source, begin: int, nbytes: int) -> bytes:
     """Any bytes of a source."""
-    if isinstance(source, _Path):
+    if isinstance(source, FileSource):
         return source.range(begin, nbytes)
     buffer, found = aligned_buffer(BLOCK), bytearray()
     while len(found) < nbytes:

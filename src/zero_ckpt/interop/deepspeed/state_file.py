@@ -13,17 +13,11 @@ from zero_ckpt.core.objects import OBJECTS, RANK_OBJECTS
 from zero_ckpt.core.shard_file import Chunk
 from zero_ckpt.errors import CorruptShardError
 from zero_ckpt.interop.deepspeed.column import Column, extra_states
+from zero_ckpt.interop.deepspeed.file_table import FileTable
 from zero_ckpt.interop.deepspeed.folder import Opened
 from zero_ckpt.interop.deepspeed.objects import ObjectEncoder
 from zero_ckpt.interop.deepspeed.optimizers import class_of, options_of
-from zero_ckpt.interop.deepspeed.sources import (
-    Bytes,
-    FileTable,
-    Gathered,
-    Source,
-    WholeBlocks,
-    read_bytes,
-)
+from zero_ckpt.interop.deepspeed.sources import Bytes, Gathered, Source, WholeBlocks, read_bytes
 
 __all__ = ["StateFile"]
 

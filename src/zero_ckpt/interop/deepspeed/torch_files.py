@@ -25,7 +25,7 @@ from zero_ckpt.interop.deepspeed.plain import CONSTRUCTORS, STORAGE_DTYPES
 from zero_ckpt.interop.deepspeed.records import Global, PickleError
 from zero_ckpt.interop.deepspeed.tensors import Storage
 
-__all__ = ["REMEDY", "TorchFile", "open_torch_file"]
+__all__ = ["REMEDY", "TorchFile", "open_torch_file", "read_range"]
 
 REMEDY = "Restore the file from where it was saved, or use another tag."
 
@@ -134,8 +134,8 @@ class _Opening:
             return self._open_zip()
         return self._open_legacy()
 
-    def _storage(self, id: Any) -> Storage:
-        kind, storage_class, key, _location, numel = id[:5]
+    def _storage(self, persistent_id: Any) -> Storage:
+        kind, storage_class, key, _location, numel = persistent_id[:5]
         if kind != "storage" or not isinstance(storage_class, Global):
             raise PickleError(f"a storage expected, {kind!r} found")
         dtype = STORAGE_DTYPES.get(storage_class.name)

@@ -12,7 +12,7 @@ from math import prod
 from typing import Any
 
 from zero_ckpt.interop.deepspeed.column import Column, Group, Value, number_of, shapes_by_group
-from zero_ckpt.interop.deepspeed.sources import FileTable
+from zero_ckpt.interop.deepspeed.file_table import FileTable
 from zero_ckpt.interop.deepspeed.tensors import LayoutError, StoredTensor, Tensor
 
 __all__ = ["read_universal"]

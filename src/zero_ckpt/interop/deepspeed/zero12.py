@@ -16,7 +16,14 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from zero_ckpt.interop.deepspeed.column import Column, Group, Value, number_of, shapes_by_group
+from zero_ckpt.interop.deepspeed.column import (
+    Column,
+    Group,
+    Value,
+    number_of,
+    shapes_by_group,
+    zero_options,
+)
 from zero_ckpt.interop.deepspeed.experts import global_name, local_counts, ranks_of_experts
 from zero_ckpt.interop.deepspeed.records import Record
 from zero_ckpt.interop.deepspeed.tensors import Flat, LayoutError, StoredTensor, Tensor
@@ -57,7 +64,8 @@ def read_partitions(model: Mapping[str, Any], optims: Sequence[Mapping[str, Any]
     groups = shapes_by_group(model)
     states, options, problem = _base_states(optims, len(groups))
     layouts = _layouts(groups, optims, options)
-    _check_slices(layouts, optims, _round_robin(model))
+    if not zero_options(model).get("round_robin_gradients"):
+        _check_slices(layouts, optims)
     column = Column(problem=problem)
     column.groups = [
         Group(options=options[g] if g < len(options) else {}) for g in range(len(groups))
@@ -75,12 +83,6 @@ def read_partitions(model: Mapping[str, Any], optims: Sequence[Mapping[str, Any]
             except LayoutError as error:
                 column.problem = f"group {layout.index}: {error}"
     return column
-
-
-def _round_robin(model: Mapping[str, Any]) -> bool:
-    config = model.get("ds_config")
-    zero = config.get("zero_optimization") if isinstance(config, dict) else None
-    return isinstance(zero, dict) and bool(zero.get("round_robin_gradients"))
 
 
 def _partition(optim: Mapping[str, Any], group: int, rank: int) -> StoredTensor:
@@ -256,12 +258,8 @@ def _slice_orders(optims: Sequence[Mapping[str, Any]], group: int) -> list[Any]:
     return [sorted((_slices(optim, group) or {}).items()) for optim in optims]
 
 
-def _check_slices(
-    layouts: Sequence[_Layout], optims: Sequence[Mapping[str, Any]], round_robin: bool
-) -> None:
+def _check_slices(layouts: Sequence[_Layout], optims: Sequence[Mapping[str, Any]]) -> None:
     """Where the partitions say themselves what they hold, it must be what `param_shapes` implies."""
-    if round_robin:
-        return
     for layout in layouts:
         if layout.ranks != tuple(range(len(optims))):
             continue  # names of experts are local there

@@ -21,6 +21,7 @@ from zero_ckpt.interop.deepspeed.column import (
     number_of,
     shapes_by_group,
     stored_items,
+    zero_options,
 )
 from zero_ckpt.interop.deepspeed.tensors import Flat, LayoutError, Piece, StoredTensor, Tensor
 
@@ -184,7 +185,7 @@ def read_frozen(models: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     shapes = models[0].get("frozen_param_shapes")
     if not shapes or not models[0].get("frozen_param_fragments"):
         return {}
-    if _is_quantized(models[0]):
+    if zero_options(models[0]).get("zero_quantized_nontrainable_weights"):
         raise LayoutError(
             "frozen parameters were quantized (zero_quantized_nontrainable_weights), and their scales were not saved"
         )
@@ -210,9 +211,3 @@ def _frozen(name: str, shape: tuple[int, ...], fragments: Sequence[StoredTensor]
             f"frozen parameter '{name}' of shape {list(shape)}: pieces of {share} elements expected, {odd[0]} found"
         )
     return _cut({name: shape}, [Flat([fragment]) for fragment in fragments])[name]
-
-
-def _is_quantized(model: Mapping[str, Any]) -> bool:
-    config = model.get("ds_config")
-    zero = config.get("zero_optimization") if isinstance(config, dict) else None
-    return isinstance(zero, dict) and bool(zero.get("zero_quantized_nontrainable_weights"))

@@ -1,0 +1,58 @@
+"""A restored random stream that waits for the moment at which it takes effect.
+
+In the uninterrupted run the stream had the restored state right after the save, so it must have it again where the
+resumed run reaches that point: before the next epoch's iterators are made (which draw from it), or, within an epoch,
+between the making of the iterators (whose draws lie in the past) and the next batch. What is drawn between the
+iterators and the first batch (by validation loaders that Lightning only skips) was not drawn then, and is undone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from zero_ckpt.core import rng
+
+__all__ = ["PendingRng"]
+
+
+class PendingRng:
+    """One rank's. `state`: what `rng.capture` returned on it when the checkpoint was written."""
+
+    def __init__(self, state: Mapping[str, Any], device: torch.device) -> None:
+        self._state: Mapping[str, Any] | None = state
+        self._device = device
+        self._leader: object = None  # the first loader; the others draw from the stream after it
+        self._at_first_batch: Mapping[str, Any] | None = None
+        self._in_epoch = False
+        self._started = False
+
+    def before_iterator(self, loader: object, *, in_epoch: bool) -> None:
+        """A training loader makes its iterator; `in_epoch`: to continue an unfinished epoch."""
+        self._leader = self._leader if self._leader is not None else loader
+        self._in_epoch = self._in_epoch or in_epoch
+        if not self._in_epoch and loader is self._leader:
+            self._apply(self._state)
+
+    def after_iterator(self) -> None:
+        """The iterator is made."""
+        self._at_first_batch = self._state if self._in_epoch else rng.capture(self._device)
+
+    def at_train_start(self) -> None:
+        """Iterators exist, and what is prefetched is prefetched; the first batch comes next."""
+        self._started = True
+        if self._leader is None:
+            self._apply(self._state)
+            self._state = None
+
+    def before_fetch(self) -> None:
+        """A training loader is asked for a batch."""
+        if self._started and self._state is not None:
+            self._apply(self._at_first_batch)
+            self._state = None
+
+    def _apply(self, state: Mapping[str, Any] | None) -> None:
+        if state is not None:
+            rng.restore(state, self._device)
