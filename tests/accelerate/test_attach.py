@@ -242,18 +242,6 @@ def foreign(out: str, stage: int | None) -> tuple[Any, Any, int]:
     return before, state_of(other), other[0]._zero_step
 
 
-def test_what_accelerate_wrote_is_refused_by_sharded_models(tmp_path: Path) -> None:
-    on_ranks(refused_folder, 2, str(tmp_path))
-
-
-def refused_folder(out: str) -> None:
-    made = make()
-    detach(made[0]).save_state(out)
-    PartialState().wait_for_everyone()
-    with pytest.raises(ConfigurationError, match="Load it with stage=1 or less"):
-        make(3)[0].load_state(out)
-
-
 def test_other_kinds_of_training_are_left_to_accelerate(tmp_path: Path) -> None:
     on_ranks(left_alone, 1, str(tmp_path))
 
