@@ -74,8 +74,8 @@ def make_trainer(job: Job) -> tuple[Trainer, Losses]:
         logging_steps=1,
         logging_nan_inf_filter=False,
         learning_rate=1e-2,
-        save_strategy="steps",
         **{
+            "save_strategy": "steps",
             "save_steps": 3,
             "use_cpu": True,
             "disable_tqdm": True,

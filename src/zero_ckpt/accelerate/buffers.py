@@ -6,7 +6,6 @@ before each forward pass that follows a pass whose gradients were reduced.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,14 +14,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from zero_ckpt import zero
 from zero_ckpt.zero.experts import shared_buffers
+from zero_ckpt.zero.sync import reduces_gradients
 
 __all__ = ["share_buffers"]
 
 
-def share_buffers(model: nn.Module, mesh: DeviceMesh, is_reducing: Callable[[], bool]) -> None:
-    """From now on, share them before forward passes of `model`. `is_reducing`: whether this pass's gradients will be
-    reduced. The passes are then collective over `mesh`.
-    """
+def share_buffers(model: nn.Module, mesh: DeviceMesh) -> None:
+    """From now on, share them before forward passes of `model`, which are then collective over `mesh`."""
     is_due = True
 
     def before(module: nn.Module, *_: Any) -> None:
@@ -30,6 +28,6 @@ def share_buffers(model: nn.Module, mesh: DeviceMesh, is_reducing: Callable[[], 
         buffers = shared_buffers(module)
         if is_due and buffers:
             zero.broadcast_from_first(buffers, mesh)
-        is_due = torch.is_grad_enabled() and is_reducing()
+        is_due = torch.is_grad_enabled() and reduces_gradients(model)
 
     model.register_forward_pre_hook(before, prepend=True)

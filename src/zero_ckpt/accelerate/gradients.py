@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from zero_ckpt.accelerate.base import ZeroBase
 from zero_ckpt.core.binding import bound_names
+from zero_ckpt.zero.dropped import sharded_records
 
 __all__ = ["capture_gradients", "gradients_fit", "restore_gradients"]
 
@@ -103,21 +102,9 @@ def _places(accelerator: ZeroBase) -> Iterator[_Place]:
     models = accelerator.zero_models()
     names = bound_names(models)
     for model in models.values():
-        records = {id(record.sharded_param): record for record in _records(model)}
+        records = {id(record.sharded_param): record for record in sharded_records(model)}
         for parameter in model.parameters():
             yield _Place(names[id(parameter)], parameter, records.get(id(parameter)))
-
-
-def _records(model: nn.Module) -> Iterator[Any]:
-    """FSDP2's record of every parameter that it shards."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            state = module._get_fsdp_state()
-            groups = getattr(
-                state, "_fsdp_param_groups", None
-            )  # newer torch has several for a module
-            for group in [state._fsdp_param_group] if groups is None else groups:
-                yield from () if group is None else group.fsdp_params
 
 
 def _accumulated(record: Any) -> torch.Tensor | None:

@@ -23,12 +23,17 @@ from zero_ckpt.accelerate import data
 from zero_ckpt.accelerate.base import ZeroBase, innermost, raw_optimizer
 from zero_ckpt.accelerate.buffers import share_buffers
 from zero_ckpt.errors import ConfigurationError
+from zero_ckpt.zero.dropped import drop_with_zero_grad
 from zero_ckpt.zero.experts import attach_experts, expert_lists, expert_parameters
+from zero_ckpt.zero.sync import gradient_sync
 
 __all__ = ["PrepareMixin"]
 
 OWN_KINDS = ("NO", "MULTI_")
 """Kinds of distributed training (as their names begin) that our stages can replace."""
+
+EVALUATED = "_zero_evaluated"
+"""Attribute of a model that was prepared for evaluation alone."""
 
 
 class PrepareMixin(ZeroBase):
@@ -95,11 +100,14 @@ class PrepareMixin(ZeroBase):
     ) -> Any:
         """As Accelerate's; at stages 2 and 3 the model is sharded in place, and not wrapped."""
         stage = self.zero_stage_to_apply
-        if not evaluation_mode:
-            self._zero_check_experts(model)
-            attach_experts(model)
-        if stage < 2 or evaluation_mode:
-            return super().prepare_model(model, device_placement, evaluation_mode)
+        if evaluation_mode:
+            return self._zero_prepare_for_evaluation(model, device_placement)
+        if vars(model).pop(EVALUATED, False):
+            del model._is_accelerate_prepared
+        self._zero_check_experts(model)
+        attach_experts(model)
+        if stage < 2:
+            return super().prepare_model(model, device_placement)
         self._zero_shard(model, stage)
         if getattr(model, "_is_accelerate_prepared", False):
             return super().prepare_model(model, device_placement)
@@ -107,6 +115,14 @@ class PrepareMixin(ZeroBase):
             self._zero_rebind(raw_optimizer(optimizer))
         # Without wrapping: what is left is mixed precision and compilation.
         return super().prepare_model(model, device_placement=False, evaluation_mode=True)
+
+    def _zero_prepare_for_evaluation(self, model: nn.Module, device_placement: bool | None) -> Any:
+        """Accelerate would take it for prepared for training too, and then not wrap it: each rank trained alone."""
+        is_new = not getattr(model, "_is_accelerate_prepared", False)
+        prepared = super().prepare_model(model, device_placement, evaluation_mode=True)
+        if is_new and self.distributed_type.value.startswith(OWN_KINDS):
+            setattr(prepared, EVALUATED, True)
+        return prepared
 
     def _zero_check_experts(self, model: nn.Module) -> None:
         """Of Accelerate's own engines only DDP can be kept off a model's declared experts."""
@@ -139,11 +155,12 @@ class PrepareMixin(ZeroBase):
         )
         runtime.shardings.append((model, sharding))
         if is_new and self.zero_shares_buffers:
-            share_buffers(model, runtime.mesh, lambda: bool(self.sync_gradients))
+            share_buffers(model, runtime.mesh)
 
     def _zero_rebind(self, optimizer: Optimizer) -> None:
-        for _, sharding in self._zero_runtime.shardings:
+        for model, sharding in self._zero_runtime.shardings:
             zero.rebind_optimizer(optimizer, sharding.replaced)
+            drop_with_zero_grad(optimizer, model)
 
     def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> Any:
         """As Accelerate's; at stage 1 of a partition, at stages 2 and 3 over sharded parameters."""
@@ -191,6 +208,13 @@ class PrepareMixin(ZeroBase):
             context: AbstractContextManager[None] = super().no_sync(model)
             return context
         return zero.gradient_sync_disabled(innermost(model))
+
+    def trigger_sync_in_backward(self, model: nn.Module) -> AbstractContextManager[None]:
+        """As Accelerate's; of a model that we have sharded too."""
+        if not self._zero_is_sharded(model):
+            context: AbstractContextManager[None] = super().trigger_sync_in_backward(model)
+            return context
+        return gradient_sync(innermost(model), True)
 
     def _zero_is_sharded(self, model: nn.Module) -> bool:
         inner = innermost(model)

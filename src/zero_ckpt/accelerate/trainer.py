@@ -21,12 +21,12 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from zero_ckpt.accelerate.attach import attach
-from zero_ckpt.accelerate.base import ZeroBase, raw_optimizer
+from zero_ckpt.accelerate.base import ZeroBase, innermost, raw_optimizer
 from zero_ckpt.accelerate.content import make_snapshot
 from zero_ckpt.accelerate.hooks import Edits
 from zero_ckpt.accelerate.meeting import together
 from zero_ckpt.accelerate.trainer_order import EpochOrder
-from zero_ckpt.accelerate.whole import shard_state_when_loaded
+from zero_ckpt.accelerate.whole import shard_state_when_loaded, sharding_what_is_loaded
 from zero_ckpt.core.bound import Wanted
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.finding import find_checkpoint
@@ -37,6 +37,7 @@ from zero_ckpt.core.places import absolute
 from zero_ckpt.core.restoring import Restoration
 from zero_ckpt.core.state import Snapshot
 from zero_ckpt.errors import ConfigurationError, ZeroCkptError
+from zero_ckpt.zero.dropped import drop_gradients
 
 if TYPE_CHECKING:
     from typing import Any as Host
@@ -70,7 +71,10 @@ class TrainerMixin(Host):  # type: ignore[misc]
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, which forgets what it has prepared when it trains again."""
         runtime = self.accelerator._zero_runtime
+        self._zero_kept = [each for each in self._zero_kept if each[0] is innermost(self.model)]
         runtime.shardings += [each for each in self._zero_kept if each not in runtime.shardings]
+        for model, _ in self._zero_kept:
+            drop_gradients(model)  # of a run that ended within an accumulation window
         prepared = super()._prepare_for_training(*args, **kwargs)
         self._zero_kept = list(runtime.shardings)
         return prepared
@@ -128,7 +132,10 @@ class TrainerMixin(Host):  # type: ignore[misc]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Weights: from the Hugging Face files, or, where a checkpoint of ours holds them all, later from that."""
-        if not self._zero_holds_model(resume_from_checkpoint):
+        if self._zero_holds_model(resume_from_checkpoint):
+            return
+        kept = [each for each, _ in self._zero_kept if each is innermost(self.model)]
+        with sharding_what_is_loaded(kept, []):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -146,10 +153,13 @@ class TrainerMixin(Host):  # type: ignore[misc]
         saved = self._zero_saved_in(best)
         self.accelerator._zero_runtime.saved = saved
         self.accelerator._zero_runtime.foreign = "" if saved is not None else best
-        if self._zero_is_sharded() and self._zero_holds_model(best):
+        if not self._zero_is_sharded():
+            super()._load_best_model()
+        elif self._zero_holds_model(best):
             self._zero_load(best, Wanted(optimizers=False, schedulers=False, module_only=True))
         else:
-            super()._load_best_model()
+            with sharding_what_is_loaded([self.model], []):
+                super()._load_best_model()
 
     def _zero_saved_in(self, directory: str) -> SaveHandle | None:
         """The save that rank 0 finds there, or None for a folder that the Trainer alone wrote."""

@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from zero_ckpt.errors import ConfigurationError
+from zero_ckpt.zero.dropped import recover_from_failures
 from zero_ckpt.zero.expert_calls import require_every_call
 from zero_ckpt.zero.expert_gradients import divide_gradients
 from zero_ckpt.zero.experts import attach_experts, expert_lists, mesh_of_experts
@@ -224,12 +225,13 @@ def _shard_unit(
 
 
 def _settle(module: nn.Module) -> None:
-    """Let every outermost unit know the units in it, which the first forward pass would do.
+    """Let every outermost unit know the units in it, which the first forward pass would do, and recover.
 
     Otherwise the first to be called takes itself for the outermost, and those around it fail later.
     """
     if isinstance(module, FSDPModule):
         module._get_fsdp_state()._lazy_init()
+        recover_from_failures(module)
     else:
         for child in module.children():
             _settle(child)

@@ -8,10 +8,10 @@ are averaged.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
 
 import torch
 import torch.distributed as dist
@@ -114,6 +114,7 @@ def average(grads: Sequence[torch.Tensor], mesh: DeviceMesh) -> None:
 
 # Kept beside the modules, so that nothing of it shows in their attributes, state or pickles.
 _switches: WeakKeyDictionary[nn.Module, GradientSwitch] = WeakKeyDictionary()
+_accumulating: WeakSet[nn.Module] = WeakSet()
 
 
 def average_gradients_of(
@@ -139,6 +140,7 @@ def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
     """
     if isinstance(module, DistributedDataParallel):
         module.require_backward_grad_sync = enabled
+    (_accumulating.discard if enabled else _accumulating.add)(module)
     for submodule in module.modules():
         if submodule in _switches:
             _switches[submodule].enabled = enabled
@@ -149,14 +151,27 @@ def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
                 submodule.set_reshard_after_backward(enabled, recurse=False)
 
 
-@contextmanager
-def gradient_sync_disabled(module: nn.Module) -> Iterator[None]:
+def reduces_gradients(module: nn.Module) -> bool:
+    """What `set_gradient_sync` of this very module was told last."""
+    if isinstance(module, DistributedDataParallel):
+        return bool(module.require_backward_grad_sync)
+    return module not in _accumulating
+
+
+def gradient_sync_disabled(module: nn.Module) -> AbstractContextManager[None]:
     """Accumulate without communication inside; see `set_gradient_sync`."""
-    set_gradient_sync(module, False)
+    return gradient_sync(module, False)
+
+
+@contextmanager
+def gradient_sync(module: nn.Module, enabled: bool) -> Iterator[None]:
+    """`set_gradient_sync`, and afterwards as it was."""
+    before = reduces_gradients(module)
+    set_gradient_sync(module, enabled)
     try:
         yield
     finally:
-        set_gradient_sync(module, True)
+        set_gradient_sync(module, before)
 
 
 def buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:

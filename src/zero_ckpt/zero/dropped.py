@@ -1,0 +1,104 @@
+"""Gradients of a sharded model that are given up: those of passes that raised, or that `zero_grad` is to clear.
+
+Passes that reduce nothing leave whole gradients inside of FSDP2, where `zero_grad` of an optimizer does not see them.
+
+And FSDP2 ends a backward pass in a callback that it asks for once. When the pass raises (out of memory, a user's
+error) the callback is gone, and FSDP2 still takes it for asked for: no later pass would be ended, and parameters whose
+gradients are reduced there, such as those of embeddings, would silently stay as they are. DistributedDataParallel
+refuses to go on; here the failed pass counts as lost.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Iterator
+from typing import Any
+from weakref import WeakSet
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.optim import Optimizer
+
+from zero_ckpt.zero.gathered import reshard
+
+__all__ = ["drop_gradients", "drop_with_zero_grad", "recover_from_failures", "sharded_records"]
+
+
+def sharded_records(module: nn.Module) -> Iterator[Any]:
+    """FSDP2's record of every parameter under `module` that it shards."""
+    for submodule in module.modules():
+        if isinstance(submodule, FSDPModule):
+            for group in _groups(submodule._get_fsdp_state()):
+                yield from group.fsdp_params
+
+
+def drop_gradients(module: nn.Module, parameters: Collection[int] | None = None) -> None:
+    """Forget what passes without communication have left. `parameters`: by id, only of these."""
+    for record in sharded_records(module):
+        if parameters is None or id(record.sharded_param) in parameters:
+            record.unsharded_accumulated_grad = None
+            if hasattr(record, "_unsharded_param"):
+                record._unsharded_param.grad = None
+
+
+def drop_with_zero_grad(optimizer: Optimizer, module: nn.Module) -> None:
+    """From now on, `zero_grad` of this optimizer drops them, too."""
+    given: Any = optimizer
+    own = given.zero_grad
+    if hasattr(own, "modules"):
+        own.modules.add(module)
+        return
+
+    modules = WeakSet([module])
+
+    @functools.wraps(own)
+    def zero_grad(*args: Any, **kwargs: Any) -> None:
+        own(*args, **kwargs)
+        parameters = {id(p) for group in given.param_groups for p in group["params"]}
+        for each in modules:
+            drop_gradients(each, parameters)
+
+    given.zero_grad = zero_grad
+    given.zero_grad.modules = modules
+
+
+def recover_from_failures(outermost: nn.Module) -> None:
+    """From now on, a forward pass of this unit starts afresh when the last backward pass has raised."""
+    eager: Any = torch.compiler.disable  # untyped in torch
+    outermost.register_forward_pre_hook(eager(_recover), prepend=True)
+
+
+def _recover(unit: nn.Module, args: Any) -> None:
+    assert isinstance(unit, FSDPModule)
+    context: Any = unit._get_fsdp_state()._state_ctx
+    is_within = torch._C._current_graph_task_id() != -1  # checkpointed activations, computed again
+    if is_within or not context.post_backward_final_callback_queued:
+        return
+    reset: Any = getattr(unit, "reset_iter_state", None)  # torch 2.6 has none
+    if reset is None:
+        _reset(context)
+    else:
+        reset()
+    assert isinstance(unit, nn.Module)
+    drop_gradients(unit)
+    reshard(unit)
+
+
+def _reset(context: Any) -> None:
+    """As the method of newer torch."""
+    for state in context.all_states:
+        state._training_state = type(state._training_state).IDLE
+        state._comm_ctx.post_forward_order.clear()
+        for group in _groups(state):
+            group._training_state = type(group._training_state).IDLE
+            group.finalize_backward()
+    context.iter_forward_root = None
+    context.post_backward_final_callback_queued = False
+
+
+def _groups(state: Any) -> list[Any]:
+    groups = getattr(state, "_fsdp_param_groups", None)  # newer torch has several for a module
+    if groups is None:
+        groups = [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+    return list(groups)
