@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -344,3 +345,22 @@ def single(out: str) -> None:
     train(made, batches(1))
     made[0].save_state(out)
     made[0].load_state(out)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_model_may_be_copied_after_it_is_prepared(stage: int) -> None:
+    on_ranks(copied, 2, stage)
+
+
+def copied(stage: int) -> None:
+    """As for averaged weights: the copy has the same parts, and stays when the model is trained."""
+    made = make(stage, mixed_precision="bf16")
+    model = made[1]
+    twin = copy.deepcopy(model)
+    before = {name: whole(value).clone() for name, value in model.state_dict().items()}
+    train(made, batches(2))
+    kept = {name: whole(value) for name, value in twin.state_dict().items()}
+    assert_same(kept, before)
+    for own, other in zip(twin.parameters(), model.parameters(), strict=True):
+        assert type(own) is type(other)
+    assert not torch.equal(whole(model.head.weight), kept["head.weight"])

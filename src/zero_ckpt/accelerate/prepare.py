@@ -23,6 +23,7 @@ from zero_ckpt.accelerate import data
 from zero_ckpt.accelerate.base import ZeroBase, innermost, raw_optimizer
 from zero_ckpt.accelerate.buffers import share_buffers
 from zero_ckpt.errors import ConfigurationError
+from zero_ckpt.zero.copies import allow_copies
 from zero_ckpt.zero.dropped import drop_with_zero_grad
 from zero_ckpt.zero.experts import attach_experts, expert_lists, expert_parameters
 from zero_ckpt.zero.sync import gradient_sync
@@ -153,6 +154,7 @@ class PrepareMixin(ZeroBase):
             wrap=options.wrap,
             cpu_offload=options.cpu_offload,
         )
+        allow_copies(model)
         runtime.shardings.append((model, sharding))
         if is_new and self.zero_shares_buffers:
             share_buffers(model, runtime.mesh)

@@ -4,30 +4,21 @@ Weight averaging (`WeightAveraging`, `EMAWeightAveraging`, `StochasticWeightAver
 callbacks like them) deep-copies the module in its `setup`, before the strategy shards it, and then
 pairs the copy's parameters with the model's, one by one. Here each parameter of the copy gets the
 placement of its counterpart, so that the pairs fit and every rank keeps only its part.
-
-A model that an earlier run has sharded is copied as it is: the copy has parameters of the same
-placements, and is otherwise as the model was before it was sharded, so that it cannot be trained.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
-from zero_ckpt import zero
-from zero_ckpt.zero.generic import users_class
 from zero_ckpt.zero.parts import part_like
 
-__all__ = ["allow_copies", "shard_copies"]
+__all__ = ["shard_copies"]
 
 _Tensors = tuple[torch.Tensor, ...] | list[torch.Tensor]
 
@@ -93,50 +84,3 @@ def _average_by_kind(averaged: AveragedModel) -> None:
                 whole([copy for copy, _ in pairs], [value for _, value in pairs], count)
 
     averaged.multi_avg_fn = average
-
-
-def allow_copies(model: nn.Module) -> None:
-    """Let `copy.deepcopy` copy a sharded `model`, which torch refuses."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            type(module).__deepcopy__ = _copy_sharded  # type: ignore[attr-defined]
-
-
-def _copy_sharded(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """This rank's part of a copy. No communication; not allowed within forward and backward."""
-    zero.reshard(module)
-    for parameter in module.parameters():
-        if isinstance(parameter, DTensor) and id(parameter) not in memo:
-            own = parameter.detach().clone()
-            memo[id(parameter)] = nn.Parameter(own, requires_grad=parameter.requires_grad)
-    with _as_before_sharding(module):
-        return deepcopy(module, memo)
-
-
-@contextmanager
-def _as_before_sharding(model: nn.Module) -> Iterator[None]:
-    """Inside, its modules are of their users' classes and have their users' hooks only."""
-    before = [(module, type(module), dict(vars(module))) for module in model.modules()]
-    try:
-        for module, kind, attributes in before:
-            if isinstance(module, FSDPModule):
-                module.__class__ = users_class(kind)
-            for name, value in attributes.items():
-                if name.startswith(("_fsdp_", "_is_fsdp_", "__composable_api_")):
-                    del vars(module)[name]
-                elif "hooks" in name and isinstance(value, OrderedDict):
-                    own = {k: hook for k, hook in value.items() if not _is_of_sharding(hook)}
-                    vars(module)[name] = OrderedDict(own)
-        yield
-    finally:
-        for module, kind, attributes in before:
-            module.__class__ = kind
-            vars(module).clear()
-            vars(module).update(attributes)
-
-
-def _is_of_sharding(hook: Any) -> bool:
-    hook = getattr(hook, "hook", hook)  # out of torch's wrapper
-    owner = getattr(hook, "__self__", None)
-    home = getattr(hook if owner is None else type(owner), "__module__", None) or ""
-    return home.startswith(("torch.distributed.", "zero_ckpt."))

@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 from zero_ckpt import zero
 from zero_ckpt.core.notices import warn_user
 from zero_ckpt.errors import ConfigurationError, ZeroCkptError
-from zero_ckpt.lightning.copies import allow_copies, shard_copies
+from zero_ckpt.lightning.copies import shard_copies
 from zero_ckpt.lightning.export import attach_export, detach_export, run_export
 from zero_ckpt.lightning.restoring import RestoreMixin
 from zero_ckpt.lightning.steps import StepMixin
+from zero_ckpt.zero.copies import allow_copies
 from zero_ckpt.zero.experts import expert_lists
 from zero_ckpt.zero.generic import users_class
 from zero_ckpt.zero.initial import materialize
