@@ -34,7 +34,7 @@ from zero_ckpt.core.notices import alone_notice, warn_on_first, warn_user
 from zero_ckpt.core.outcome import LoadResult, log_report, report_of
 from zero_ckpt.core.per_rank import CLIENT_STATE, client_state_notice, own_client_state, read_own
 from zero_ckpt.core.restoring import Restoration
-from zero_ckpt.core.state import Snapshot
+from zero_ckpt.core.state import Snapshot, capture_models
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.errors import NothingSavedError, ZeroCkptError
 
@@ -152,7 +152,8 @@ class Checkpointer:
     ) -> Snapshot:
         check_all_save(self.models, self.optimizers, self._engine.control.world_size)
         snapshot = snapshot_of(
-            self.models,
+            capture_models(self.models),
+            bound_names(self.models),
             self.optimizers,
             self.lr_schedulers,
             step=step,

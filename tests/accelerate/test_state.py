@@ -27,7 +27,7 @@ from tests.accelerate.harness import (
 )
 from tests.lightning.harness import whole
 from zero_ckpt.accelerate import attach
-from zero_ckpt.accelerate.base import innermost
+from zero_ckpt.accelerate.base import innermost, raw_optimizer
 from zero_ckpt.errors import CheckpointNotFoundError, StateMismatchError, UnsafeObjectError
 
 
@@ -377,3 +377,14 @@ def twice(out: str) -> None:
     fresh = make(seed=5)
     fresh[0].load_state(out)
     assert_same(state_of(made), state_of(fresh))
+
+
+def test_optimizer_state_of_no_parameter_is_told(tmp_path: Path) -> None:
+    on_ranks(with_global_state, 1, str(tmp_path))
+
+
+def with_global_state(out: str) -> None:
+    made = make()
+    raw_optimizer(made[2]).state["global"] = {"count": 3}
+    with pytest.warns(UserWarning, match=r"keeps for no parameter \('global'\) is not saved"):
+        made[0].save_state(out)

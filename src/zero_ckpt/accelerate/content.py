@@ -25,8 +25,8 @@ from zero_ckpt.accelerate.base import ZeroBase
 from zero_ckpt.accelerate.gradients import capture_gradients
 from zero_ckpt.accelerate.hooks import Edits, apply_edits
 from zero_ckpt.core import rng
-from zero_ckpt.core.binding import bound_names, prefix_of
-from zero_ckpt.core.state import ModelState, Snapshot, capture_models, capture_optimizer
+from zero_ckpt.core.binding import bound_names, snapshot_of
+from zero_ckpt.core.state import ModelState, Snapshot, capture_models
 
 __all__ = ["ENTRY", "make_snapshot"]
 
@@ -47,21 +47,16 @@ def make_snapshot(
     kept = {name: model for name, model in models.items() if name not in edits.removed}
     state = capture_models(kept)
     apply_edits(state, edits, values, accelerator.zero_control.rank)
-    names = bound_names(models)
-    optimizers = {
-        name: capture_optimizer(optimizer, names, prefix_of(name))
-        for name, optimizer in accelerator.zero_optimizers().items()
-    }
-    snapshot = _weights(state, exclude_frozen)
-    snapshot.optim = {key: t for each in optimizers.values() for key, t in each.tensors.items()}
-    snapshot.objects = {
-        "client_state": client_state,
-        "global_step": accelerator._zero_step,
-        "optimizers": {name: each.record for name, each in optimizers.items()},
-        "lr_schedulers": {n: s.state_dict() for n, s in accelerator.zero_schedulers().items()},
-        "extra_state": state.extra,
-        ENTRY: _own(accelerator),
-    }
+    snapshot = snapshot_of(
+        state,
+        bound_names(models),
+        accelerator.zero_optimizers(),
+        accelerator.zero_schedulers(),
+        step=accelerator._zero_step,
+        client_state=client_state,
+        exclude_frozen=exclude_frozen,
+    )
+    snapshot.objects[ENTRY] = _own(accelerator)
     snapshot.rank_objects = {
         "rng": rng.capture(accelerator.zero_device()),
         "dataloaders": data.capture_loaders(accelerator),
@@ -76,18 +71,6 @@ def _own_buffers(accelerator: ZeroBase, state: ModelState) -> dict[str, torch.Te
     if accelerator.zero_shares_buffers or accelerator.process_index == 0:
         return {}
     return {key: state.tensors[key].detach() for key in sorted(state.buffers)}
-
-
-def _weights(state: ModelState, exclude_frozen: bool) -> Snapshot:
-    excluded = frozenset(state.frozen) if exclude_frozen else frozenset()
-    return Snapshot(
-        model={key: t for key, t in state.tensors.items() if key not in excluded},
-        buffers=frozenset(state.buffers),
-        frozen=frozenset(state.frozen) - excluded,
-        aliases={k: v for k, v in state.aliases.items() if v not in excluded},
-        excluded=excluded,
-        experts=state.experts,
-    )
 
 
 def _own(accelerator: ZeroBase) -> dict[str, Any]:

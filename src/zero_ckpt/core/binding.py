@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from zero_ckpt.core.naming import ParameterNames, dotted, naming_of, parameter_names
-from zero_ckpt.core.state import EXTRA_STATE, Snapshot, capture_models, capture_optimizer
+from zero_ckpt.core.state import EXTRA_STATE, ModelState, Snapshot, capture_optimizer
 from zero_ckpt.errors import ConfigurationError, StateMismatchError
 
 __all__ = [
@@ -81,7 +81,8 @@ def bound_names(models: Mapping[str, nn.Module]) -> ParameterNames:
 
 
 def snapshot_of(
-    models: Mapping[str, nn.Module],
+    state: ModelState,
+    names: ParameterNames,
     optimizers: Mapping[str, torch.optim.Optimizer],
     schedulers: Mapping[str, Any],
     *,
@@ -91,9 +92,8 @@ def snapshot_of(
 ) -> Snapshot:
     """What a save stores of live objects: references, but for schedulers' states. `rank_objects` are empty yet.
 
-    `exclude_frozen`: without the parameters that have `requires_grad=False`, which is recorded.
+    `state`: of all models. `names`: id(parameter) -> FQN over all that optimizers have. `exclude_frozen`: without the parameters that have `requires_grad=False`, which is recorded.
     """
-    state, names = capture_models(models), bound_names(models)
     captured = {
         name: capture_optimizer(optimizer, names, prefix_of(name))
         for name, optimizer in optimizers.items()
