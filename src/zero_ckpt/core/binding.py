@@ -92,7 +92,8 @@ def snapshot_of(
 ) -> Snapshot:
     """What a save stores of live objects: references, but for schedulers' states. `rank_objects` are empty yet.
 
-    `state`: of all models. `names`: id(parameter) -> FQN over all that optimizers have. `exclude_frozen`: without the parameters that have `requires_grad=False`, which is recorded.
+    `state`: of all models. `names`: id(parameter) -> FQN over all that optimizers have. `exclude_frozen`: without the
+    parameters that have `requires_grad=False`, which is recorded.
     """
     captured = {
         name: capture_optimizer(optimizer, names, prefix_of(name))
