@@ -31,9 +31,11 @@ __all__ = [
     "average",
     "average_gradients_of",
     "buckets",
+    "gradient_sync",
     "gradient_sync_disabled",
     "hooked",
     "local_part",
+    "reduces_gradients",
     "set_gradient_sync",
     "switch_gradients_of",
 ]
