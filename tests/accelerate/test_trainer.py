@@ -164,11 +164,7 @@ def test_a_trainer_resumes_in_the_program_that_saved(
 @pytest.mark.parametrize("stage", [None, 2])
 def test_the_best_model_is_loaded_and_exported_at_the_end(tmp_path: Path, stage: Stage) -> None:
     arguments = (
-        ("eval_strategy", "steps"),
-        ("eval_steps", 3),
-        ("load_best_model_at_end", True),
-        ("metric_for_best_model", "eval_loss"),
-        ("greater_is_better", True),  # so that the first is the best
+        *jobs.keeping_best(3),
         ("save_total_limit", 1),  # so that the last is removed at the end
         ("max_steps", 6),
     )
@@ -195,13 +191,7 @@ def best_of_another_trainer(first: Job, then: Job) -> list[str]:
 
 
 def test_it_is_told_why_a_best_model_of_another_trainer_is_not_exported(tmp_path: Path) -> None:
-    arguments = (
-        ("eval_strategy", "steps"),
-        ("eval_steps", 3),
-        ("load_best_model_at_end", True),
-        ("metric_for_best_model", "eval_loss"),
-        ("greater_is_better", True),
-    )
+    arguments = jobs.keeping_best(3)
     first = Job(str(tmp_path), "alone", arguments=(*arguments, ("max_steps", 6)))
     resume = str(tmp_path / "checkpoint-6")
     then = Job(str(tmp_path), 1, resume=resume, arguments=(*arguments, ("max_steps", 9)))

@@ -50,11 +50,7 @@ def best_of_models_alone(job: Job) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("stage", [None, 2, 3])
 def test_weights_without_a_part_of_ours_go_into_a_sharded_model(tmp_path: Path, stage: Any) -> None:
     arguments = (
-        ("eval_strategy", "steps"),
-        ("eval_steps", 2),
-        ("load_best_model_at_end", True),
-        ("metric_for_best_model", "eval_loss"),
-        ("greater_is_better", True),  # so that the first is the best
+        *jobs.keeping_best(2),
         ("save_only_model", True),
         ("save_steps", 2),
         ("max_steps", 4),

@@ -149,3 +149,14 @@ def best_at_end(job: Job) -> tuple[str, dict[str, torch.Tensor]]:
     weights = _seen(trainer, losses).weights
     trainer.accelerator.end_training()
     return trainer.state.best_model_checkpoint, weights
+
+
+def keeping_best(steps: int) -> tuple[tuple[str, Any], ...]:
+    """Arguments of a Trainer that is evaluated every so many steps, and ends with the first of these models."""
+    return (
+        ("eval_strategy", "steps"),
+        ("eval_steps", steps),
+        ("load_best_model_at_end", True),
+        ("metric_for_best_model", "eval_loss"),
+        ("greater_is_better", True),  # so that the first is the best
+    )

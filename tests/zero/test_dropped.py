@@ -5,31 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 from torch import nn
 
 from tests.workers import run_ranks
-from tests.zero.training import Run, adam, assert_equal, backward, make_net, whole_weights
+from tests.zero.training import Fails, Run, adam, assert_equal, backward, make_net, whole_weights
 from zero_ckpt.zero import make_mesh, reshard, shard_module
 from zero_ckpt.zero.dropped import drop_with_zero_grad
 from zero_ckpt.zero.sync import gradient_sync_disabled
-
-
-class Fails(torch.autograd.Function):
-    """The identity, whose backward pass fails when that is armed."""
-
-    armed = False
-
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        if Fails.armed:
-            raise ArithmeticError("in the middle")
-        return gradients[0]
 
 
 def _failing_net(stage: int, root: str) -> nn.Module:

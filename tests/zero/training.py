@@ -162,3 +162,19 @@ def assert_equal(run: Run, reference: Run, tolerance: float = 1e-11) -> None:
     # A norm is handed out in single precision.
     torch.testing.assert_close(run.norms, reference.norms, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(run.weights, reference.weights, rtol=tolerance, atol=tolerance)
+
+
+class Fails(torch.autograd.Function):
+    """The identity, whose backward pass fails when that is armed."""
+
+    armed = False
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        if Fails.armed:
+            raise ArithmeticError("in the middle")
+        return gradients[0]
