@@ -114,6 +114,9 @@ def _join_group(job: Job) -> None:
     torch.set_num_threads(1)
     store = dist.TCPStore("127.0.0.1", job.port, is_master=False)
     dist.init_process_group(job.backend, store=store, rank=job.rank, world_size=job.world_size)
+    # A rank that dies at once would break off the others' connecting, not what they run.
+    store.set(f"joined/{job.rank}", "")
+    store.wait([f"joined/{rank}" for rank in range(job.world_size)])
     os.register_at_fork(before=_let_threads_rest)
 
 

@@ -119,7 +119,7 @@ def test_exception_names_its_rank_and_shows_the_traceback() -> None:
 
 def test_hang_is_killed_with_its_stack() -> None:
     with pytest.raises(RankFailed, match="rank 1 hung") as caught:
-        run_ranks(sleep_on, 2, 1, timeout=1)
+        run_ranks(sleep_on, 2, 1, timeout=3)
     assert caught.value.outcomes[0].status == "returned"
     assert "in sleep_on" in caught.value.outcomes[1].error
 
