@@ -262,7 +262,7 @@ def test_check_staging_finds_changes_that_leave_no_trace(tmp_path: Path, check: 
         model.weight.data.add_(1)
 
     engine = AsyncSave(check_staging=check)
-    checkpointer = Checkpointer(model, engine=engine, storage=storage(change, "write"))
+    checkpointer = Checkpointer(model, engine=engine, storage=storage(change, "create"))
     handle = checkpointer.save_checkpoint(tmp_path, tag="a")
     if check:
         with pytest.raises(StateMismatchError, match="'weight'"):

@@ -31,7 +31,7 @@ from zero_ckpt.core.storage import Storage
 TIMEOUT = 15.0
 """Seconds of silence after which a rank counts as lost: more than a busy machine makes a rank wait."""
 
-SHORT = 2.0
+SHORT = 5.0
 """The same where a rank is silent on purpose. Nothing that should succeed may use it."""
 
 
