@@ -20,7 +20,7 @@ from zero_ckpt.core.memory import ALIGNMENT, aligned_buffer
 from zero_ckpt.core.storage import FileReader
 from zero_ckpt.core.storage import Storage as Files
 from zero_ckpt.errors import CorruptShardError, UnsafeObjectError
-from zero_ckpt.interop.deepspeed.pickle_machine import load_pickle
+from zero_ckpt.interop.deepspeed.pickle_reader import load_pickle
 from zero_ckpt.interop.deepspeed.plain import CONSTRUCTORS, STORAGE_DTYPES
 from zero_ckpt.interop.deepspeed.records import Global, PickleError
 from zero_ckpt.interop.deepspeed.tensors import Storage
