@@ -24,7 +24,7 @@ from zero_ckpt.interop.deepspeed.column import (
     shapes_by_group,
     zero_options,
 )
-from zero_ckpt.interop.deepspeed.experts import global_name, local_counts, ranks_of_experts
+from zero_ckpt.interop.deepspeed.experts import count_experts, global_name, ranks_of_experts
 from zero_ckpt.interop.deepspeed.records import Record
 from zero_ckpt.interop.deepspeed.tensors import Flat, LayoutError, StoredTensor, Tensor
 
@@ -135,7 +135,7 @@ def _layouts(
     options: Sequence[Mapping[str, Any]],
 ) -> list[_Layout]:
     world = len(optims)
-    counts = local_counts(name for group in groups for name in group)
+    counts = count_experts(name for group in groups for name in group)
     found = []
     for index, shapes in enumerate(groups):
         slots, numel = _slots(shapes, _alignment(optims[0], index, len(shapes)))
