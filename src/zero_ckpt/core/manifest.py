@@ -24,7 +24,7 @@ from zero_ckpt.core.planner import Placed
 from zero_ckpt.core.runs import run_from_json, runs_coverage_error
 from zero_ckpt.errors import CorruptManifestError
 
-__all__ = ["MANIFEST_NAME", "FileRecord", "Manifest", "Summary", "shard_name"]
+__all__ = ["MANIFEST_NAME", "FileRecord", "Manifest", "Summary", "parse_shard_name", "shard_name"]
 
 MANIFEST_NAME = "manifest.json"
 
@@ -33,6 +33,15 @@ def shard_name(role: str, rank: int, world_size: int, generation: int) -> str:
     """`model-00000-of-00004.safetensors`; from the second generation on with `.g<generation>`."""
     suffix = f".g{generation}" if generation > 1 else ""
     return f"{role}-{rank:05d}-of-{world_size:05d}{suffix}.safetensors"
+
+
+_SHARD_NAME = re.compile(r"(model|optim|state)-(\d{5,})-of-(\d{5,})(?:\.g(\d+))?\.safetensors")
+
+
+def parse_shard_name(name: str) -> tuple[str, int, int, int] | None:
+    """(role, rank, world size, generation) of a shard file; None for any other name."""
+    match = _SHARD_NAME.fullmatch(name)
+    return match and (match[1], int(match[2]), int(match[3]), int(match[4] or 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,11 +245,8 @@ def _expect(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-_FILE_NAME = re.compile(r"(model|optim|state)-\d{5,}-of-\d{5,}(\.g\d+)?\.safetensors")
-
-
 def _file(name: str, record: Any) -> FileRecord:
-    _expect(_FILE_NAME.fullmatch(name) is not None, f"'{name}' is no shard file's name")
+    _expect(parse_shard_name(name) is not None, f"'{name}' is no shard file's name")
     nbytes, checksum = record
     _expect(type(nbytes) is int and nbytes > 0, f"file '{name}' has the length {nbytes!r}")
     _expect(isinstance(checksum, str) and len(checksum) == 32, f"file '{name}' has no checksum")
