@@ -219,7 +219,7 @@ def _filled(comb: list[Run]) -> list[Box]:
     """Boxes that cover what the chunks of runs of equal period do: two of each run when they leave no gaps."""
     run = comb[0]
     if len(comb) == 1:
-        return [box for each in comb for box in each.merged()]
+        return run.merged()
     firsts = [each.chunk(0)[1] for each in comb]
     hull = _hull(firsts)
     inner = [box.relative_to(hull) for box in firsts]
