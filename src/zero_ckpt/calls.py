@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from zero_ckpt.checkpointer import Checkpointer, Some
+from zero_ckpt.checkpointer import Checkpointer
+from zero_ckpt.core.binding import Some
 from zero_ckpt.core.custom import CustomLoad
 from zero_ckpt.core.handle import SaveHandle
 from zero_ckpt.core.outcome import LoadResult

@@ -49,9 +49,8 @@ class ZeroMixin(EndMixin, LoadMixin, PrepareMixin):
 
     def __getstate__(self) -> dict[str, Any]:
         """What belongs to this process stays behind."""
-        inherited = getattr(
-            super(), "__getstate__", None
-        )  # of a user's class; of any from Python 3.11 on
+        # A user's class may have one; from Python 3.11 on every class has.
+        inherited = getattr(super(), "__getstate__", None)
         state = dict(inherited() if inherited is not None else vars(self))
         state.pop("_zero_runtime", None)
         return state
@@ -142,18 +141,18 @@ def attach(
     Raises `ConfigurationError` for options that do not fit each other or the accelerator.
     """
     options = Options(
-        stage,
-        wrap,
-        sharding_size,
-        cpu_offload,
-        export,
-        export_format,
-        export_dtype,
-        max_shard_size,
-        tag_validation,
-        keep_last,
-        timeout,
-        async_save,
+        stage=stage,
+        wrap=wrap,
+        sharding_size=sharding_size,
+        cpu_offload=cpu_offload,
+        export=export,
+        export_format=export_format,
+        export_dtype=export_dtype,
+        max_shard_size=max_shard_size,
+        tag_validation=tag_validation,
+        keep_last=keep_last,
+        timeout=timeout,
+        async_save=async_save,
     )
     given: Any = accelerator
     if not isinstance(given, Accelerator):

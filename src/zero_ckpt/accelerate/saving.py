@@ -70,12 +70,7 @@ class SaveMixin(ZeroBase):
             saved: Path = super().save_state(output_dir, safe_serialization, **kwargs)
             return saved
         self.zero_check_group("save_state")
-        second: Any = safe_serialization
-        if isinstance(second, (Mapping, str)):
-            raise ConfigurationError(
-                f"save_state: {second!r} was given as safe_serialization, which is Accelerate's second "
-                "argument. Give client_state and tag by name."
-            )
+        _check_second_argument(safe_serialization)
         name = f"global_step{self._zero_step}" if tag is None else str(tag)
         place = self._zero_save_place(output_dir, name)
         directory = place.directory
@@ -193,3 +188,12 @@ class SaveMixin(ZeroBase):
             kind = self.distributed_type.value
             text = f"under {kind} zero_ckpt leaves saving and loading to Accelerate's own code"
             warn_on_first(self.process_index, [text])
+
+
+def _check_second_argument(safe_serialization: Any) -> None:
+    """Raises `ConfigurationError` for a client state or a tag that was given by place."""
+    if isinstance(safe_serialization, (Mapping, str)):
+        raise ConfigurationError(
+            f"save_state: {safe_serialization!r} was given as safe_serialization, which is Accelerate's second "
+            "argument. Give client_state and tag by name."
+        )

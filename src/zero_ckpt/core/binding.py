@@ -7,8 +7,8 @@ that what one has saved the others find.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar, Union
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from zero_ckpt.core.state import EXTRA_STATE, ModelState, Snapshot, capture_opti
 from zero_ckpt.errors import ConfigurationError, StateMismatchError
 
 __all__ = [
+    "Some",
     "bound_names",
     "check_kinds",
     "check_same_names",
@@ -26,6 +27,10 @@ __all__ = [
     "set_extra_state",
     "snapshot_of",
 ]
+
+T = TypeVar("T")
+Some = Union[T, Sequence[T], Mapping[str, T]]  # noqa: UP007 - a generic alias at run time
+"""What a user may give: one object, a list of them, or a dict by name."""
 
 
 def named(given: Any, what: str) -> dict[str, Any]:

@@ -66,17 +66,8 @@ class StrategyBase(Host):
         start_method: Any = "popen",
         **ddp_options: Any,
     ) -> None:
-        if stage not in (0, 1, 2, 3):
-            raise ConfigurationError(f"stage={stage!r}: expected 0, 1, 2 or 3.")
-        if stage < 2 and (cpu_offload or sharding_size is not None):
-            raise ConfigurationError(
-                f"cpu_offload and sharding_size are for stages 2 and 3, not for stage={stage}."
-            )
-        if isinstance(async_save, AsyncSave) and async_save.when_busy != "wait":
-            raise ConfigurationError(
-                f"async_save: when_busy={async_save.when_busy!r}, but ModelCheckpoint counts on every save that it "
-                'asks for, and removes older ones: only "wait" is right under Lightning.'
-            )
+        _check_sharding(stage, cpu_offload, sharding_size)
+        _check_async_save(async_save)
         check_timeout(save_timeout, "save_timeout")
         _check_ddp_options(ddp_options)
         super().__init__(
@@ -179,6 +170,23 @@ class StrategyBase(Host):
         """For launchers that pickle the strategy: connections of this process stay behind."""
         here = ("_zero_engine", "_zero_sharding", "_zero_mesh", "_zero_source", "_zero_handed_out")
         return {**super().__getstate__(), **dict.fromkeys(here)}
+
+
+def _check_sharding(stage: int, cpu_offload: bool, sharding_size: int | None) -> None:
+    if stage not in (0, 1, 2, 3):
+        raise ConfigurationError(f"stage={stage!r}: expected 0, 1, 2 or 3.")
+    if stage < 2 and (cpu_offload or sharding_size is not None):
+        raise ConfigurationError(
+            f"cpu_offload and sharding_size are for stages 2 and 3, not for stage={stage}."
+        )
+
+
+def _check_async_save(async_save: bool | AsyncSave) -> None:
+    if isinstance(async_save, AsyncSave) and async_save.when_busy != "wait":
+        raise ConfigurationError(
+            f"async_save: when_busy={async_save.when_busy!r}, but ModelCheckpoint counts on every save that it "
+            'asks for, and removes older ones: only "wait" is right under Lightning.'
+        )
 
 
 def _check_ddp_options(options: dict[str, Any]) -> None:
