@@ -57,8 +57,9 @@ class AsyncSave:
     when_busy: what a save does while `max_in_flight` earlier ones are under way: "wait" for the oldest, "skip" this
         one, or "replace" those by this one.
     max_in_flight: saves under way at a time, at least 1.
-    check_staging: checksum all that is staged later when the save begins, and once more before the next step may begin:
-        finds code that changes it in ways that leave no trace (`tensor.data`). For debugging; the save call waits.
+    check_staging: checksum all weights and optimizer state when the save begins, and once more when they are staged:
+        finds code that changes them in ways that leave no other trace (`tensor.data`). For debugging: the save call
+        waits for the checksums.
     grace: seconds that SIGTERM waits for a commit before it ends the process.
     """
 
@@ -82,7 +83,10 @@ class AsyncSave:
 
 
 def async_save_of(engine: str | AsyncSave) -> bool | AsyncSave:
-    """What an engine's name stands for. Raises `ConfigurationError` for a name that none has."""
+    """The `async_save` of `make_engine` that the argument `engine` of `Checkpointer` stands for.
+
+    Raises `ConfigurationError` for an unknown name.
+    """
     if isinstance(engine, AsyncSave) or engine in ("sync", "async"):
         return engine if isinstance(engine, AsyncSave) else engine == "async"
     raise ConfigurationError(f"engine={engine!r}: expected 'sync', 'async' or an AsyncSave.")

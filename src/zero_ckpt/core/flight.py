@@ -18,7 +18,7 @@ from zero_ckpt.errors import SaveError, describe
 __all__ = ["Flight"]
 
 _UNTOLD: dict[Flight, None] = {}
-"""Failures that nobody has been told, oldest first. Those of which that is so when the process ends are printed."""
+"""Failures that nobody has been told of, oldest first. What is left of them when the process ends is printed then."""
 
 
 @atexit.register

@@ -74,7 +74,7 @@ class Summary:
 
     @classmethod
     def from_bytes(cls, data: bytes, path: str = MANIFEST_NAME) -> Summary:
-        """Parse and check this much. Raises `CorruptManifestError` or `FormatVersionError`, naming `path`."""
+        """Parse and check these fields only. Raises `CorruptManifestError` or `FormatVersionError`, naming `path`."""
         body = unseal(data, path)
         return _believed(path, lambda: Summary(**_summary(_head(body))))
 
@@ -83,8 +83,9 @@ class Summary:
 class Manifest(Summary):
     """Everything that is known of one checkpoint without opening a shard file.
 
-    `tensors`: role -> key -> where its chunks are. `aliases`: tied name -> stored key. `timings`: phase -> seconds, the
-    slowest rank's.
+    `tensors`: role -> key -> where its chunks are. `buffers`, `frozen`: keys of these among the model's tensors.
+    `excluded`: frozen parameters that were left out. `aliases`: tied name -> stored key. `timings`: phase -> seconds,
+    the slowest rank's.
     """
 
     tensors: dict[str, dict[str, Placed]] = field(
@@ -114,7 +115,7 @@ T = TypeVar("T")
 
 
 def _believed(path: str, parse: Callable[[], T]) -> T:
-    """What `parse` makes of content whose checksum holds."""
+    """What `parse` makes of content whose checksum holds, which does not yet make it a manifest."""
     try:
         return parse()
     except _UNBELIEVABLE as error:
@@ -124,7 +125,7 @@ def _believed(path: str, parse: Callable[[], T]) -> T:
 
 
 def _head(body: bytes) -> Any:
-    """The fields before the long ones, where they stand as `_body` puts them; else all."""
+    """The short fields, without parsing the long ones behind them where `_body` wrote this; else all fields."""
     head, found, _ = body.partition(_LAYOUTS)
     if found:
         with suppress(ValueError):
@@ -142,7 +143,7 @@ _UNBELIEVABLE = (
     OverflowError,
     RecursionError,
 )
-"""What content that is no manifest makes of the code that reads it."""
+"""What the code that parses a manifest raises for content that is none."""
 
 
 def _body(m: Manifest) -> str:

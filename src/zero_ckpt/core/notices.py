@@ -23,9 +23,9 @@ def warn_user(text: str) -> None:
 
 
 def warn_on_first(rank: int, texts: Iterable[str]) -> None:
-    """Warn of what all ranks know, once for the job. Each of `texts` that is not empty is a warning of its own.
+    """Warn, on rank 0 alone, of what all ranks know. Each of `texts` that is not empty is a warning of its own.
 
-    Call it when all ranks have done what they do together: a warning may be an error where it is told.
+    Call it when the ranks have done what they do together: where warnings are errors, rank 0 leaves the call here.
     """
     for text in texts if rank == 0 else ():
         if text:
@@ -33,9 +33,9 @@ def warn_on_first(rank: int, texts: Iterable[str]) -> None:
 
 
 def alone_notice() -> str:
-    """What to tell the user of a launcher's process that no process group joins to the others; "" elsewhere.
+    """What to tell a user whose launcher started several processes that no process group joins; "" otherwise.
 
-    Of those processes only the one that the launcher calls 0 has something to tell.
+    Only the process that the launcher calls rank 0 tells it.
     """
     started, rank = os.environ.get("WORLD_SIZE", ""), os.environ.get("RANK", "0")
     dist = sys.modules.get("torch.distributed")

@@ -1,4 +1,4 @@
-"""Where stored bytes go: from one stored chunk to the place that they have in a live tensor.
+"""Where stored bytes go: from a stored chunk to their place in a live tensor.
 
 Knows neither files nor blocks. Bytes that lie in one piece both in the chunk and in the target are copied as they are,
 or may be read straight into it; all others go through torch: other strides, dtypes and devices.
@@ -44,7 +44,7 @@ class Part(NamedTuple):
 
 
 def byte_span(chunk: Chunk, overlap: Box) -> tuple[int, int]:
-    """The bytes of the data section from the overlap's first to behind its last element."""
+    """(begin, end) in the data section of the bytes from the overlap's first element to its last one."""
     if overlap.shape == chunk.box.shape:
         return chunk.begin, chunk.end
     first = last = 0
@@ -56,7 +56,7 @@ def byte_span(chunk: Chunk, overlap: Box) -> tuple[int, int]:
 
 
 def copy_parts(data: memoryview, start: int, parts: Sequence[Part]) -> None:
-    """Copy to every part's target what `data`, the bytes of the data section from `start` on, has for it."""
+    """Copy to every part's target the bytes that `data` has for it. `start`: the place of its first one in the file."""
     address = ctypes.addressof(ctypes.c_char.from_buffer(data))
     stop = start + len(data)
     for part in parts:

@@ -29,7 +29,7 @@ from zero_ckpt.errors import CorruptCheckpointError, CorruptManifestError, Corru
 __all__ = ["DAMAGED_NAME", "content_digest", "quarantine", "rebuild"]
 
 DAMAGED_NAME = "manifest.json.damaged"
-"""What a manifest is called that was put aside."""
+"""The name of a manifest that was put aside."""
 
 _Tensors = Mapping[str, Mapping[str, Placed]]
 
