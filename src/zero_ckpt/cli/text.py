@@ -73,7 +73,7 @@ def iso_time(created: float) -> str:
 
 
 def _moment(created: float) -> datetime:
-    """A damaged clock may have written any number; what no calendar has is the epoch."""
+    """A time in UTC; the epoch for a number that no calendar has, as a broken clock may have written."""
     try:
         return datetime.fromtimestamp(created, timezone.utc)
     except (OverflowError, ValueError, OSError):
