@@ -102,7 +102,7 @@ def restore_start(loader: Any, state: Mapping[str, Any]) -> None:
 
 
 def capture_now(loader: Any) -> dict[str, Any]:
-    """What the order of the next epoch depends on, as far as the loader itself holds it."""
+    """What the order of the next epoch depends on, as far as the loader itself holds it, and torch's generator."""
     return {"torch": torch.get_rng_state(), **_own(loader)}
 
 

@@ -28,7 +28,11 @@ __all__ = ["Edits", "Offered", "apply_edits", "run_load_hooks", "run_save_hooks"
 
 @dataclass(slots=True)
 class Edits:
-    """What rank 0's hooks made of the weights. Names of models, and keys as they are stored."""
+    """What rank 0's hooks made of the weights.
+
+    `removed`: names of models that are not stored. `dropped`, `replaced`: stored keys that are left out, or have a new
+    value.
+    """
 
     removed: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
@@ -134,7 +138,7 @@ def _compare_one(
 def apply_edits(
     state: ModelState, edits: Edits, values: Mapping[str, torch.Tensor], rank: int
 ) -> None:
-    """Make `state` what the hooks left. Values that a hook has put there are stored by rank 0 alone."""
+    """Make `state` what the hooks left. New `values` are stored by rank 0 alone."""
     for key in (*edits.dropped, *edits.replaced):
         _take_out(state, key)
     if rank == 0:

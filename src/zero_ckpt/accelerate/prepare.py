@@ -3,8 +3,8 @@
     stage 1     Accelerate wraps the model in DDP; every optimizer is partitioned, its schedulers drive the parts
     stages 2, 3 the model is sharded in place instead of being wrapped; optimizers are pointed at what is sharded
 
-With stage None everything is prepared as Accelerate does it. A `ZeroRedundancyOptimizer` of the user's is taken as it
-is in any case: Accelerate alone asks it for a state that it does not have.
+With stage None everything is prepared as Accelerate does it. A `ZeroRedundancyOptimizer` that the user has made is
+accepted at stages None, 0 and 1: Accelerate alone would ask it for a state dict that it does not have.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class PrepareMixin(ZeroBase):
 
     @property
     def zero_stage_to_apply(self) -> int:
-        """A single process has nothing to shard over."""
+        """The stage to prepare for: 0 for a single process, which has nobody to share with."""
         alone = self.num_processes == 1 or not dist.is_initialized()
         return 0 if alone else self._zero_options.stage or 0
 
@@ -118,7 +118,10 @@ class PrepareMixin(ZeroBase):
         return super().prepare_model(model, device_placement=False, evaluation_mode=True)
 
     def _zero_prepare_for_evaluation(self, model: nn.Module, device_placement: bool | None) -> Any:
-        """Accelerate would take it for prepared for training too, and then not wrap it: each rank trained alone."""
+        """Prepare a model for evaluation, so that it can still be prepared for training later.
+
+        Accelerate would take it for prepared already, and not wrap it: each rank would train alone.
+        """
         is_new = not getattr(model, "_is_accelerate_prepared", False)
         prepared = super().prepare_model(model, device_placement, evaluation_mode=True)
         if is_new and self.distributed_type.value.startswith(OWN_KINDS):
@@ -126,7 +129,10 @@ class PrepareMixin(ZeroBase):
         return prepared
 
     def _zero_check_experts(self, model: nn.Module) -> None:
-        """Of Accelerate's own engines only DDP can be kept off a model's declared experts."""
+        """Raises `ConfigurationError` for declared experts under an engine of Accelerate's that would average them.
+
+        Of its own engines only DDP can be kept from that.
+        """
         if not expert_lists(model):
             return
         if not self.distributed_type.value.startswith(OWN_KINDS):

@@ -102,7 +102,7 @@ class SaveMixin(ZeroBase):
         return directory if is_url(directory) else Path(directory)
 
     def _zero_empty_notice(self, place: _Place) -> str:
-        """Tells of a save that came before everything that it could hold."""
+        """A warning of a save before anything was prepared that it could hold; "" otherwise."""
         if self._models or self._optimizers or self._custom_objects:
             return ""
         return (
@@ -111,7 +111,7 @@ class SaveMixin(ZeroBase):
         )
 
     def _zero_save_place(self, output_dir: Any, tag: str) -> _Place:
-        """Where to, the same on every rank: before a hook sees the directory, or anything is made there.
+        """Where to save, agreed upon by all ranks before a hook sees the directory, or anything is made there.
 
         Under automatic naming it is what rank 0 finds.
         """

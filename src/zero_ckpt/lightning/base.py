@@ -123,7 +123,7 @@ class StrategyBase(Host):
 
     @property
     def interrupted(self) -> bool:
-        """Whether an exception ends the run, so that other ranks may not make the same calls."""
+        """Whether the run is being ended by an exception, so that other ranks may not make the same calls."""
         trainer = self._current_trainer()
         return trainer is not None and trainer.state.status == "interrupted"
 
@@ -136,7 +136,7 @@ class StrategyBase(Host):
         return None if self._lightning_module is None else self._lightning_module._trainer
 
     def _callbacks(self, *names: str) -> list[Any]:
-        """The run's callbacks that are Lightning's own of these names; a version of Lightning may lack some of them."""
+        """The run's callbacks of Lightning's own classes with these names, as far as this Lightning has the classes."""
         trainer = self._current_trainer()
         known = self.namespace.module("callbacks")
         kinds = tuple(getattr(known, name) for name in names if hasattr(known, name))
@@ -145,7 +145,7 @@ class StrategyBase(Host):
     def _meet(
         self, phase: str, record: Any, decide: Callable[[list[Any]], Any], timeout: float | None
     ) -> Any:
-        """Every rank's `record` to rank 0; what its `decide` returns, or raises, to every rank."""
+        """Give `record` to rank 0; what its `decide(records by rank)` returns or raises is what every rank gets."""
         return meet_json(self.control, phase, record, decide, timeout)
 
     def _together(self, phase: str, action: Callable[[], None]) -> None:
@@ -167,7 +167,7 @@ class StrategyBase(Host):
             raise_for(error, failure)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For launchers that pickle the strategy: connections of this process stay behind."""
+        """For launchers that pickle the strategy, without what belongs to this process."""
         here = ("_zero_engine", "_zero_sharding", "_zero_mesh", "_zero_source", "_zero_handed_out")
         return {**super().__getstate__(), **dict.fromkeys(here)}
 
