@@ -23,7 +23,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 def read_experts(
     table: FileTable, names: Folder, mp: int, module: Mapping[str, StoredTensor]
 ) -> Column:
-    """`module`: every parameter, experts by their global names."""
+    """The column of model-parallel rank `mp`. `module`: its parameters, experts by their global names."""
     ranks = sorted(rank for rank, column in names.expert_optims if column == mp)
     dense = {name: stored.shape for name, stored in module.items() if split_expert(name) is None}
     whole = Column()

@@ -59,7 +59,7 @@ _BUILTINS_RUN_CODE = frozenset(_BUILTIN_RUNNERS.split())
 
 
 def is_attack(kind: Global) -> bool:
-    """Whether a pickle that calls this was made to do harm."""
+    """Whether a pickle that calls `kind` was made to do harm."""
     if kind.module == "builtins":
         return kind.name in _BUILTINS_RUN_CODE
     return kind.module.partition(".")[0] in _RUNS_CODE

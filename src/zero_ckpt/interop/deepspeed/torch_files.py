@@ -38,7 +38,10 @@ _LEGACY_PROTOCOL = 1001
 
 @dataclass(slots=True)
 class TorchFile:
-    """`tree`: what was saved, its tensors as `StoredTensor`s. `records`: (name, begin, bytes, CRC-32) of a zip's."""
+    """An opened file. `tree`: what was saved, with `StoredTensor`s for its tensors.
+
+    `records`: (name, begin, bytes, CRC-32) of each storage in a zip archive.
+    """
 
     path: str
     nbytes: int
