@@ -60,7 +60,7 @@ def run_save_hooks(accelerator: ZeroBase, output_dir: str) -> Offered:
         return offered
     is_listed = accelerator.distributed_type != DistributedType.FSDP
     if is_listed:
-        weights += [_state_dict(model) for model in accelerator._models]
+        weights += [dict(model.state_dict()) for model in accelerator._models]
     given = list(weights)
     before = [dict(each) for each in given]
     for hook in hooks:
@@ -70,17 +70,13 @@ def run_save_hooks(accelerator: ZeroBase, output_dir: str) -> Offered:
     return offered
 
 
-def _state_dict(model: nn.Module) -> dict[str, Any]:
-    return dict(model.state_dict())
-
-
 def _compare(
     accelerator: ZeroBase,
     offered: Offered,
     given: list[dict[str, Any]],
     before: list[dict[str, Any]],
 ) -> None:
-    names = _names_of(accelerator)
+    names = {id(innermost(model)): name for name, model in accelerator.zero_models().items()}
     left = _what_became_of(given, offered.weights)
     added = len(offered.weights) - sum(own is not None for own in left)
     if added:
@@ -113,10 +109,6 @@ def _what_became_of(
             if left[place] is None and id(now) not in known:
                 left[place] = now
     return left
-
-
-def _names_of(accelerator: ZeroBase) -> dict[int, str]:
-    return {id(innermost(model)): name for name, model in accelerator.zero_models().items()}
 
 
 def _compare_one(

@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable
+from types import FrameType
 
 __all__ = ["alone_notice", "warn_on_first", "warn_user"]
 
@@ -17,7 +18,7 @@ _NOT_THE_USERS = _FRAMEWORKS | {"zero_ckpt", "contextlib", "threading"}
 def warn_user(text: str) -> None:
     """Warn of `text` at the line of the user's code from which all of this was called."""
     level, frame = 1, sys._getframe()
-    while _is_inside(str(frame.f_globals.get("__name__"))) and frame.f_back is not None:
+    while _package(frame) in _NOT_THE_USERS and frame.f_back is not None:
         level, frame = level + 1, frame.f_back
     warnings.warn(text, stacklevel=level)
 
@@ -48,5 +49,6 @@ def alone_notice() -> str:
     )
 
 
-def _is_inside(module: str) -> bool:
-    return module.partition(".")[0] in _NOT_THE_USERS
+def _package(frame: FrameType) -> str:
+    """The top-level package or module whose code `frame` runs."""
+    return str(frame.f_globals.get("__name__")).partition(".")[0]

@@ -213,13 +213,10 @@ def contents(storage: Storage, folder: str) -> str:
         names = [entry.name for entry in storage.list(folder)]
     except OSError:
         return "does not exist"
-    shown = ", ".join(f"'{name}'" for name in names[:4]) + _more(names[4:])
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    shown = ", ".join(f"'{name}'" for name in names[:4]) + more
     dcp = "" if ".metadata" not in names else ", a checkpoint of torch.distributed.checkpoint"
     return f"holds {shown}{dcp}" if names else "is empty"
-
-
-def _more(names: Sequence[str]) -> str:
-    return f" and {len(names)} more" if names else ""
 
 
 def why_unread(error: Exception) -> str:

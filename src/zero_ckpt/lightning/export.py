@@ -110,10 +110,8 @@ class Fp32ExportMixin(Host):
         try:
             self._export(trainer)
         except Exception as error:
-            self._warn(
-                trainer,
-                f"the fp32 export failed; training and checkpoints are not affected: {error}",
-            )
+            text = "the fp32 export failed; training and checkpoints are not affected"
+            warn_on_first(trainer.global_rank, [f"{text}: {error}"])
 
     def _export(self, trainer: Any) -> None:
         strategy = trainer.strategy
@@ -147,9 +145,6 @@ class Fp32ExportMixin(Host):
 
     def _say(self, text: str) -> None:
         self.namespace.module("utilities.rank_zero").rank_zero_info(text)
-
-    def _warn(self, trainer: Any, text: str) -> None:
-        warn_on_first(trainer.global_rank, [text])
 
 
 @cache

@@ -202,7 +202,7 @@ class _File(WholeBlocks):
         tensor = self._tensors[key]
         size = itemsize(tensor.dtype)
         for part in tensor.parts:
-            if _part_box(part).intersect(box) is None:
+            if Box(part.offset, part.shape).intersect(box) is None:
                 continue
             at = _flat_index(part, box)
             for piece in _pieces_from(part.pieces, at):
@@ -217,10 +217,6 @@ class _File(WholeBlocks):
 
     def close(self) -> None:
         """Sources are closed by their table."""
-
-
-def _part_box(part: Part) -> Box:
-    return Box(part.offset, part.shape)
 
 
 def _flat_index(part: Part, box: Box) -> int:
