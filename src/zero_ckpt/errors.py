@@ -103,7 +103,7 @@ class RankTimeoutError(ZeroCkptError, TimeoutError):
 
 
 def describe(error: BaseException) -> str:
-    """One line for a person, also of errors that are not ours: `/path/file: No space left on device`."""
+    """An error in one line for a person, as `/path/file: No space left on device`; also one that is not ours."""
     if isinstance(error, ZeroCkptError):
         return str(error)
     if isinstance(error, OSError) and error.strerror:

@@ -126,7 +126,7 @@ def _keep_settings(loader: Any, skipping: Any) -> None:
 
 
 def _entry(loader: Any) -> dict[str, Any]:
-    """One loader's state. When nothing has happened since a load, what was loaded."""
+    """One loader's state; what was loaded, if nothing has happened since."""
     tracker: Tracker = loader._zero_tracker
     tracker.settle()
     base = loader.base_dataloader

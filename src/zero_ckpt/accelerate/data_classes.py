@@ -122,10 +122,10 @@ def _tracked(original: Any) -> type:
 
 def _telling_between_steps(original: Any) -> type:
     class Dispatcher(original):  # type: ignore[misc]
-        """Its state for torchdata is that between two steps.
+        """A dispatcher whose state for torchdata is the one between two steps.
 
-        Accelerate takes it before the last fetch of a step and corrects its numbers, which it
-        cannot do for `split_batches` nor for workers.
+        Accelerate takes it before the last fetch of a step and then corrects its numbers, which works
+        neither for `split_batches` nor for workers.
         """
 
         _zero_step_begins = False

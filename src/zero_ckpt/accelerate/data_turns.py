@@ -128,7 +128,7 @@ def _has_moved(before: tuple[Any, ...] | None, after: tuple[Any, ...] | None) ->
 
 
 class Turn:
-    """One iteration of a loader; `replay` None: an ordinary one."""
+    """One iteration of a loader. `replay`: how it repeats an earlier one; None for an ordinary one."""
 
     def __init__(self, loader: Any, epoch: Epoch, replay: Replay | None) -> None:
         self._loader = loader

@@ -30,7 +30,7 @@ PART = "#part"
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where gradients of one parameter lie. `record`: FSDP2's, when it shards the parameter."""
+    """Where the gradients of one parameter lie. `record`: FSDP2's own, if it shards the parameter."""
 
     name: str
     parameter: Any
@@ -108,7 +108,7 @@ def _places(accelerator: ZeroBase) -> Iterator[_Place]:
 
 
 def _accumulated(record: Any) -> torch.Tensor | None:
-    """What passes without communication have left: whole, and of this rank only."""
+    """The gradient that passes without communication have left in FSDP2's record: whole, and this rank's only."""
     kept = record.unsharded_accumulated_grad
     if kept is None and hasattr(record, "_unsharded_param"):
         kept = record._unsharded_param.grad

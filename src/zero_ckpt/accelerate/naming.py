@@ -25,7 +25,7 @@ __all__ = ["candidates", "directory_for_save", "is_accelerates", "next_iteration
 _storage = AnyStorage()
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model_fsdp")
-"""What Accelerate's weights are called, but for those that an engine writes for it."""
+"""How the names of Accelerate's own weights begin; engines such as DeepSpeed use others."""
 
 
 def is_accelerates(directory: str) -> bool:
@@ -84,7 +84,7 @@ def directory_for_save(checkpoints: str, iteration: int) -> str:
 
 
 def next_iteration(checkpoints: str) -> int:
-    """One above the highest number there is."""
+    """The number after the highest `checkpoint_{number}` there is; 0 without any."""
     return max((number for number, _ in _numbered(checkpoints)), default=-1) + 1
 
 

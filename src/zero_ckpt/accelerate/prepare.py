@@ -171,7 +171,7 @@ class PrepareMixin(ZeroBase):
             drop_with_zero_grad(optimizer, model)
 
     def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> Any:
-        """As Accelerate's; at stage 1 of a partition, at stages 2 and 3 over sharded parameters."""
+        """As Accelerate's; at stage 1 the optimizer is partitioned, at stages 2 and 3 it gets sharded parameters."""
         stage = self.zero_stage_to_apply
         if not getattr(optimizer, "_is_accelerate_prepared", False):
             zero.check_optimizer(optimizer, stage)
@@ -218,7 +218,7 @@ class PrepareMixin(ZeroBase):
         return zero.gradient_sync_disabled(innermost(model))
 
     def trigger_sync_in_backward(self, model: nn.Module) -> AbstractContextManager[None]:
-        """As Accelerate's; of a model that we have sharded too."""
+        """As Accelerate's; works for a model that we have sharded, too."""
         if not self._zero_is_sharded(model):
             context: AbstractContextManager[None] = super().trigger_sync_in_backward(model)
             return context
@@ -229,7 +229,7 @@ class PrepareMixin(ZeroBase):
         return any(inner is innermost(each) for each, _ in self._zero_runtime.shardings)
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
-        """As Accelerate's; at stages 2 and 3 the norm is over all ranks' parts, and whole gradients beside them."""
+        """As Accelerate's; at stages 2 and 3 the norm is that of the whole gradients, of which ranks have parts."""
         if not (self._zero_runtime.shardings or expert_parameters()):
             return super().clip_grad_norm_(parameters, max_norm, norm_type=norm_type)
         self.unscale_gradients()
@@ -264,7 +264,7 @@ class PrepareMixin(ZeroBase):
         return gathered
 
     def free_memory(self, *objects: Any) -> Any:
-        """As Accelerate's; counting of steps begins anew."""
+        """As Accelerate's; optimizer steps are then counted from 0 again."""
         self.zero_stop_counting()
         self._zero_step = 0
         self._zero_runtime.shardings.clear()

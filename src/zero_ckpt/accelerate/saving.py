@@ -25,7 +25,7 @@ __all__ = ["SaveMixin"]
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where all ranks save. `notice`: that some were given another place."""
+    """Where all ranks save. `notice`: a warning that some were given another place, or ""."""
 
     directory: str
     tag: str

@@ -148,7 +148,7 @@ class TrainerMixin(Host):  # type: ignore[misc]
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
-        """As the Trainer's, whose way does not know sharded weights. They are then what `end_training` exports."""
+        """As the Trainer's, and for sharded weights too. `end_training` then exports the best weights."""
         best = self.state.best_model_checkpoint
         saved = self._zero_saved_in(best)
         self.accelerator._zero_runtime.saved = saved

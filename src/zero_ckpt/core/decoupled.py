@@ -189,7 +189,10 @@ class AsyncEngine(SyncEngine):
             start_thread(thread)
 
     def _make_room(self, request: SaveRequest) -> bool:
-        """By `when_busy`; False: skip this save. Raises what earlier saves failed with. Every rank does the same."""
+        """Wait for earlier saves, or give them up, as `when_busy` says; False when this save is to be skipped.
+
+        Raises what earlier saves failed with. Every rank does the same.
+        """
         surplus = len(self._flights) - self.options.max_in_flight + 1
         if self.options.when_busy == "wait" or not self._busy_anywhere(request.timeout):
             self._settle(surplus)
@@ -210,7 +213,7 @@ class AsyncEngine(SyncEngine):
         return bool(answer)
 
     def _own_control(self, name: str) -> ControlPlane:
-        """One on which this engine meets its like on the other ranks, and no other engine of the job."""
+        """A control plane on which this engine meets its counterparts on other ranks, and no other engine."""
         store = process_group_store()
         if self._number is None or self._number[0] is not store:
             self._number = store, _next_number(store)

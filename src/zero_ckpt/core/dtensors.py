@@ -197,7 +197,7 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def address_of(tensor: torch.Tensor) -> int:
-    """Where in host memory its values lie as they are, in row-major order; 0 when they do not."""
+    """The address of the tensor's values if they lie in host memory, unchanged and in row-major order; else 0."""
     if not tensor.is_cpu or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
         return 0
     return tensor.data_ptr()  # 0 for a wrapper around other tensors

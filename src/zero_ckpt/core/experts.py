@@ -106,7 +106,7 @@ def merged_notes(tables: Sequence[Table], holders: Sequence[Sequence[int]]) -> E
 
 
 def _check_list(path: str, tables: Sequence[Table], holders: Sequence[Sequence[int]]) -> None:
-    """One list of experts, over all ranks."""
+    """Checks that all ranks declare the list at `path`, with one total, and hold all of its experts between them."""
     name = path.rstrip(".")
     held: set[int] = set()
     totals: dict[int, int] = {}

@@ -254,6 +254,6 @@ def no_checkpoint(
 
 
 def _beside(storage: Storage, directory: str) -> str:
-    """What to give instead of a directory that is not there."""
+    """What lies beside a directory that is not there, and what to give instead of it."""
     parent = os.path.dirname(directory)
     return f"{parent} {contents(storage, parent)}. Give the folder that holds the tags"

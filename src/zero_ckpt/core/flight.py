@@ -69,7 +69,7 @@ class Flight(SaveHandle):
         self._thread = threading.Thread(target=self._run, name="zero_ckpt-save", daemon=False)
 
     def start(self) -> None:
-        """Where there is no room for a thread the save is made on this one, so that all ranks get the same outcome."""
+        """Begin. Without room for a thread the save is made on this one, so that all ranks get the same outcome."""
         try:
             start_thread(self._thread)
         except MemoryError:

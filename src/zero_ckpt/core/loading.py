@@ -112,7 +112,7 @@ class _Session:
         prepare: Callable[[Checkpoint], tuple[Restoration, T]],
         verify_first: bool,
     ) -> Loaded[T] | None:
-        """None when it is damaged and another one may be tried."""
+        """Load the checkpoint in `folder`; None when it is damaged and another one may be tried."""
         failure: Exception | None = None
         digests: list[dict[str, str]] = []
         with ExitStack() as unless_loaded:

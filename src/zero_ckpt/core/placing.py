@@ -84,7 +84,7 @@ def home(parts: Sequence[Part], start: int, nbytes: int) -> memoryview | None:
 
 
 def _direct_address(part: Part) -> int:
-    """Where the overlap's bytes go, when they lie in one piece both in the chunk and in the target; else 0."""
+    """The address to which the overlap's bytes go, if they are contiguous in both chunk and target; else 0."""
     (_, _, _, wanted, target), chunk, overlap = part
     address = address_of(target)
     if not address or DTYPE_NAMES[target.dtype] != chunk.dtype:
@@ -112,7 +112,7 @@ def _in_one_piece(shape: Sequence[int], outer: Sequence[int]) -> bool:
 
 
 def _copy_strided(data: memoryview, begin: int, part: Part) -> None:
-    """Through torch: other strides, dtype or device than the stored bytes have."""
+    """Copy through torch, for targets whose strides, dtype or device are not those of the stored bytes."""
     chunk, request = part.chunk, part.request
     size, dtype = itemsize(chunk.dtype), TORCH_DTYPES[chunk.dtype]
     first, last = (begin - chunk.begin) // size, (begin - chunk.begin + len(data)) // size

@@ -177,7 +177,7 @@ class ReadPlan:
         self._run(_look, progress, self._holding(work, room // BLOCK))
 
     def _holding(self, work: Sequence[_Work], count: int) -> Sequence[_Work]:
-        """The same work; up to `count` blocks are kept."""
+        """The same work, but that up to `count` blocks are kept in memory."""
         try:
             memory = aligned_buffer(min(count, len(work)) * BLOCK)  # taken as blocks come
         except MemoryError:

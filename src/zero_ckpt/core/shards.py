@@ -104,7 +104,7 @@ class _ForeignShards(ShardSet):
 
 
 def open_shards(storage: Storage, folder: str, manifest: Manifest) -> ShardSet:
-    """The files that `manifest` says hold the checkpoint in `folder`."""
+    """The files that hold the checkpoint in `folder`, by its `manifest`."""
     if isinstance(manifest, ForeignManifest):
         return _ForeignShards(storage, folder, manifest)
     return ShardSet(storage, folder, manifest)

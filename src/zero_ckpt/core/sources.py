@@ -37,7 +37,7 @@ class Source:
             self._gather(address, start, stop)
 
     def _gather(self, address: int, start: int, stop: int) -> None:
-        """Through torch: for strided tensors and those on an accelerator."""
+        """Copy through torch, for strided tensors and those on an accelerator."""
         tensor, size = self._tensor.detach(), self._tensor.element_size()
         memory = (ctypes.c_char * (stop - start)).from_address(address)
         target = torch.frombuffer(memory, dtype=torch.uint8)

@@ -95,7 +95,7 @@ class _Handler:
         os.close(writing)  # which ends the thread; it closes the other end
 
     def _forget(self) -> None:
-        """In a forked child, which has no thread of ours."""
+        """Let go of the signal in a forked child, which has no thread of ours."""
         self.guards = []
         if threading.current_thread() is threading.main_thread():
             self.remove()

@@ -243,7 +243,7 @@ class Transaction:
 
     @contextmanager
     def _recording_failure(self) -> Iterator[None]:
-        """What fails here is this rank's reason not to save, and is told at the next meeting."""
+        """Inside, an error becomes this rank's reason not to save, which the others learn at the next meeting."""
         try:
             yield
         except Exception as error:

@@ -150,7 +150,7 @@ def restore_rank(
     weights_only: bool,
     window: int,
 ) -> Resumption | None:
-    """What `rank` of `world_size` continues with; None when the checkpoint has nothing of it.
+    """The state with which `rank` of `world_size` continues; None when the checkpoint has no such state.
 
     window: batches for which gradients are accumulated now.
 

@@ -82,7 +82,7 @@ def load_weights(
 def _unfit(
     error: RuntimeError, module: nn.Module, checkpoint: Checkpoint | None, *, helps: bool
 ) -> UnfitWeightsError | None:
-    """What to raise for torch's refusal of a state dict; None for any other error.
+    """The error to raise for torch's refusal of a state dict; None for any other error.
 
     `helps`: whether the load would succeed without strictness.
     """

@@ -123,7 +123,7 @@ def _reduce(part: torch.Tensor, spread: Spread, norm_type: float) -> None:
 
 
 def _reduction_device(params: list[torch.Tensor]) -> torch.device:
-    """Where the meshes communicate: gradients offloaded to the CPU still reduce on the accelerator."""
+    """The device on which norms are reduced: the accelerator even for gradients that are offloaded to the CPU."""
     devices = {mesh_device(p.device_mesh) for p in params if isinstance(p, DTensor)}
     devices |= {p.grad.device for p in params if p.grad is not None}
     return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))

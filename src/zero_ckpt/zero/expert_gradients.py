@@ -99,7 +99,7 @@ def divide_gradients(expert: nn.Module, parts: int) -> None:
 
 
 def _scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
-    """The same values; the gradient on its way back is multiplied."""
+    """A tensor of the same values, whose gradient is multiplied by `factor` on its way back."""
     if not tensor.requires_grad:
         return tensor
     same = tensor.view_as(tensor)

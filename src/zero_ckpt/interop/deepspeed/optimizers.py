@@ -17,7 +17,7 @@ __all__ = ["class_of", "options_of", "states_of"]
 _STEP = "step"
 
 _MARKS = ("moe", "name")
-"""What DeepSpeed gives to the groups into which it splits those of a user with experts: `True`, and `ep_size_2`."""
+"""Options (`True`, `ep_size_2`) that DeepSpeed adds where it splits a user's groups into dense ones and experts."""
 
 _CLASSES = {
     "adam": "Adam",

@@ -33,7 +33,7 @@ __all__ = ["read_partitions"]
 Shapes = Mapping[str, tuple[int, ...]]
 
 _ALIGNMENT = 2
-"""A group is padded to a multiple of so many elements for each rank."""
+"""A group is padded to a multiple of this many elements per rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +259,7 @@ def _slice_orders(optims: Sequence[Mapping[str, Any]], group: int) -> list[Any]:
 
 
 def _check_slices(layouts: Sequence[_Layout], optims: Sequence[Mapping[str, Any]]) -> None:
-    """Where the partitions say themselves what they hold, it must be what `param_shapes` implies."""
+    """Raises `LayoutError` where partitions say that they hold something else than `param_shapes` implies."""
     for layout in layouts:
         if layout.ranks != tuple(range(len(optims))):
             continue  # names of experts are local there
