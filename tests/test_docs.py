@@ -165,3 +165,12 @@ def test_every_exception_is_in_the_troubleshooting_guide() -> None:
     page = (ROOT / "docs" / "guides" / "troubleshooting.md").read_text()
     missing = [name for name in errors.__all__ if not re.search(rf"\b{name}`", page)]
     assert not missing
+
+
+def test_the_architecture_names_every_module() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    modules = {path.stem for path in (ROOT / "src").rglob("*.py")} - {"__init__", "__main__"}
+    named = set(re.findall(r"`(\w+)`", text)) | set(
+        re.findall(r"^  (\w+)\.py ", text, re.MULTILINE)
+    )
+    assert not modules - named

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from zero_ckpt.checkpointer import Checkpointer, Some
+from zero_ckpt.checkpointer import Checkpointer
+from zero_ckpt.core.binding import Some
 from zero_ckpt.core.custom import CustomLoad
 from zero_ckpt.core.handle import SaveHandle
 from zero_ckpt.core.outcome import LoadResult
@@ -33,8 +34,8 @@ def save_checkpoint(
 ) -> SaveHandle:
     """One save without a `Checkpointer`: collective, committed and durable on return.
 
-    Arguments, the result and errors are those of its constructor and of its `save_checkpoint`. But steps are not
-    counted, so `tag` or `step` must be given, else `ConfigurationError` is raised; with `tag` alone the step is 0.
+    Arguments, the result and errors are those of its constructor and of its `save_checkpoint`. Steps are not counted
+    here, so `tag` or `step` must be given, else `ConfigurationError` is raised; with `tag` alone the step is 0.
     """
     if tag is None and step is None:
         raise ConfigurationError(
@@ -71,9 +72,9 @@ def load_checkpoint(
 ) -> LoadResult:
     """One load without a `Checkpointer`: collective, all or nothing. Returns `path, client_state`, as a `LoadResult`.
 
-    Arguments and errors are those of its constructor and of its `load_checkpoint`. But, as DeepSpeed's, where nothing
-    was ever saved (no such directory or tag) it returns `(None, None)`, with a warning, unless `missing_ok=False`. A
-    checkpoint that is damaged, or that is gone, raises.
+    Arguments and errors are those of its constructor and of its `load_checkpoint`. One default differs, for the sake of
+    scripts written for DeepSpeed: where nothing was ever saved (no such directory or tag) this warns and returns
+    `(None, None)`, unless `missing_ok=False`. A checkpoint that is damaged, or that is gone, raises.
     """
     with Checkpointer(model, optimizer, lr_scheduler) as one:
         return one.load_checkpoint(

@@ -12,8 +12,7 @@ or without ZeroRedundancyOptimizer, nothing at all). The process groups of the t
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, Union
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +22,7 @@ from zero_ckpt.core import rng
 from zero_ckpt.core.agreement import check_tag_validation
 from zero_ckpt.core.alone import check_all_save
 from zero_ckpt.core.arguments import check_keep_last, check_timeout, check_zero_stage
-from zero_ckpt.core.binding import bound_names, check_kinds, named, snapshot_of
+from zero_ckpt.core.binding import Some, bound_names, check_kinds, named, snapshot_of
 from zero_ckpt.core.bound import Wanted, plan_training, plan_weights
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.custom import CustomLoad
@@ -38,10 +37,7 @@ from zero_ckpt.core.state import Snapshot, capture_models
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.errors import NothingSavedError, ZeroCkptError
 
-__all__ = ["Checkpointer", "Some"]
-
-T = TypeVar("T")
-Some = Union[T, Sequence[T], Mapping[str, T]]  # noqa: UP007 - a generic alias at run time
+__all__ = ["Checkpointer"]
 
 
 class Checkpointer:
@@ -49,7 +45,7 @@ class Checkpointer:
 
     model, optimizer, lr_scheduler: one of each, a list of them, or a dict by name; the last two may be None. A
         scheduler is anything with `state_dict` and `load_state_dict`.
-    zero_stage: 0 to 3, recorded in the manifest; None: found out from the objects.
+    zero_stage: 0 to 3, recorded in the manifest; None: inferred from the models and optimizers.
     keep_last: committed checkpoints to keep, at least 1; older ones are removed after each commit. None keeps all.
     tag_validation: what to do when ranks are given different tags or directories: "ignore" or "warn" (rank 0's counts),
         or "fail".
@@ -194,9 +190,9 @@ class Checkpointer:
         module. `override_hyperparameters`: every parameter group keeps the options that it has (learning rate, weight
         decay, ...) and every scheduler its base learning rates, instead of those in the checkpoint. `missing_ok`:
         where nothing was ever saved (no such directory or tag), warn and return `(None, None)`. `weights_only=False`
-        allows pickled values in client states, whose opening can run code. `verify_first=False` leaves out the look at
-        what overwrites live tensors: still no unverified byte is loaded, but damage found on the way leaves the live
-        state partly overwritten, and the error says so.
+        allows pickled values in client states, whose opening can run code. `verify_first=False` leaves out the first
+        pass over the bytes that overwrite live tensors: each block is still verified before it is copied, but damage
+        that is found on the way leaves the live state partly overwritten, and the error says so.
 
         Raises the same error on every rank: `CheckpointNotFoundError`, `CorruptCheckpointError`, `StateMismatchError`
         (all missing, unexpected and misshapen keys at once), `FormatVersionError`, `UnsafeObjectError`,
@@ -214,21 +210,24 @@ class Checkpointer:
             weights_only=weights_only,
         )
         try:
-            loaded = load_together(
-                self._engine.storage,
-                self._engine.control,
-                load_dir,
-                None if tag is None else str(tag),
-                lambda checkpoint: self._prepare(checkpoint, wanted),
-                verify_first=verify_first,
-                timeout=self._timeout,
-            )
+            return self._load(load_dir, tag, wanted, verify_first)
         except NothingSavedError as error:
             if not missing_ok:
                 raise
             text = f"NOTHING WAS LOADED, everything stays as it is: {error}"
             warn_on_first(self._engine.control.rank, [text])
             return LoadResult(None, None)
+
+    def _load(self, load_dir: Any, tag: Any, wanted: Wanted, verify_first: bool) -> LoadResult:
+        loaded = load_together(
+            self._engine.storage,
+            self._engine.control,
+            load_dir,
+            None if tag is None else str(tag),
+            lambda checkpoint: self._prepare(checkpoint, wanted),
+            verify_first=verify_first,
+            timeout=self._timeout,
+        )
         with loaded.checkpoint as checkpoint:
             if wanted.optimizers:
                 self.global_step = checkpoint.manifest.step

@@ -56,8 +56,8 @@ class CheckpointNotFoundError(ZeroCkptError, FileNotFoundError):
 class NothingSavedError(CheckpointNotFoundError):
     """Nothing was ever saved there: no such directory or tag, or a directory in which no save has ended.
 
-    What `missing_ok` lets pass. A place that cannot be read, or that shows traces of a checkpoint that is gone, is not
-    that.
+    The only error that `missing_ok` turns into a warning. A directory that cannot be read, or that shows traces of a
+    checkpoint that is gone, raises `CheckpointNotFoundError` itself.
     """
 
 
@@ -96,14 +96,14 @@ class SaveError(ZeroCkptError, OSError):
 class RankTimeoutError(ZeroCkptError, TimeoutError):
     """A rank did not arrive in time, or stopped making progress.
 
-    `outcome_unknown`: the other ranks may have completed the call, or not; this one cannot tell.
+    `outcome_unknown`: whether the other ranks may have completed the call without this one's knowing.
     """
 
     outcome_unknown = False
 
 
 def describe(error: BaseException) -> str:
-    """One line for a person, also of errors that are not ours: `/path/file: No space left on device`."""
+    """An error in one line for a person, as `/path/file: No space left on device`; also one that is not ours."""
     if isinstance(error, ZeroCkptError):
         return str(error)
     if isinstance(error, OSError) and error.strerror:
@@ -119,9 +119,9 @@ def to_record(error: BaseException) -> list[str]:
 
 
 def raise_for(error: ZeroCkptError, failure: BaseException | None) -> NoReturn:
-    """Raise what all ranks raise. `failure`: this rank's own problem, whose traceback tells more than that of `error`.
+    """Raise `error`, which all ranks raise, with this rank's own problem as its cause.
 
-    Where both say the same it is shown once.
+    `failure`: that problem; its traceback shows where it happened. Where both say the same, `failure` is raised alone.
     """
     if failure is None:
         raise error

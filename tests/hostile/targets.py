@@ -21,7 +21,7 @@ from zero_ckpt.core.memory import round_up
 from zero_ckpt.core.runs import runs_coverage_error
 from zero_ckpt.core.shard_reader import open_shard
 from zero_ckpt.errors import CorruptManifestError, ZeroCkptError
-from zero_ckpt.interop.deepspeed.pickle_machine import load_pickle
+from zero_ckpt.interop.deepspeed.pickle_reader import load_pickle
 from zero_ckpt.interop.deepspeed.plain import CONSTRUCTORS
 from zero_ckpt.interop.deepspeed.records import PickleError
 from zero_ckpt.testing import RecordingStorage

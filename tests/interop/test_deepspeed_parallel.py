@@ -16,7 +16,7 @@ from tests.interop.writer import Run, write
 from zero_ckpt import get_fp32_state_dict_from_zero_checkpoint
 from zero_ckpt.core.checkpoint import open_checkpoint
 from zero_ckpt.errors import StateMismatchError
-from zero_ckpt.interop.deepspeed.experts import global_name, local_counts, ranks_of_experts
+from zero_ckpt.interop.deepspeed.experts import count_experts, global_name, ranks_of_experts
 from zero_ckpt.interop.deepspeed.matching import Ambiguous, match_shapes
 from zero_ckpt.interop.deepspeed.pipeline import TIED, stage_names
 
@@ -78,7 +78,7 @@ def test_which_ranks_share_experts_shows_in_their_slices(
 
 def test_experts_get_global_numbers() -> None:
     names = [f"m.deepspeed_experts.{i}.w" for i in range(3)]
-    assert [global_name(n, 2, local_counts(names)) for n in names] == [
+    assert [global_name(n, 2, count_experts(names)) for n in names] == [
         "m.deepspeed_experts.6.w",
         "m.deepspeed_experts.7.w",
         "m.deepspeed_experts.8.w",

@@ -33,7 +33,7 @@ class ZeroMixin(EndMixin, LoadMixin, PrepareMixin):
     _zero_own: ClassVar[Any]
 
     def zero_begin(self, options: Options) -> None:
-        """Become attached."""
+        """Become attached: what `attach` does once the class has changed."""
         self._zero_options = options
         self._zero_runtime = Runtime()
         self.zero_check_launch()
@@ -44,14 +44,13 @@ class ZeroMixin(EndMixin, LoadMixin, PrepareMixin):
         self.zero_count_steps()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """By the accelerator's own class, which can be imported when ours was made on the fly."""
+        """Pickle by the accelerator's own class, which can be imported; ours may have been made on the fly."""
         return _rebuild, (own_class(type(self)),), self.__getstate__()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What belongs to this process stays behind."""
-        inherited = getattr(
-            super(), "__getstate__", None
-        )  # of a user's class; of any from Python 3.11 on
+        """The state without what belongs to this process."""
+        # A user's class may have one; from Python 3.11 on every class has.
+        inherited = getattr(super(), "__getstate__", None)
         state = dict(inherited() if inherited is not None else vars(self))
         state.pop("_zero_runtime", None)
         return state
@@ -96,7 +95,7 @@ def attached_class(own: Any) -> Any:
 
 
 def own_class(attached: type[Any]) -> Any:
-    """The reverse of `attached_class`. A user's subclass of `ZeroAccelerator` is its own."""
+    """The reverse of `attached_class`; a user's subclass of `ZeroAccelerator` itself."""
     return vars(attached).get("_zero_own", attached)
 
 
@@ -142,18 +141,18 @@ def attach(
     Raises `ConfigurationError` for options that do not fit each other or the accelerator.
     """
     options = Options(
-        stage,
-        wrap,
-        sharding_size,
-        cpu_offload,
-        export,
-        export_format,
-        export_dtype,
-        max_shard_size,
-        tag_validation,
-        keep_last,
-        timeout,
-        async_save,
+        stage=stage,
+        wrap=wrap,
+        sharding_size=sharding_size,
+        cpu_offload=cpu_offload,
+        export=export,
+        export_format=export_format,
+        export_dtype=export_dtype,
+        max_shard_size=max_shard_size,
+        tag_validation=tag_validation,
+        keep_last=keep_last,
+        timeout=timeout,
+        async_save=async_save,
     )
     given: Any = accelerator
     if not isinstance(given, Accelerator):

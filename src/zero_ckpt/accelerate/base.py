@@ -37,7 +37,7 @@ else:
 __all__ = ["Host", "Runtime", "ZeroBase", "innermost", "raw_optimizer"]
 
 FOREIGN = ("DEEPSPEED", "MEGATRON_LM", "XLA")
-"""Kinds of distributed training whose checkpoints are Accelerate's own affair, always."""
+"""Kinds of distributed training whose checkpoints are always left to Accelerate's own code."""
 
 
 @dataclass(slots=True)
@@ -94,7 +94,7 @@ class ZeroBase(Host):  # type: ignore[misc]
             )
 
     def zero_check_launch(self) -> None:
-        """Raises `ConfigurationError` where Accelerate took a launcher's process for the only one."""
+        """Raises `ConfigurationError` where Accelerate takes one process of several for the only one."""
         started = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         if self.num_processes == 1 < started:
             raise ConfigurationError(
@@ -105,7 +105,7 @@ class ZeroBase(Host):  # type: ignore[misc]
 
     @property
     def zero_is_ours(self) -> bool:
-        """Whether checkpoints of this kind of training are ours to write. Else they are Accelerate's."""
+        """Whether this kind of training is checkpointed by zero_ckpt, and not by Accelerate's own code."""
         kind = self.distributed_type
         if kind == DistributedType.FSDP:
             return bool(self.is_fsdp2)
@@ -113,7 +113,7 @@ class ZeroBase(Host):  # type: ignore[misc]
 
     @property
     def zero_shares_buffers(self) -> bool:
-        """Whether buffers are kept those of rank 0: not under Accelerate's FSDP, nor with `broadcast_buffers=False`."""
+        """Whether all ranks have rank 0's buffers: not under Accelerate's FSDP, nor with `broadcast_buffers=False`."""
         given = self.ddp_handler
         wanted = given is None or bool(given.broadcast_buffers)
         return wanted and self.distributed_type != DistributedType.FSDP
@@ -132,7 +132,7 @@ class ZeroBase(Host):  # type: ignore[misc]
 
     @property
     def zero_loaded(self) -> LoadResult | None:
-        """What the last `load_state` gave: path, client states, and what did not match. None before any."""
+        """What the last `load_state` gave: path, client states, and what did not match. None before the first."""
         return self._zero_runtime.loaded
 
     def zero_models(self) -> dict[str, nn.Module]:

@@ -1,4 +1,4 @@
-"""Buffers of a sharded model stay those of rank 0, as DistributedDataParallel keeps them.
+"""Gives every rank rank 0's buffers of a sharded model, as DistributedDataParallel does.
 
 FSDP2 leaves buffers alone, so that batch norm statistics drift apart between ranks. DDP gives every rank rank 0's
 before each forward pass that follows a pass whose gradients were reduced.
@@ -20,7 +20,7 @@ __all__ = ["share_buffers"]
 
 
 def share_buffers(model: nn.Module, mesh: DeviceMesh) -> None:
-    """From now on, share them before forward passes of `model`, which are then collective over `mesh`."""
+    """From now on, broadcast buffers before forward passes of `model`, which become collective over `mesh`."""
     is_due = True
 
     def before(module: nn.Module, *_: Any) -> None:

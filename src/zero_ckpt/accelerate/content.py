@@ -9,8 +9,8 @@ the object `accelerate`:
     custom                  state of the objects that were registered for checkpointing, in their order
     scaler                  state of the gradient scaler, or None
 
-Of every rank: `rng`, `dataloaders` (see `data`), `gradients` (see `gradients`), and `buffers` where they are not rank
-0's.
+Each rank stores for itself `rng`, `dataloaders` (see `data`), `gradients` (see `gradients`), and its `buffers` where
+they may differ from rank 0's.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def make_snapshot(
 
 
 def _own_buffers(accelerator: ZeroBase, state: ModelState) -> dict[str, torch.Tensor]:
-    """Where buffers of the ranks may differ; rank 0's are among the weights."""
+    """This rank's buffers where they may differ between ranks; rank 0's are stored among the weights."""
     if accelerator.zero_shares_buffers or accelerator.process_index == 0:
         return {}
     return {key: state.tensors[key].detach() for key in sorted(state.buffers)}

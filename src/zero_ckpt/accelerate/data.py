@@ -43,7 +43,7 @@ _VERSION = 1
 
 
 def track_loaders(accelerator: Any) -> None:
-    """Make all prepared loaders remember their place from now on. Costs nothing when done before."""
+    """Make all prepared loaders remember their place from now on. Does nothing to those that do so already."""
     for loader in accelerator._dataloaders:
         if can_track(loader):
             track(loader)
@@ -67,11 +67,10 @@ def plan_loaders(
     rank: int,
     world_size: int,
 ) -> Callable[[], list[str]]:
-    """What has to be done so that the prepared loaders go on from a checkpoint.
+    """A function that lets the prepared loaders go on from a checkpoint, and returns notices for the user.
 
     trees: gives what `capture_loaders` returned on a rank of the saving job; None where it kept
-    none. Reads what is needed of it and changes nothing; the function that it returns does, and
-    returns what the user should know, in sentences.
+    none. It is asked now; nothing is changed before the function is called.
     """
     alike = saved_world_size == world_size
     tree = trees(rank if alike else 0)
@@ -120,14 +119,14 @@ def skip_first_batches(loader: Any, num_batches: int = 0) -> Any:
 
 
 def _keep_settings(loader: Any, skipping: Any) -> None:
-    """What Accelerate's function forgets to hand on."""
+    """Hand on what Accelerate's function forgets."""
     skipping._drop_last, skipping._non_blocking = loader._drop_last, loader._non_blocking
     if isinstance(loader, DataLoaderDispatcher):
         skipping.slice_fn, skipping.submesh_tp = loader.slice_fn, loader.submesh_tp
 
 
 def _entry(loader: Any) -> dict[str, Any]:
-    """One loader's state. When nothing has happened since a load, what was loaded."""
+    """One loader's state; what was loaded, if nothing has happened since."""
     tracker: Tracker = loader._zero_tracker
     tracker.settle()
     base = loader.base_dataloader
@@ -147,7 +146,7 @@ def _entry(loader: Any) -> dict[str, Any]:
 
 
 def _still(position: Position) -> dict[str, Any]:
-    """A place that was loaded and is where the loader still is."""
+    """The state of a loader that is still at the place that was loaded."""
     return {
         "epoch": position.number,
         "iteration": position.number + 1 if position.over else position.number,
@@ -219,7 +218,7 @@ def _position(tracker: Tracker, entry: Mapping[str, Any], alike: bool) -> Positi
 
 
 def _translated(tracker: Tracker, entry: Mapping[str, Any]) -> tuple[int, int]:
-    """Steps of this job that make up those of the saving one, and the samples that are left over."""
+    """(steps of this job that hold the samples handed out by the saving job, samples that are left over)."""
     before, now = entry["samples_per_step"], data_states.samples_per_step(tracker.loader)
     if before is None or now is None:
         return int(entry["yielded"]), 0

@@ -31,12 +31,12 @@ def can_track(loader: Any) -> bool:
 
 
 def is_tracked(loader: Any) -> bool:
-    """Whether `track` has had this loader."""
+    """Whether `track` was called with this loader."""
     return can_track(loader) and "_zero_tracker" in vars(loader)
 
 
 def track(loader: Any, source: Any = None, skip: int | None = None) -> None:
-    """Make a prepared loader tell where it is; with `source`, it is one that skips the first `skip` batches of that."""
+    """Make a prepared loader tell where it is. With `source`: `loader` is that one without its first `skip` batches."""
     if is_tracked(loader):
         return
     kind: Any = type(loader)
@@ -50,6 +50,7 @@ def track(loader: Any, source: Any = None, skip: int | None = None) -> None:
 
 
 def _watch(loader: Any) -> bool:
+    """Let the loader's batch sampler tell its tracker. False where its class cannot be changed."""
     sampler = data_states.index_sampler(loader)
     try:
         if "_zero_tracker" not in vars(sampler):
@@ -57,7 +58,7 @@ def _watch(loader: Any) -> bool:
             sampler.__class__ = _watched(kind)
         sampler._zero_tracker = loader._zero_tracker
     except TypeError:
-        return False  # a list, say: its order is fixed
+        return False  # a list, for example, whose order is fixed
     base = loader.base_dataloader
     if getattr(base, "_initial_iter_for_state_dict", False):
         _renew_first_iterator(base)
@@ -121,10 +122,10 @@ def _tracked(original: Any) -> type:
 
 def _telling_between_steps(original: Any) -> type:
     class Dispatcher(original):  # type: ignore[misc]
-        """Its state for torchdata is that between two steps.
+        """A dispatcher whose state for torchdata is the one between two steps.
 
-        Accelerate takes it before the last fetch of a step and corrects its numbers, which it
-        cannot do for `split_batches` nor for workers.
+        Accelerate takes it before the last fetch of a step and then corrects its numbers, which works
+        neither for `split_batches` nor for workers.
         """
 
         _zero_step_begins = False
@@ -163,7 +164,7 @@ def _watched(original: Any) -> type:
 
 
 def _lazily(tracker: Tracker, indices: Iterator[Any]) -> Iterator[Any]:
-    """A loader may make several iterators of which it uses one: that is whose pass it is."""
+    """The indices, of which the tracker is told when the first is asked for: a loader may make iterators in vain."""
     yield from tracker.indices(indices)
 
 

@@ -92,7 +92,7 @@ def capture_start(loader: Any) -> dict[str, Any]:
 
 
 def restore_start(loader: Any, state: Mapping[str, Any]) -> None:
-    """As when `capture_start` was called; torch's, Python's and NumPy's global generators too."""
+    """Put all back to how it was at `capture_start`, torch's, Python's and NumPy's global generators included."""
     rng.restore(state["rng"])
     live = _generators(loader)
     _set_own(loader, state)
@@ -102,12 +102,12 @@ def restore_start(loader: Any, state: Mapping[str, Any]) -> None:
 
 
 def capture_now(loader: Any) -> dict[str, Any]:
-    """What the order of the next epoch depends on, as far as the loader itself holds it."""
+    """What the order of the next epoch depends on, as far as the loader itself holds it, and torch's generator."""
     return {"torch": torch.get_rng_state(), **_own(loader)}
 
 
 def restore_now(loader: Any, state: Mapping[str, Any]) -> None:
-    """As when `capture_now` was called. Global generators stay as they are."""
+    """Put the loader back to how it was at `capture_now`. Global generators stay as they are."""
     live = _generators(loader)
     _set_own(loader, state)
     if "sampler 0" in live and "sampler 0" not in state["generators"]:

@@ -53,7 +53,7 @@ class Tracker:
 
     @property
     def has_handed_out_all(self) -> bool:
-        """Whether the training is at its last batch."""
+        """Whether the batch that the training has is the last one of the epoch."""
         view = None if self._view is None else self._view()
         return view is not None and bool(view.end_of_dataloader)
 
@@ -70,7 +70,7 @@ class Tracker:
         return self.stateful and (own or not self.watched or data_states.is_stream(self.loader))
 
     def begin(self, view: Any) -> Turn | None:
-        """`view` (the loader, or one that skips its first batches) is iterated. None: it is empty."""
+        """A turn, since `view` (the loader, or one that skips its first batches) is iterated; None if it is empty."""
         self.settle()
         position, self.pending = self._applicable(view), None
         skip = view._zero_skip
@@ -114,7 +114,7 @@ class Tracker:
         return replay
 
     def continue_stateful(self, position: Position | None) -> None:
-        """Leave it to torchdata where `position` has its state; drop the iterator that is there."""
+        """Hand torchdata the state that `position` has, or an empty one; its present iterator is dropped."""
         base = self.loader.base_dataloader
         state = None if position is None else position.stateful
         base.load_state_dict({} if state is None else dict(state))
@@ -123,7 +123,7 @@ class Tracker:
             self._quietly(base.state_dict)
 
     def forget(self) -> None:
-        """What has been until now, since a checkpoint is loaded."""
+        """Forget what has been until now: a checkpoint is loaded."""
         self.epoch = self._turn = self._other = self._view = self.pending = None
 
     def started(self) -> None:
@@ -136,7 +136,7 @@ class Tracker:
         self._turn = self._view = None
 
     def indices(self, indices: Iterator[Any]) -> Iterator[Any]:
-        """The batch sampler is iterated, by whomever."""
+        """`indices`, watched where they belong to a pass over the loader: the batch sampler is iterated."""
         turn, self._turn = self._turn, None
         if turn is None and not self._muted and self.loader is not None:
             turn = self._turn_of_other()

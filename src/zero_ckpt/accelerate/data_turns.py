@@ -54,7 +54,7 @@ class Position:
 
 @dataclass(slots=True)
 class Epoch:
-    """The pass that was begun last, as it goes on."""
+    """The pass that was begun last, as it proceeds. Fields as in `Position`, but that `fetch` is not packed yet."""
 
     number: int
     yielded: int
@@ -121,14 +121,14 @@ class _Fetches:
 
 
 def _has_moved(before: tuple[Any, ...] | None, after: tuple[Any, ...] | None) -> bool:
-    """Whether NumPy's generator has: name, 624 words, place in them, and a normal number in stock."""
+    """Whether NumPy's generator has moved. Its state: name, 624 words, place in them, a spare normal number."""
     if before is None or after is None:
         return after is not None
     return before[2:] != after[2:] or bool((before[1] != after[1]).any())
 
 
 class Turn:
-    """One iteration of a loader; `replay` None: an ordinary one."""
+    """One iteration of a loader. `replay`: how it repeats an earlier one; None for an ordinary one."""
 
     def __init__(self, loader: Any, epoch: Epoch, replay: Replay | None) -> None:
         self._loader = loader

@@ -39,11 +39,12 @@ class EndMixin(SaveMixin):
     """The override of the accelerator's end."""
 
     def end_training(self) -> None:
-        """Collective: wait for saves, export the fp32 weights, then do what Accelerate does. Again: does nothing.
+        """Collective: wait for saves, export the fp32 weights, then do what Accelerate does.
 
-        What is exported, and whereto, is an option of `attach`. For a Hugging Face model the folder gets its
-        configuration, so that `from_pretrained` opens it. `save_state` or `load_state` make the next call count again.
-        Raises what kept a save beside the training from its commit; nothing is exported then.
+        What is exported, and where to, is an option of `attach`. For a Hugging Face model the folder gets its
+        configuration, so that `from_pretrained` opens it. A second call does nothing, unless `save_state` or
+        `load_state` was called in between. Raises what kept a save beside the training from its commit; nothing is
+        exported then.
         """
         if self._zero_runtime.ended:
             return
@@ -98,7 +99,7 @@ class EndMixin(SaveMixin):
         return LocalControl() if self.is_main_process else None
 
     def _zero_export_live(self, path: str, control: ControlPlane) -> None:
-        """Nothing was saved: commit the weights alone, in the export's folder, for as long as it takes."""
+        """Nothing was saved: export from a checkpoint of the live weights, which is removed afterwards."""
         folder = absolute(path)
         models = self.zero_models()
 
@@ -131,7 +132,7 @@ class EndMixin(SaveMixin):
                 remove_tag(self.zero_engine.storage, folder, handle.tag)
 
     def _zero_collapse(self, directory: str, tag: str, path: str, control: ControlPlane) -> bool:
-        """Whether there were weights to export.
+        """Export one checkpoint. Returns whether it holds weights.
 
         Raises `CheckpointNotFoundError` on every rank when rank 0 does not find the save any more.
         """

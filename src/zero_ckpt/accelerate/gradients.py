@@ -30,7 +30,7 @@ PART = "#part"
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where gradients of one parameter lie. `record`: FSDP2's, when it shards the parameter."""
+    """Where the gradients of one parameter lie. `record`: FSDP2's own, if it shards the parameter."""
 
     name: str
     parameter: Any
@@ -58,7 +58,7 @@ def capture_gradients(accelerator: ZeroBase) -> dict[str, torch.Tensor]:
 
 
 def gradients_fit(accelerator: ZeroBase, gradients: Mapping[str, torch.Tensor]) -> bool:
-    """Whether every one of them has its place here."""
+    """Whether every one of these gradients has its place in the prepared models."""
     shapes: dict[str, torch.Size] = {}
     for place in _places(accelerator):
         shapes[place.name] = place.parameter.shape
@@ -71,7 +71,7 @@ def gradients_fit(accelerator: ZeroBase, gradients: Mapping[str, torch.Tensor]) 
 
 @torch.no_grad()
 def restore_gradients(accelerator: ZeroBase, gradients: Mapping[str, torch.Tensor]) -> None:
-    """Continue the window with these gradients, which fit; without any, there is none.
+    """Continue the window with these gradients, which fit; without any, no window is open.
 
     Accelerate learns of the window only from its next batch, and a save before that would take it to be closed.
     """
@@ -108,7 +108,7 @@ def _places(accelerator: ZeroBase) -> Iterator[_Place]:
 
 
 def _accumulated(record: Any) -> torch.Tensor | None:
-    """What passes without communication have left: whole, and of this rank only."""
+    """The gradient that passes without communication have left in FSDP2's record: whole, and this rank's only."""
     kept = record.unsharded_accumulated_grad
     if kept is None and hasattr(record, "_unsharded_param"):
         kept = record._unsharded_param.grad

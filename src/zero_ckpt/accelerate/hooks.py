@@ -28,7 +28,11 @@ __all__ = ["Edits", "Offered", "apply_edits", "run_load_hooks", "run_save_hooks"
 
 @dataclass(slots=True)
 class Edits:
-    """What rank 0's hooks made of the weights. Names of models, and keys as they are stored."""
+    """What rank 0's hooks made of the weights.
+
+    `removed`: names of models that are not stored. `dropped`, `replaced`: stored keys that are left out, or have a new
+    value.
+    """
 
     removed: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
@@ -56,7 +60,7 @@ def run_save_hooks(accelerator: ZeroBase, output_dir: str) -> Offered:
         return offered
     is_listed = accelerator.distributed_type != DistributedType.FSDP
     if is_listed:
-        weights += [_state_dict(model) for model in accelerator._models]
+        weights += [dict(model.state_dict()) for model in accelerator._models]
     given = list(weights)
     before = [dict(each) for each in given]
     for hook in hooks:
@@ -66,17 +70,13 @@ def run_save_hooks(accelerator: ZeroBase, output_dir: str) -> Offered:
     return offered
 
 
-def _state_dict(model: nn.Module) -> dict[str, Any]:
-    return dict(model.state_dict())
-
-
 def _compare(
     accelerator: ZeroBase,
     offered: Offered,
     given: list[dict[str, Any]],
     before: list[dict[str, Any]],
 ) -> None:
-    names = _names_of(accelerator)
+    names = {id(innermost(model)): name for name, model in accelerator.zero_models().items()}
     left = _what_became_of(given, offered.weights)
     added = len(offered.weights) - sum(own is not None for own in left)
     if added:
@@ -111,10 +111,6 @@ def _what_became_of(
     return left
 
 
-def _names_of(accelerator: ZeroBase) -> dict[int, str]:
-    return {id(innermost(model)): name for name, model in accelerator.zero_models().items()}
-
-
 def _compare_one(
     offered: Offered, name: str, model: nn.Module, own: dict[str, Any], was: dict[str, Any]
 ) -> None:
@@ -134,7 +130,7 @@ def _compare_one(
 def apply_edits(
     state: ModelState, edits: Edits, values: Mapping[str, torch.Tensor], rank: int
 ) -> None:
-    """Make `state` what the hooks left. Values that a hook has put there are stored by rank 0 alone."""
+    """Make `state` what the hooks left. New `values` are stored by rank 0 alone."""
     for key in (*edits.dropped, *edits.replaced):
         _take_out(state, key)
     if rank == 0:

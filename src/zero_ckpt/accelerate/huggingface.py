@@ -24,8 +24,10 @@ __all__ = ["save_configuration"]
 
 
 def save_configuration(model: nn.Module, path: str | os.PathLike[str], dtype: str) -> bool:
-    """Write the model's configuration beside its weights, in folder `path`. False when it has none, or `path` is a
-    file. `dtype`: of the exported weights, as `export_fp32` takes it; the configuration states it, too.
+    """Write the model's configuration into the folder `path`, beside its weights. Returns whether it was written.
+
+    It is not for a model that has none, or when `path` is a file. `dtype`: of the exported weights, as `export_fp32`
+    takes it; the configuration states it, too.
     """
     inner: Any = innermost(model)
     folder = absolute(path)
@@ -58,6 +60,6 @@ def _write(inner: Any, folder: str, dtype: str) -> None:
 
 
 def _class_name(model: nn.Module) -> str:
-    """Of the model's own class: FSDP2 puts one of its own in front."""
+    """The name of the model's own class; FSDP2 puts one of its own in front."""
     own = (kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
     return next(own).__name__

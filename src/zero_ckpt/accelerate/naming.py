@@ -25,14 +25,14 @@ __all__ = ["candidates", "directory_for_save", "is_accelerates", "next_iteration
 _storage = AnyStorage()
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model_fsdp")
-"""What Accelerate's weights are called, but for those that an engine writes for it."""
+"""How the names of Accelerate's own weights begin; engines such as DeepSpeed use others."""
 
 
 def is_accelerates(directory: str) -> bool:
-    """Whether Accelerate's own code is to read this folder: it has written there, and nothing that the core opens.
+    """Whether Accelerate's own code is to read this folder: Accelerate wrote it, and nothing there is for the core.
 
-    What Accelerate has completed is its own, also where its FSDP's format is one that the core opens; but not what its
-    DeepSpeed wrote, whose weights its other code does not find. Accelerate writes to no object store.
+    A checkpoint that Accelerate completed is read by Accelerate, even if the core could open it (as it can FSDP's); but
+    not one of its DeepSpeed engine, whose weights its other code does not find. Accelerate writes to no object store.
     """
     if is_url(directory) or _is_committed(directory):
         return False
@@ -84,7 +84,7 @@ def directory_for_save(checkpoints: str, iteration: int) -> str:
 
 
 def next_iteration(checkpoints: str) -> int:
-    """One above the highest number there is."""
+    """The number after the highest `checkpoint_{number}` there is; 0 without any."""
     return max((number for number, _ in _numbered(checkpoints)), default=-1) + 1
 
 
@@ -104,8 +104,8 @@ def candidates(checkpoints: str) -> Iterator[str]:
 def retire(checkpoints: str, total_limit: int, saved: str) -> str:
     """Remove what is older than the newest `total_limit` checkpoints; never `saved`, the one just committed.
 
-    What lies between and was never completed is left to the save that follows it. Returns a notice for the user when
-    something could not be removed, or "".
+    Among those that are kept, folders that were never completed stay. Returns a notice for the user when something
+    could not be removed, or "".
     """
     numbered = _numbered(checkpoints)
     complete = [number for number, path in numbered if _is_checkpoint(path)]
@@ -121,7 +121,7 @@ def retire(checkpoints: str, total_limit: int, saved: str) -> str:
 
 
 def _remove(directory: str) -> None:
-    """First what makes it a checkpoint, durably, so that a crash on the way leaves no torn one."""
+    """Remove a directory: first, durably, what makes it a checkpoint, so that a crash leaves no torn one."""
     for tag in list_tags(_storage, directory):
         remove_tag(_storage, directory, tag.name)
     shutil.rmtree(directory)

@@ -1,4 +1,4 @@
-"""What a user may say when an accelerator is attached."""
+"""The options with which an accelerator is attached, and their checks."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from zero_ckpt.zero.wrap import check_wrap
 __all__ = ["Options"]
 
 FORMATS = ("safetensors", "bin")
-"""Of those that an export can write: a Lightning .ckpt takes more than an accelerator's checkpoint holds."""
+"""Formats of the export. Not Lightning's .ckpt, which takes more than an accelerator's checkpoint holds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """The keyword arguments of `attach` and `ZeroAccelerator`, which document them.
 
-    Raises `ConfigurationError` for all that can be known to be wrong now, and not when the training has ended.
+    Raises `ConfigurationError` for a wrong value now, and not when the training has ended and it is used.
     """
 
     stage: int | None = None
@@ -84,6 +84,6 @@ class Options:
 
     @classmethod
     def taken_from(cls, arguments: dict[str, Any]) -> Options:
-        """Made of those keyword arguments that are ours, which are removed from `arguments`."""
+        """Options from those keyword arguments that are ours, which are removed from `arguments`."""
         own = {field.name for field in fields(cls)} & arguments.keys()
         return cls(**{name: arguments.pop(name) for name in own})

@@ -60,7 +60,7 @@ class PlanMixin(ZeroBase):
         models: dict[str, nn.Module],
         wanted: Wanted,
     ) -> tuple[Restoration, LoadResult]:
-        """What to read, to install and to tell, and what the load will have given."""
+        """(what to read, install and tell; what the load will return)."""
         control = self.zero_control
         if not self._models and any(True for _ in checkpoint.keys("model")):
             raise StateMismatchError(

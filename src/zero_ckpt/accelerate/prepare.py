@@ -3,8 +3,8 @@
     stage 1     Accelerate wraps the model in DDP; every optimizer is partitioned, its schedulers drive the parts
     stages 2, 3 the model is sharded in place instead of being wrapped; optimizers are pointed at what is sharded
 
-With stage None everything is prepared as Accelerate does it. A `ZeroRedundancyOptimizer` of the user's is taken as it
-is in any case: Accelerate alone asks it for a state that it does not have.
+With stage None everything is prepared as Accelerate does it. A `ZeroRedundancyOptimizer` that the user has made is
+accepted at stages None, 0 and 1: Accelerate alone would ask it for a state dict that it does not have.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class PrepareMixin(ZeroBase):
 
     @property
     def zero_stage_to_apply(self) -> int:
-        """A single process has nothing to shard over."""
+        """The stage to prepare for: 0 for a single process, which has nobody to share with."""
         alone = self.num_processes == 1 or not dist.is_initialized()
         return 0 if alone else self._zero_options.stage or 0
 
@@ -118,7 +118,10 @@ class PrepareMixin(ZeroBase):
         return super().prepare_model(model, device_placement=False, evaluation_mode=True)
 
     def _zero_prepare_for_evaluation(self, model: nn.Module, device_placement: bool | None) -> Any:
-        """Accelerate would take it for prepared for training too, and then not wrap it: each rank trained alone."""
+        """Prepare a model for evaluation, so that it can still be prepared for training later.
+
+        Accelerate would take it for prepared already, and not wrap it: each rank would train alone.
+        """
         is_new = not getattr(model, "_is_accelerate_prepared", False)
         prepared = super().prepare_model(model, device_placement, evaluation_mode=True)
         if is_new and self.distributed_type.value.startswith(OWN_KINDS):
@@ -126,7 +129,10 @@ class PrepareMixin(ZeroBase):
         return prepared
 
     def _zero_check_experts(self, model: nn.Module) -> None:
-        """Of Accelerate's own engines only DDP can be kept off a model's declared experts."""
+        """Raises `ConfigurationError` for declared experts under an engine of Accelerate's that would average them.
+
+        Of its own engines only DDP can be kept from that.
+        """
         if not expert_lists(model):
             return
         if not self.distributed_type.value.startswith(OWN_KINDS):
@@ -165,7 +171,7 @@ class PrepareMixin(ZeroBase):
             drop_with_zero_grad(optimizer, model)
 
     def prepare_optimizer(self, optimizer: Optimizer, device_placement: bool | None = None) -> Any:
-        """As Accelerate's; at stage 1 of a partition, at stages 2 and 3 over sharded parameters."""
+        """As Accelerate's; at stage 1 the optimizer is partitioned, at stages 2 and 3 it gets sharded parameters."""
         stage = self.zero_stage_to_apply
         if not getattr(optimizer, "_is_accelerate_prepared", False):
             zero.check_optimizer(optimizer, stage)
@@ -212,7 +218,7 @@ class PrepareMixin(ZeroBase):
         return zero.gradient_sync_disabled(innermost(model))
 
     def trigger_sync_in_backward(self, model: nn.Module) -> AbstractContextManager[None]:
-        """As Accelerate's; of a model that we have sharded too."""
+        """As Accelerate's; works for a model that we have sharded, too."""
         if not self._zero_is_sharded(model):
             context: AbstractContextManager[None] = super().trigger_sync_in_backward(model)
             return context
@@ -223,7 +229,7 @@ class PrepareMixin(ZeroBase):
         return any(inner is innermost(each) for each, _ in self._zero_runtime.shardings)
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
-        """As Accelerate's; at stages 2 and 3 the norm is over all ranks' parts, and whole gradients beside them."""
+        """As Accelerate's; at stages 2 and 3 the norm is that of the whole gradients, of which ranks have parts."""
         if not (self._zero_runtime.shardings or expert_parameters()):
             return super().clip_grad_norm_(parameters, max_norm, norm_type=norm_type)
         self.unscale_gradients()
@@ -258,7 +264,7 @@ class PrepareMixin(ZeroBase):
         return gathered
 
     def free_memory(self, *objects: Any) -> Any:
-        """As Accelerate's; counting of steps begins anew."""
+        """As Accelerate's; optimizer steps are then counted from 0 again."""
         self.zero_stop_counting()
         self._zero_step = 0
         self._zero_runtime.shardings.clear()

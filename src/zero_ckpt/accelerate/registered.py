@@ -17,7 +17,7 @@ __all__ = ["as_live"]
 
 
 def as_live(saved: Any, live: Any) -> Any:
-    """`saved` with its lazy tensors read, sharded where `live`, the object's state now, has sharded ones.
+    """`saved` with its lazy tensors read, and sharded where `live`, the object's present state, has sharded ones.
 
     Every rank reads whole tensors, one at a time, and keeps its part. No communication.
     """

@@ -25,7 +25,7 @@ __all__ = ["SaveMixin"]
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where all ranks save. `notice`: that some were given another place."""
+    """Where all ranks save. `notice`: a warning that some were given another place, or ""."""
 
     directory: str
     tag: str
@@ -70,12 +70,7 @@ class SaveMixin(ZeroBase):
             saved: Path = super().save_state(output_dir, safe_serialization, **kwargs)
             return saved
         self.zero_check_group("save_state")
-        second: Any = safe_serialization
-        if isinstance(second, (Mapping, str)):
-            raise ConfigurationError(
-                f"save_state: {second!r} was given as safe_serialization, which is Accelerate's second "
-                "argument. Give client_state and tag by name."
-            )
+        _check_second_argument(safe_serialization)
         name = f"global_step{self._zero_step}" if tag is None else str(tag)
         place = self._zero_save_place(output_dir, name)
         directory = place.directory
@@ -107,7 +102,7 @@ class SaveMixin(ZeroBase):
         return directory if is_url(directory) else Path(directory)
 
     def _zero_empty_notice(self, place: _Place) -> str:
-        """Tells of a save that came before everything that it could hold."""
+        """A warning of a save before anything was prepared that it could hold; "" otherwise."""
         if self._models or self._optimizers or self._custom_objects:
             return ""
         return (
@@ -116,7 +111,7 @@ class SaveMixin(ZeroBase):
         )
 
     def _zero_save_place(self, output_dir: Any, tag: str) -> _Place:
-        """Where to, the same on every rank: before a hook sees the directory, or anything is made there.
+        """Where to save, agreed upon by all ranks before a hook sees the directory, or anything is made there.
 
         Under automatic naming it is what rank 0 finds.
         """
@@ -193,3 +188,12 @@ class SaveMixin(ZeroBase):
             kind = self.distributed_type.value
             text = f"under {kind} zero_ckpt leaves saving and loading to Accelerate's own code"
             warn_on_first(self.process_index, [text])
+
+
+def _check_second_argument(safe_serialization: Any) -> None:
+    """Raises `ConfigurationError` for a client state or a tag that was given by place."""
+    if isinstance(safe_serialization, (Mapping, str)):
+        raise ConfigurationError(
+            f"save_state: {safe_serialization!r} was given as safe_serialization, which is Accelerate's second "
+            "argument. Give client_state and tag by name."
+        )

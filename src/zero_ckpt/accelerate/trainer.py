@@ -48,10 +48,10 @@ __all__ = ["attach_trainer"]
 
 T = TypeVar("T")
 SCHEDULER = ""
-"""The Trainer's only scheduler, as a single one is named in checkpoints."""
+"""The name of the Trainer's only scheduler: a single one is called "" in checkpoints."""
 
 ORDER = "epoch_order"
-"""The object of each rank that only a Trainer's checkpoint has."""
+"""Name of the object that each rank of a Trainer stores, and no other writer."""
 
 
 class TrainerMixin(Host):  # type: ignore[misc]
@@ -97,7 +97,7 @@ class TrainerMixin(Host):  # type: ignore[misc]
         super()._save(output_dir, state_dict=state_dict)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Collective: the committed part of `checkpoint-N`, which is durable on return."""
+        """Collective: commit our part of `checkpoint-N`, which is durable on return."""
         accelerator: ZeroBase = self.accelerator
         if not accelerator.zero_is_ours:
             super()._save_optimizer_and_scheduler(output_dir)
@@ -131,7 +131,7 @@ class TrainerMixin(Host):  # type: ignore[misc]
         return snapshot
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Weights: from the Hugging Face files, or, where a checkpoint of ours holds them all, later from that."""
+        """Load weights from the Hugging Face files, unless a checkpoint of ours has them all: that is loaded later."""
         if self._zero_holds_model(resume_from_checkpoint):
             return
         kept = [each for each, _ in self._zero_kept if each is innermost(self.model)]
@@ -139,7 +139,7 @@ class TrainerMixin(Host):  # type: ignore[misc]
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Collective: all that a checkpoint of ours holds, all or nothing on every rank."""
+        """Collective: load all that a checkpoint of ours holds, all or nothing on every rank."""
         if checkpoint is not None and self._zero_is_our_folder(checkpoint):
             self._zero_load(checkpoint, Wanted(schedulers=False))
             return
@@ -148,7 +148,7 @@ class TrainerMixin(Host):  # type: ignore[misc]
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
-        """As the Trainer's, whose way does not know sharded weights. They are then what `end_training` exports."""
+        """As the Trainer's, and for sharded weights too. `end_training` then exports the best weights."""
         best = self.state.best_model_checkpoint
         saved = self._zero_saved_in(best)
         self.accelerator._zero_runtime.saved = saved
@@ -210,7 +210,7 @@ class TrainerMixin(Host):  # type: ignore[misc]
             accelerator._zero_warn(notice)
 
     def _zero_is_our_folder(self, checkpoint: str) -> bool:
-        """Rank 0's answer."""
+        """Whether a checkpoint of ours is to be loaded from there, by rank 0's answer."""
         if not self.accelerator.zero_is_ours or not os.path.isdir(checkpoint):
             return False
         ((_, is_ours),) = self.accelerator._zero_find(checkpoint, None)["candidates"]

@@ -27,7 +27,7 @@ class EpochOrder:
         self._loaded: Mapping[str, Any] | None = None
 
     def state(self) -> dict[str, Any]:
-        """Of tensors and plain values. Before the first epoch, what was loaded."""
+        """Tensors and plain values to store. Before the first epoch, what was loaded."""
         if self._loaded is not None:
             return dict(self._loaded)
         now = None if self._live is None else self._live.get_state()

@@ -1,4 +1,4 @@
-"""What Accelerate or a Trainer wrote whole, on its way into models that we have sharded.
+"""Loads whole state dicts, which Accelerate or a Trainer wrote, into models that we have sharded.
 
 Their own code reads the files, on every rank, and gives whole tensors to `load_state_dict`. The hooks here cut them to
 this rank's parts. No communication.
@@ -25,7 +25,7 @@ __all__ = ["shard_state_when_loaded", "sharding_what_is_loaded"]
 def sharding_what_is_loaded(
     models: Iterable[nn.Module], optimizers: Iterable[Optimizer]
 ) -> Iterator[None]:
-    """Inside, `load_state_dict` of these takes what unsharded ones, wrapped in whatever way, would take."""
+    """Inside, `load_state_dict` of these takes whole tensors, and names with or without what wrappers add."""
     with ExitStack() as hooks:
         for model in models:
             _let_take_whole(model, hooks)
@@ -51,7 +51,7 @@ def _let_take_whole(model: nn.Module, hooks: ExitStack) -> None:
     ties = _ties(model)
 
     def shard(_: nn.Module, loaded: dict[str, Any], *__: Any) -> None:
-        """In place, under the names that the model has now. Of shapes that differ torch itself tells."""
+        """Cut what is loaded, in place, under the names that the model has now. torch itself tells of other shapes."""
         for key in list(loaded):
             value = loaded.pop(key)
             name = key if key in live else names.get(_without_wrappers(key), key)
@@ -64,7 +64,7 @@ def _let_take_whole(model: nn.Module, hooks: ExitStack) -> None:
             loaded.update({name: values[0] for name in tied if values and name not in loaded})
 
     def show_no_memory(_: nn.Module, state: dict[str, Any], *__: Any) -> None:
-        """safetensors looks where the model's tensors lie, which sharded ones do not tell."""
+        """Show stand-ins for sharded tensors: safetensors asks for addresses, which DTensors do not have."""
         for name, value in state.items():
             if isinstance(value, DTensor):
                 state[name] = torch.empty(value.shape, dtype=value.dtype, device="meta")

@@ -61,6 +61,6 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _nbytes(storage: Storage, folder: str) -> int:
-    """Of all files in a folder and below."""
+    """Bytes of all files in a folder and below."""
     entries = storage.list(folder)
     return sum(_nbytes(storage, f"{folder}/{e.name}") if e.is_dir else e.nbytes for e in entries)

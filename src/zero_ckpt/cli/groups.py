@@ -21,9 +21,9 @@ class Group:
 
 
 def group_names(keys: Iterable[str], kind: Callable[[str], Hashable]) -> list[Group]:
-    """Keys of one `kind` whose names differ in whole numbers between dots or slashes, or behind the last slash.
+    """Groups of keys of one `kind` whose names differ only in numbers between dots or slashes, or in the last part.
 
-    In the order of first appearance.
+    The last part is what follows the last slash. Groups are in the order in which their first keys appear.
     """
     found: dict[Hashable, list[str]] = {}
     for key in keys:
@@ -64,7 +64,7 @@ def _common_name(keys: Sequence[str]) -> str:
 
 
 def _range(numbers: Sequence[int], is_grid: bool) -> str:
-    """`*` where the numbers would promise keys that are not there."""
+    """The numbers as `{0..31}` or `{1,3}`; `*` where that would promise keys that are not there."""
     if len(numbers) == 1:
         return str(numbers[0])
     if is_grid and numbers[-1] - numbers[0] == len(numbers) - 1:

@@ -28,7 +28,7 @@ def find_source(command: str, path: str) -> str:
 
 @contextmanager
 def for_people(command: str) -> Iterator[None]:
-    """Warnings without the place in the source; errors that name the command's option, not Python's argument."""
+    """Inside, warnings are printed without a place in the source, and errors name options, not Python's arguments."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         try:

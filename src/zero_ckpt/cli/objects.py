@@ -20,9 +20,8 @@ __all__ = ["MAX_ITEMS", "StoredObjects", "read_objects", "tree_lines"]
 MAX_ITEMS = 20
 """Entries of one container that are shown, unless all are asked for."""
 
-
 MAX_LINE = 80
-"""Characters of a line up to which a mapping inside of another is shown in one."""
+"""Characters that a line may have for a mapping inside of another to be shown on it, and not one entry a line."""
 
 
 class StoredObjects:

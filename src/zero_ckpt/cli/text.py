@@ -68,12 +68,12 @@ def local_time(created: float) -> str:
 
 
 def iso_time(created: float) -> str:
-    """In UTC, ISO 8601."""
+    """Seconds since the epoch as ISO 8601 in UTC: `2026-01-31T12:00:00.000Z`."""
     return _moment(created).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _moment(created: float) -> datetime:
-    """A damaged clock may have written any number; what no calendar has is the epoch."""
+    """A time in UTC; the epoch for a number that no calendar has, as a broken clock may have written."""
     try:
         return datetime.fromtimestamp(created, timezone.utc)
     except (OverflowError, ValueError, OSError):
@@ -127,6 +127,6 @@ def json_text(value: Any) -> str:
 
 
 def placement_text(placement: str) -> str:
-    """As DTensor spells it."""
+    """A placement of the manifest (`R`, `S0`, `T1`) as DTensor spells it."""
     kind, dim = printable(placement[:1]), printable(placement[1:])
     return {"R": "Replicate", "S": f"Shard({dim})", "T": f"StridedShard({dim})"}.get(kind, kind)

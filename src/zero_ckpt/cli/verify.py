@@ -29,7 +29,6 @@ EXAMPLES = """\
   zero-ckpt verify checkpoints/global_step100
   zero-ckpt verify checkpoints || zero-ckpt ls checkpoints"""
 
-
 REMOVED = "removed meanwhile"
 
 

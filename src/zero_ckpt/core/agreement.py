@@ -40,7 +40,11 @@ TAG_VALIDATION = ("ignore", "warn", "fail")
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """What one rank brings to the first meeting. `problem`: why this rank cannot save."""
+    """What one rank brings to the first meeting.
+
+    `digest`: of its table of tensors. `shared_bytes`: of all tensors in that table, of which other ranks write parts.
+    `private_bytes`: of what this rank stores for itself. `problem`: why it cannot save, as `errors.to_record` has it.
+    """
 
     directory: str
     tag: str
@@ -117,8 +121,8 @@ def agree(
     holders: dict[str, list[int]] = {}
     for rank, proposal in enumerate(proposals):
         holders.setdefault(proposal.digest, []).append(rank)
-    shared = sum(proposals[ranks[0]].shared_bytes for ranks in holders.values())
-    shared = shared if len(holders) == 1 else max(p.shared_bytes for p in proposals)
+    # What different tables have in common is not known yet: at least the largest is written.
+    shared = max(p.shared_bytes for p in proposals)
     _check_space(storage, first.directory, shared + sum(p.private_bytes for p in proposals))
     is_new = _check_place(storage, first.directory, tag)
     shuns = hold(first.directory)

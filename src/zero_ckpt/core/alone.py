@@ -1,6 +1,7 @@
-"""A process that was one of several ranks and is on its own now: what it would save is the others' too, or a part.
+"""Refuses saves of a process that was one of several ranks and has lost its process group.
 
-Without its process group every rank takes itself for the only one, and writes the same files as the others.
+Without the group every rank takes itself for the only one, and would write the same files as the others: whole copies
+of what they have, or its own part alone.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ def check_all_save(
 
 
 def group_gone(what: str, ranks: int, world_size: int) -> ConfigurationError:
+    """The error for `what`, which belongs to `ranks` ranks, where only `world_size` of them would save."""
     return ConfigurationError(
         f"{what} belongs to {ranks} ranks, of which {world_size} would save: the process group is gone, or is not the "
         "one that saves, and each rank would write what the others write. Save before destroy_process_group(); a "
@@ -37,7 +39,10 @@ def group_gone(what: str, ranks: int, world_size: int) -> ConfigurationError:
 def _spread(
     models: Mapping[str, nn.Module], optimizers: Mapping[str, Any]
 ) -> Iterable[tuple[int, str]]:
-    """(ranks, what) of everything that holds on to a process group. Of shards DTensors tell themselves."""
+    """(ranks, what) of everything that holds on to a process group.
+
+    DTensors are not looked at: `dtensors.local_part` checks the ranks of each when it is saved.
+    """
     for name, model in models.items():
         for module in model.modules():
             if isinstance(module, DistributedDataParallel):

@@ -1,4 +1,7 @@
-"""Arguments that several doors take, checked when they are given and not when a save needs them. Imports no torch."""
+"""Checks of arguments that `Checkpointer`, `attach` and `ZeroStrategy` share. Imports no torch.
+
+They are made when an argument is given, so that a training does not fail at its first save.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,13 @@ __all__ = ["check_keep_last", "check_timeout", "check_zero_stage", "is_count"]
 
 
 def check_keep_last(value: object) -> None:
-    """Raises `ConfigurationError` unless it is a number of checkpoints to keep, or None."""
+    """Raises `ConfigurationError` unless `value` is a number of checkpoints to keep, at least 1, or None."""
     if value is not None and not is_count(value):
         raise ConfigurationError(f"keep_last must be at least 1 or None, found {value!r}")
 
 
 def check_timeout(value: object, name: str = "timeout") -> None:
-    """Raises `ConfigurationError` unless it is a time that can be waited for, or None."""
+    """Raises `ConfigurationError` unless `value` is a finite number of seconds above 0, or None."""
     if value is None:
         return
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -27,10 +30,11 @@ def check_timeout(value: object, name: str = "timeout") -> None:
 
 
 def check_zero_stage(value: object) -> None:
-    """Raises `ConfigurationError` unless it is a ZeRO stage, or None."""
+    """Raises `ConfigurationError` unless `value` is a ZeRO stage, 0 to 3, or None."""
     if isinstance(value, bool) or value not in (None, 0, 1, 2, 3):
         raise ConfigurationError(f"zero_stage={value!r}: expected 0, 1, 2, 3 or None.")
 
 
 def is_count(value: object) -> bool:
+    """Whether `value` is an integer of at least 1; True and False are no numbers here."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -1,14 +1,14 @@
 """Live objects under the names that they have in a checkpoint: models, optimizers and schedulers of one job.
 
-Owns those names, and what a save takes of the objects under them; what a load does to them is in `bound`. One object is
-called "", several are called by their place or by names of the user's. Every door of the package names in this way, so
-that what one has saved the others find.
+Owns those names, and what a save takes of the objects under them; what a load does to them is in `bound`. A single
+object is called "", several are called by their place in a list or by the user's own names. `Checkpointer`, Lightning
+and Accelerate all name in this way, so that what one has saved the others find.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar, Union
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from zero_ckpt.core.state import EXTRA_STATE, ModelState, Snapshot, capture_opti
 from zero_ckpt.errors import ConfigurationError, StateMismatchError
 
 __all__ = [
+    "Some",
     "bound_names",
     "check_kinds",
     "check_same_names",
@@ -26,6 +27,10 @@ __all__ = [
     "set_extra_state",
     "snapshot_of",
 ]
+
+T = TypeVar("T")
+Some = Union[T, Sequence[T], Mapping[str, T]]  # noqa: UP007 - a generic alias at run time
+"""What a user may give: one object, a list of them, or a dict by name."""
 
 
 def named(given: Any, what: str) -> dict[str, Any]:
@@ -66,7 +71,7 @@ def check_kinds(
 
 
 def prefix_of(name: str) -> str:
-    """What keys of the optimizer `name` start with."""
+    """What the stored keys of the optimizer `name` start with; "" for the only optimizer."""
     return f"{name}/" if name else ""
 
 
@@ -90,10 +95,10 @@ def snapshot_of(
     client_state: Any,
     exclude_frozen: bool,
 ) -> Snapshot:
-    """What a save stores of live objects: references, but for schedulers' states. `rank_objects` are empty yet.
+    """What a save stores of live objects, as references; schedulers' states are copies. The caller adds `rank_objects`.
 
-    `state`: of all models. `names`: id(parameter) -> FQN over all that optimizers have. `exclude_frozen`: without the
-    parameters that have `requires_grad=False`, which is recorded.
+    `state`: of all models. `names`: id(parameter) -> FQN, of every parameter that an optimizer has. `exclude_frozen`:
+    leave out parameters with `requires_grad=False`, and record which they are.
     """
     captured = {
         name: capture_optimizer(optimizer, names, prefix_of(name))
@@ -122,7 +127,10 @@ def snapshot_of(
 def check_same_names(
     path: str, what: str, live: Mapping[str, Any], saved: Mapping[str, Any]
 ) -> None:
-    """Raises `StateMismatchError` when the job has other `what` than the checkpoint at `path`."""
+    """Raises `StateMismatchError` when the job's objects have other names than the saved ones.
+
+    `what`: their kind, for the message. `path`: of the checkpoint.
+    """
     if set(live) != set(saved):
         raise StateMismatchError(
             f"{path} has other {what} than the job: {_listed(saved)} there, {_listed(live)} here. Nothing was loaded. "
@@ -131,7 +139,7 @@ def check_same_names(
 
 
 def _listed(names: Iterable[str]) -> str:
-    """By name; a single one has none."""
+    """The names in quotes; "one" for a single object, whose name is empty."""
     shown = (f"'{name}'" if name else "one" for name in sorted(names))
     return ", ".join(shown) or "none"
 
@@ -143,7 +151,7 @@ def set_extra_state(models: Mapping[str, nn.Module], extra: Mapping[str, Any]) -
         for path, module in model.named_modules():
             raw = f"{path}.{EXTRA_STATE}" if path else EXTRA_STATE
             key = dotted(name) + naming.clean(raw)
-            # A wrapper goes by the name of what it wraps, and has no such state itself.
+            # A wrapper's cleaned name is that of the module inside, and a wrapper has no such state itself.
             takes = type(module).set_extra_state is not nn.Module.set_extra_state
             if takes and key in extra:
                 module.set_extra_state(extra[key])

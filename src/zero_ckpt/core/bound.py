@@ -1,7 +1,7 @@
 """What a load does to models, optimizers and schedulers under the names that they have in a checkpoint.
 
-Plans only; nothing is changed before the plan is installed. Doors of the package that own live objects (`Checkpointer`,
-Accelerate's) load through this, so that an argument means the same in each.
+Plans only; nothing is changed before the plan is installed. `Checkpointer` and Accelerate both load through this, so
+that an argument means the same in each.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ __all__ = ["Wanted", "plan_training", "plan_weights"]
 class Wanted:
     """What a load asks for.
 
-    `strict`: names of weights must match. `module_only`: weights and client state. `keep_options`: every parameter
-    group keeps the options that it has, every scheduler its base learning rates. `custom`: the user's way to load
-    weights.
+    `strict`: names of weights must match. `weights_only`: refuse pickled objects. `optimizers`, `schedulers`: restore
+    them. `module_only`: restore weights and client state, and nothing else. `keep_options`: every parameter group keeps
+    the options that it has, every scheduler its base learning rates. `custom`: the user's way to load weights.
     """
 
     strict: bool = True
@@ -55,7 +55,7 @@ class Wanted:
         override_hyperparameters: bool = False,
         weights_only: bool = True,
     ) -> Wanted:
-        """By the names that the arguments have in every door."""
+        """From the arguments as users know them, under the same names in `Checkpointer`, Lightning and Accelerate."""
         return cls(
             strict=bool(load_module_strict),
             weights_only=bool(weights_only),
@@ -76,7 +76,10 @@ def plan_weights(
     *,
     ignored: Callable[[str], bool] = lambda key: False,
 ) -> Restoration:
-    """Fill the models' tensors, and give their modules what they keep beside tensors. See `plan_model`."""
+    """Fill the models' tensors, and give their modules the extra state that they keep beside tensors.
+
+    `objects`: the tree that rank 0 stored. `ignored`: see `plan_model`, which says what is raised.
+    """
     extra = objects.get("extra_state", {})
     if wanted.custom is not None:
         return plan_custom(checkpoint, models, extra, wanted.custom, control)
@@ -95,9 +98,10 @@ def plan_training(
     wanted: Wanted,
     rank: int,
 ) -> Restoration:
-    """Optimizers, of whose parameters `names` has the FQNs by id, and schedulers, as far as `wanted`.
+    """Restore optimizers and schedulers, as far as `wanted` asks for them.
 
-    Raises `StateMismatchError` for other optimizers than those in the checkpoint; other schedulers are notices.
+    `names`: id(parameter) -> FQN, of all that the optimizers have. `objects`: the tree that rank 0 stored. Raises
+    `StateMismatchError` for other optimizers than those in the checkpoint; of other schedulers there is a notice.
     """
     plan = Restoration()
     if wanted.optimizers:

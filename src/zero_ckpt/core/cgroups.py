@@ -1,7 +1,7 @@
-"""The memory that control groups leave this process: a container's limit is lower than its host's memory.
+"""How much memory Linux control groups leave to this process: a container's limit is lower than its host's memory.
 
-Linux's, version 1 and 2. A group's limit holds for all that is in it, so the nearest of those from this process's group
-up to the root counts. Page cache that nobody uses counts as free, as the kernel takes it back first.
+Reads versions 1 and 2. A limit holds for everything in its group, so of the limits from this process's own group up to
+the root the one that leaves least counts. Page cache that nobody uses counts as free: the kernel takes it back first.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 __all__ = ["bytes_to_limit"]
 
+# The files that hold limit and usage in bytes, and the field of `memory.stat` that counts unused page cache.
 _VERSION_1 = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
 _VERSION_2 = "memory.max", "memory.current", "inactive_file"
 
@@ -32,9 +33,10 @@ def bytes_to_limit(
 
 
 def _groups(root: Path, process: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
-    """The folders of this process's groups and of those around them, with the names of what they tell.
+    """The folders of this process's groups and of those around them, each with its names for limit, usage and cache.
 
-    In a container the path that the process is told may be that of the host, and the folder at `root` its own.
+    In a container `process` may name the path as the host sees it, which does not exist under `root`; the container's
+    own group is then `root` itself.
     """
     with suppress(OSError):
         for line in process.read_text().splitlines():

@@ -70,7 +70,7 @@ class Checkpoint:
             raise StateMismatchError(f"{self.path}: no {role} tensor '{key}'") from None
 
     def request(self, role: str, key: str, target: torch.Tensor, box: Box | None = None) -> Request:
-        """A read of `box` (default: all) of a stored tensor into the local tensor `target`."""
+        """A read of `box` (None: the whole tensor) of a stored tensor into the local tensor `target`."""
         placed = self.placed(role, key)
         return Request(role, key, placed, box or full_box(placed.shape), target)
 
@@ -115,7 +115,7 @@ class Checkpoint:
         requests: list[Request] = []
 
         def entry(key: str) -> torch.Tensor:
-            """Empty memory, filled with all the others' once the tree is known: many lie in one block."""
+            """Memory for one entry. All entries are read together once the tree is known: many lie in one block."""
             chunk = private.get(key)
             if chunk is None or chunk.box != full_box(chunk.shape):
                 raise CorruptShardError(

@@ -35,7 +35,7 @@ class Box(NamedTuple):
         return Box(tuple(offset), tuple(shape))
 
     def relative_to(self, outer: Box) -> Box:
-        """The same elements, with the offset counted from `outer`'s origin."""
+        """The same box, with its offset counted from that of `outer`."""
         return Box(tuple(a - b for a, b in zip(self.offset, outer.offset, strict=True)), self.shape)
 
     def shifted(self, origin: Sequence[int]) -> Box:

@@ -59,7 +59,10 @@ class Vote:
 
 @dataclass(frozen=True, slots=True)
 class CommitRequest:
-    """What rank 0 needs beside the votes. `header`: fields of the manifest that the caller knows."""
+    """What rank 0 needs beside the votes.
+
+    `header`: fields of the manifest that the caller knows. `save_latest`, `keep_last`: as in `Checkpointer`.
+    """
 
     agreement: Agreement
     plan: SavePlan
@@ -160,7 +163,10 @@ def _check_coverage(manifest: Manifest) -> None:
 def _finish(
     storage: Storage, request: CommitRequest, manifest: Manifest, there: Sequence[Entry]
 ) -> str:
-    """What follows the commit. Its failures cannot undo the checkpoint, so they make a notice, or "" for none."""
+    """What follows the commit: `latest`, clean-up, retention. Returns a notice, or "".
+
+    Its failures cannot undo the checkpoint, so they are told and not raised.
+    """
     agreement, notice = request.agreement, ""
     try:
         if request.save_latest:

@@ -1,4 +1,4 @@
-"""What a meeting that failed means for the checkpoint or the model, in words that are the same on every rank."""
+"""What a failed meeting means for the checkpoint or the model, in words that are the same on every rank."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from zero_ckpt.errors import RankTimeoutError, SaveError, ZeroCkptError, describ
 __all__ = ["TORN", "consequence", "lost_error", "shared_error"]
 
 TORN = "LIVE TENSORS MAY BE OVERWRITTEN IN PART: load again, or load another checkpoint, before you train on."
-"""What a load says that failed in its last step."""
+"""How the error of a load ends that failed in its last step."""
 
 
 def lost_error(phase: str, what: str, *, outcome_unknown: bool = False) -> RankTimeoutError:
+    """The error for a meeting that lost ranks. `what`: which, and how; `outcome_unknown`: see `RankTimeoutError`."""
     error = RankTimeoutError(
         f"{phase}: {what}. Every rank must make this call and stay until it ends: look at the logs of all ranks. "
         f"{consequence(phase, outcome_unknown)}".rstrip()

@@ -81,7 +81,10 @@ def meet_json(
 
 
 def process_group_store() -> Any:
-    """The rendezvous store of the default process group of several ranks, or None. Another group has another."""
+    """The rendezvous store of the default process group; None without a group, or for one of a single rank.
+
+    When the group is destroyed and made anew, so is its store.
+    """
     import torch.distributed as dist
 
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
@@ -92,7 +95,7 @@ def process_group_store() -> Any:
 def control_for_process_group(name: str = "main") -> ControlPlane:
     """The control plane of the default process group, or of this process when there is none.
 
-    Those of different names know nothing of each other: each may meet on a thread of its own.
+    Control planes of different names do not know of each other, so each may meet on a thread of its own.
     """
     import torch.distributed as dist
 

@@ -1,4 +1,4 @@
-"""A load of weights that the user makes: a function that gets the stored weights lazily, and the module.
+"""Loading weights by a function of the user's, which gets the stored weights lazily, and the module.
 
 Every stored byte of weights is verified before the function is called, by all ranks in shares, so that it meets no
 damage half-way. What it raises is raised on every rank.
@@ -22,11 +22,11 @@ from zero_ckpt.core.state import capture_model
 __all__ = ["CustomLoad", "lazy_state_dict", "plan_custom"]
 
 CustomLoad = Callable[[dict[str, Any], nn.Module], Any]
-"""`load(src, dst)`: `src` as `lazy_state_dict` gives it, of experts those that this rank has, by its own numbers; `dst`
-the module without the wrappers around it.
+"""`load(src, dst)`. `src`: the stored weights, as `lazy_state_dict` gives them; where experts live on different ranks,
+those of this rank, by the numbers that they have here. `dst`: the module, without the wrappers around it.
 
-A sharded parameter may be filled as if it were whole (`dst.load_state_dict(src)`, `parameter.copy_(src[name])`): of a
-lazy tensor that meets a DTensor each rank reads its own part.
+A sharded parameter may be filled as if it were whole (`dst.load_state_dict(src)`, `parameter.copy_(src[name])`): when a
+lazy tensor meets a DTensor, each rank reads its own part.
 """
 
 

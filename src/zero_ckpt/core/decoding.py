@@ -45,10 +45,12 @@ def decode_objects(
 ) -> Any:
     """The tree that `data` encodes.
 
-    `entry(name)` gives the numpy array or torch tensor stored beside it, `dtensor(name)` what stands for a tensor held
-    in parts. An entry may be filled later, but for those of pickles: `blob(name)` gives their bytes (None: `entry`
-    does). `weights_only` True refuses pickled values with `UnsafeObjectError`, False opens them. Raises
-    `CorruptShardError` for what is no such tree.
+    `entry(name)`: gives the numpy array or torch tensor that is stored beside the JSON under this name; it may be
+    filled after this has returned. `dtensor(name)`: gives what stands for a tensor that ranks hold in parts.
+    `blob(name)`: gives the bytes of a pickle, which are needed at once; None: `entry` gives them. `weights_only`: True
+    refuses pickled values with `UnsafeObjectError`, False opens them. `where`: what to call the tree in errors.
+
+    Raises `CorruptShardError` for data that is no such tree.
     """
     return _decode(_Decoder(entry, dtensor, blob, weights_only, where), data, where)
 
@@ -56,8 +58,8 @@ def decode_objects(
 def show_objects(data: bytes, entry: Callable[[str], str], where: str = "objects") -> Any:
     """The tree that `data` encodes, for people: needs no torch, reads no entry, runs no code.
 
-    Whatever is not plain Python or numpy is a `Shown`; `entry(name)` describes a stored tensor. Raises
-    `CorruptShardError` for what is no such tree.
+    Whatever is not plain Python or numpy is a `Shown`. `entry(name)`: describes a stored tensor. `where`: what to call
+    the tree in errors. Raises `CorruptShardError` for data that is no such tree.
     """
 
     def describe(name: str) -> Shown:
@@ -70,7 +72,7 @@ def _decode(decoder: _Decoder, data: bytes, where: str) -> Any:
     try:
         return decoder.decode(json.loads(data), ())
     except (ZeroCkptError, OSError, MemoryError):
-        raise  # said by the entries' own reader, or not about the data
+        raise  # from the reader of the entries, whose errors say more, or not about the data
     except Exception as error:
         raise CorruptShardError(f"{where}: not a tree of encoded objects: {error!r}") from error
 

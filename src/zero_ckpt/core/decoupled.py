@@ -57,8 +57,9 @@ class AsyncSave:
     when_busy: what a save does while `max_in_flight` earlier ones are under way: "wait" for the oldest, "skip" this
         one, or "replace" those by this one.
     max_in_flight: saves under way at a time, at least 1.
-    check_staging: checksum all that is staged later when the save begins, and once more before the next step may begin:
-        finds code that changes it in ways that leave no trace (`tensor.data`). For debugging; the save call waits.
+    check_staging: checksum all weights and optimizer state when the save begins, and once more when they are staged:
+        finds code that changes them in ways that leave no other trace (`tensor.data`). For debugging: the save call
+        waits for the checksums.
     grace: seconds that SIGTERM waits for a commit before it ends the process.
     """
 
@@ -82,7 +83,10 @@ class AsyncSave:
 
 
 def async_save_of(engine: str | AsyncSave) -> bool | AsyncSave:
-    """What an engine's name stands for. Raises `ConfigurationError` for a name that none has."""
+    """The `async_save` of `make_engine` that the argument `engine` of `Checkpointer` stands for.
+
+    Raises `ConfigurationError` for an unknown name.
+    """
     if isinstance(engine, AsyncSave) or engine in ("sync", "async"):
         return engine if isinstance(engine, AsyncSave) else engine == "async"
     raise ConfigurationError(f"engine={engine!r}: expected 'sync', 'async' or an AsyncSave.")
@@ -185,7 +189,10 @@ class AsyncEngine(SyncEngine):
             start_thread(thread)
 
     def _make_room(self, request: SaveRequest) -> bool:
-        """By `when_busy`; False: skip this save. Raises what earlier saves failed with. Every rank does the same."""
+        """Wait for earlier saves, or give them up, as `when_busy` says; False when this save is to be skipped.
+
+        Raises what earlier saves failed with. Every rank does the same.
+        """
         surplus = len(self._flights) - self.options.max_in_flight + 1
         if self.options.when_busy == "wait" or not self._busy_anywhere(request.timeout):
             self._settle(surplus)
@@ -206,7 +213,7 @@ class AsyncEngine(SyncEngine):
         return bool(answer)
 
     def _own_control(self, name: str) -> ControlPlane:
-        """One on which this engine meets its like on the other ranks, and no other engine of the job."""
+        """A control plane on which this engine meets its counterparts on other ranks, and no other engine."""
         store = process_group_store()
         if self._number is None or self._number[0] is not store:
             self._number = store, _next_number(store)

@@ -136,7 +136,7 @@ def detach(
 
 
 def _moving(captured: Captured, at_once: Collection[str]) -> Iterator[torch.Tensor]:
-    """What may change before the next step. `at_once`: keys of such weights and buffers."""
+    """The tensors that may change before the next step. `at_once`: keys of the weights and buffers among them."""
     yield from captured.private.values()
     yield from captured.tensors["state"].values()
     yield from (t for k, t in captured.tensors["model"].items() if k in at_once)

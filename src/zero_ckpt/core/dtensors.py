@@ -48,13 +48,13 @@ class _TorchDtypes(dict[str, torch.dtype]):
 
 
 TORCH_DTYPES = _TorchDtypes({name: dtype for dtype, name in DTYPE_NAMES.items()})
-"""The same the other way round. Raises `FormatVersionError` for a type that this torch lacks."""
+"""The reverse of `DTYPE_NAMES`. Looking up a type that this torch lacks raises `FormatVersionError`."""
 
 _USUAL = (torch.Tensor, torch.nn.Parameter)
 
 _meshes: dict[int, tuple[Any, Mesh, int | None, bool]] = {}
 _mesh_layouts: dict[tuple[Any, ...], tuple[Any, Layout]] = {}
-"""By what tensors of equal layout have in common; with the mesh, of whose id another may not come to be."""
+"""Layouts by what determines them, each with its mesh: while that is kept, no other one can have the id in the key."""
 
 
 def _mesh_of(device_mesh: Any) -> Mesh:
@@ -63,7 +63,7 @@ def _mesh_of(device_mesh: Any) -> Mesh:
 
 
 def _known_mesh(device_mesh: Any) -> tuple[Any, Mesh, int | None, bool]:
-    """A `DeviceMesh`, its `Mesh`, which of its ranks this process is (None: of none), and whether they are in order."""
+    """(a `DeviceMesh`, its `Mesh`, this process's rank in it or None for an outsider, whether ranks are in order)."""
     known = _meshes.get(id(device_mesh))
     if known is None or known[0] is not device_mesh:
         tensor = device_mesh.mesh
@@ -76,7 +76,7 @@ def _known_mesh(device_mesh: Any) -> tuple[Any, Mesh, int | None, bool]:
 
 
 def _is_in_order(device_mesh: Any, coordinate: tuple[int, ...]) -> bool:
-    """Whether torch hands out parts in the order in which the mesh lists the ranks: its groups may sort them."""
+    """Whether torch gives parts to ranks in the order in which the mesh lists them: process groups may sort ranks."""
     ranks = device_mesh.mesh
     for dim in range(ranks.ndim):
         at = (*coordinate[:dim], slice(None), *coordinate[dim + 1 :])
@@ -104,7 +104,7 @@ def _mesh_layout(
 
 
 def _pieces_behind(names: tuple[str, ...], mesh_shape: tuple[int, ...], index: int) -> int:
-    """How many pieces the mesh dimensions behind a strided shard cut its tensor dimension into; 1 for others."""
+    """Into how many pieces later mesh dimensions cut a strided shard's tensor dimension; 1 for other placements."""
     if names[index][0] != "T":
         return 1
     dim = names[index][1:]
@@ -125,7 +125,10 @@ def _placement_name(placement: Placement) -> str:
 
 
 def layout_of(key: str, tensor: torch.Tensor, whole: bool = False) -> Layout:
-    """How `tensor` lies on the ranks. Raises `StateMismatchError` when that cannot be stored, naming `key`."""
+    """How `tensor` lies on the ranks; `whole`: see `Layout`.
+
+    Raises `StateMismatchError`, naming `key`, for a tensor that cannot be stored.
+    """
     local = local_tensor(tensor)
     is_dense = local.layout is torch.strided and not local.is_meta and not local.is_nested
     if not is_dense or type(local) not in _USUAL:
@@ -177,7 +180,10 @@ def _check_storable(key: str, tensor: torch.Tensor, local: torch.Tensor) -> None
 
 
 def _keeps_values(tensor: Any) -> bool:
-    """Whether a tensor of another class holds the values that it shows: a wrapper does when one inside is alike."""
+    """Whether a tensor of another class holds its values as they are, and not quantized, say.
+
+    A wrapper does when a tensor inside it has the wrapper's own dtype and shape.
+    """
     if not hasattr(type(tensor), "__tensor_flatten__"):
         return True
     inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
@@ -191,7 +197,7 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def address_of(tensor: torch.Tensor) -> int:
-    """Where in host memory its values lie as they are, in row-major order; 0 when they do not."""
+    """The address of the tensor's values if they lie in host memory, unchanged and in row-major order; else 0."""
     if not tensor.is_cpu or not tensor.is_contiguous() or tensor.is_conj() or tensor.is_neg():
         return 0
     return tensor.data_ptr()  # 0 for a wrapper around other tensors
@@ -276,7 +282,7 @@ def _spec(
     placements: tuple[Placement, ...],
     part: tuple[int, ...],
 ) -> Any:
-    """What a DTensor knows beside its local part. Layers repeat, and `from_local` takes long to find it out."""
+    """What a DTensor knows beside its local part. Cached: layers repeat, and `from_local` is slow to find it out."""
     stride = torch.empty(shape, device="meta").stride()
     local = torch.empty(part, dtype=dtype, device="meta")
     made = DTensor.from_local(

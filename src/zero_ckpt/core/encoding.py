@@ -169,7 +169,7 @@ class _Encoder:
         return name
 
     def _name(self, owner: Any, path: Path) -> str:
-        """One name for one object, however often it appears. Holds the object, so that its id stays its own."""
+        """The name of an object's entry, the same wherever it appears. Keeps it alive, so that its id stays its own."""
         if id(owner) in self._names:
             return self._names[id(owner)][0]
         # Lone surrogates have no place in UTF-8, which names of safetensors entries are.

@@ -1,4 +1,4 @@
-"""The sync engine: a save is committed and durable when it returns. And what both engines have in common."""
+"""The sync engine, whose saves are committed and durable when they return, and what the async engine takes from it."""
 
 from __future__ import annotations
 
@@ -53,11 +53,11 @@ class SyncEngine:
 
     @property
     def control(self) -> ControlPlane:
-        """That of the process group that there is now: a group may be made after the engine, or anew."""
+        """The control plane of the current process group, which may be younger than this engine, or made anew."""
         return self._control_named("main")
 
     def _control_named(self, name: str) -> ControlPlane:
-        """Meetings on one do not disturb those on another."""
+        """A control plane of this name. Meetings on one do not disturb those on another."""
         if self._given is not None:
             return self._given
         store = process_group_store()
@@ -115,17 +115,17 @@ class SyncEngine:
         return Committed(path, tag, transaction.timings)
 
     def after_saves(self, action: Callable[[bool], None]) -> None:
-        """Do `action(committed)` when the newest save has ended: now."""
+        """Do `action(committed)` when the newest save has ended, which here is at once."""
         action(True)
 
     def fence(self) -> None:
         """Return when live tensors may change: a save has copied them when it returns."""
 
     def wait(self) -> None:
-        """Nothing is pending."""
+        """Return at once: a save is committed when it returns."""
 
     def warm(self, models: Iterable[nn.Module], has_optimizer: bool) -> None:
-        """Its few buffers are made by the first save."""
+        """Do nothing: the few buffers are made by the first save."""
 
     def close(self) -> None:
         """Let go of the buffers. Another save makes new ones."""
@@ -148,5 +148,5 @@ class SyncEngine:
 
 
 def cuda_device(tensors: Iterable[torch.Tensor]) -> torch.device | None:
-    """That of the first tensor which lies on one of CUDA's."""
+    """The device of the first tensor that lies on a CUDA device; None when none does."""
     return next((tensor.device for tensor in tensors if tensor.is_cuda), None)

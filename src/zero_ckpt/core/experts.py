@@ -3,8 +3,8 @@
 A `ModuleList` of local experts carries a `Share`: its entry `i` is expert `first + i` of `total`. So the experts of a
 layer are one list in a checkpoint, whatever the ranks that hold them. Copies and pickles of the list keep the share.
 
-What rank 0 writes of all tensors (which are buffers, frozen, tied) it knows of its own experts only; of the others it
-learns from their tables.
+Rank 0 writes notes on all tensors (which are buffers, frozen, tied), but has only its own experts: those on the others
+it takes from the tables that they send.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def set_share(experts: Any, share: Share) -> None:
 
 
 def share_of(module: Any) -> Share | None:
-    """None for a module that is no declared list of experts.
+    """The share that a module was declared with; None for a module that is no declared list of experts.
 
-    Raises `StateMismatchError` when its number of experts has changed since.
+    Raises `StateMismatchError` when the list has been given or has lost experts since.
     """
     share: Share | None = vars(module).get(_ATTRIBUTE)
     if share is not None and len(module) != share.count:
@@ -63,7 +63,7 @@ def share_of(module: Any) -> Share | None:
 class ExpertNotes:
     """What one rank knows of its experts' tensors, by their names in the checkpoint.
 
-    `shares`: path of a list, with a dot behind -> `Share`. `groups`: what tells optimizers' groups of parameters apart.
+    `shares`: path of a list, with a dot behind it -> `Share`. `groups`: a digest of how optimizers group parameters.
     """
 
     shares: dict[str, Share] = field(default_factory=dict)
@@ -83,7 +83,7 @@ class ExpertNotes:
 
 
 def merged_notes(tables: Sequence[Table], holders: Sequence[Sequence[int]]) -> ExpertNotes:
-    """What all ranks know together. `tables[i]` is that of the ranks `holders[i]`.
+    """The notes of all ranks as one. `tables[i]` is the table of the ranks `holders[i]`.
 
     Raises `StateMismatchError` when ranks disagree on how many experts there are, when an expert is on no rank, or when
     ranks put the same parameters of their experts into other groups of an optimizer.
@@ -106,7 +106,7 @@ def merged_notes(tables: Sequence[Table], holders: Sequence[Sequence[int]]) -> E
 
 
 def _check_list(path: str, tables: Sequence[Table], holders: Sequence[Sequence[int]]) -> None:
-    """One list of experts, over all ranks."""
+    """Checks that all ranks declare the list at `path`, with one total, and hold all of its experts between them."""
     name = path.rstrip(".")
     held: set[int] = set()
     totals: dict[int, int] = {}

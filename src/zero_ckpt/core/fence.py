@@ -42,7 +42,7 @@ class StepFence:
 def _wait(
     owner: Fenced, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Returns the arguments with which the step is to be made, where they are others; `args[0]` is the optimizer."""
+    """Wait, or return arguments for the step that make it wait after its closure. `args[0]` is the optimizer."""
     named = "closure" in kwargs
     closure = kwargs["closure"] if named else args[1] if len(args) > 1 else None
     is_torchs = type(optimizer).step.__module__.partition(".")[0] == "torch"

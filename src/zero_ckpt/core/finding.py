@@ -112,7 +112,10 @@ def _inspect(storage: Storage, directory: str, name: str) -> TagInfo | None:
 
 
 def locate(storage: Storage, path: str, tag: str | None) -> tuple[str, str | None]:
-    """(checkpoint directory, tag) for what a user gave: a directory, or a tag folder itself. Tag None: implied."""
+    """(checkpoint directory, tag) for what a user gave: a directory, or a tag folder itself.
+
+    The tag is None when the user named none, so that `latest` or the newest one is meant.
+    """
     path = path.rstrip("/") or "/"
     if tag is None and is_tag_folder(storage, path):
         real = resolved(path)
@@ -224,7 +227,7 @@ def _joined(problems: Sequence[str]) -> str:
 def no_checkpoint(
     storage: Storage, directory: str, problems: Sequence[str] = ()
 ) -> CheckpointNotFoundError:
-    """Says why `directory` gives nothing to open."""
+    """An error that says why `directory` holds nothing to open. `problems`: of the checkpoints that were tried."""
     names = names_in(storage, directory)
     if holds_shards(names):
         return nothing_at(storage, directory)
@@ -251,6 +254,6 @@ def no_checkpoint(
 
 
 def _beside(storage: Storage, directory: str) -> str:
-    """What to give instead of a directory that is not there."""
+    """What lies beside a directory that is not there, and what to give instead of it."""
     parent = os.path.dirname(directory)
     return f"{parent} {contents(storage, parent)}. Give the folder that holds the tags"

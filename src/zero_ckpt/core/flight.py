@@ -18,7 +18,7 @@ from zero_ckpt.errors import SaveError, describe
 __all__ = ["Flight"]
 
 _UNTOLD: dict[Flight, None] = {}
-"""Failures that nobody has been told, oldest first. Those of which that is so when the process ends are printed."""
+"""Failures that nobody has been told of, oldest first. What is left of them when the process ends is printed then."""
 
 
 @atexit.register
@@ -69,7 +69,7 @@ class Flight(SaveHandle):
         self._thread = threading.Thread(target=self._run, name="zero_ckpt-save", daemon=False)
 
     def start(self) -> None:
-        """Where there is no room for a thread the save is made on this one, so that all ranks get the same outcome."""
+        """Begin. Without room for a thread the save is made on this one, so that all ranks get the same outcome."""
         try:
             start_thread(self._thread)
         except MemoryError:

@@ -31,9 +31,10 @@ class ForeignFormat(Protocol):
 
 
 class ForeignContent(Protocol):
-    """`file(role, number)`: the `StoredFile` that runs with that number as their rank lie in."""
+    """The bytes of another system's checkpoint."""
 
-    def file(self, role: str, rank: int) -> Any: ...
+    def file(self, role: str, rank: int) -> Any:
+        """The `StoredFile` that holds the chunks of all runs whose rank is `rank`."""
 
     def damage(self, progress: Callable[[int], None]) -> Iterator[str]:
         """Reads everything; a line for each damage, as far as the format lets it be found."""
@@ -42,7 +43,7 @@ class ForeignContent(Protocol):
 
 
 class _NoContent:
-    """Of a manifest that was made without files."""
+    """The content of a manifest that was made without files."""
 
     def file(self, role: str, rank: int) -> Any:
         raise LookupError(f"no {role} file {rank}")

@@ -21,7 +21,10 @@ __all__ = ["Grid"]
 
 
 class Grid:
-    """`mesh` and `columns` (positions) say where replicas lie; `row_bytes` is the size of the largest box."""
+    """The boxes of one layout (rows), and the ranks that hold each (columns).
+
+    `mesh`, `columns`: where the replicas lie; a column is a position in the mesh. `row_bytes`: of the largest box.
+    """
 
     def __init__(self, layout: Layout, holders: tuple[int, ...]) -> None:
         """`holders`: the ranks that have a tensor that lies on no mesh."""

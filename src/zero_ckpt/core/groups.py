@@ -59,7 +59,7 @@ def matched_options(path: str, groups: Groups, saved: Saved) -> list[Mapping[str
 
 
 def take_options(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
-    """Options of the checkpoint; a live tensor (a capturable learning rate) keeps its identity and device."""
+    """Give a live group the saved options. A live tensor (a capturable learning rate) stays the same object, filled."""
     for name, value in saved.items():
         live = group.get(name)
         if isinstance(live, torch.Tensor) and not isinstance(live, nn.Parameter):

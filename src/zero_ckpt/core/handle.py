@@ -29,8 +29,7 @@ class SaveHandle:
         return False
 
     def __repr__(self) -> str:
-        skipped, committed = self.skipped, self.committed
-        state = "skipped" if skipped else "committed" if committed else "not committed"
+        state = "committed" if self.committed else "skipped" if self.skipped else "not committed"
         return f"<save of {self.path}: {state}>"
 
     def staged(self) -> None:

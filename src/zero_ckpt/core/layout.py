@@ -109,7 +109,7 @@ def local_box(
 
 
 def split_order(placements: Sequence[str]) -> list[int]:
-    """The mesh dimensions that split the tensor, in the order in which they do."""
+    """The mesh dimensions that split the tensor, in the order in which they split it."""
     plain = [i for i, p in enumerate(placements) if p[0] == "S"]
     strided = [i for i, p in enumerate(placements) if p[0] == "T"]
     return plain + strided[::-1]
@@ -119,7 +119,7 @@ def split_order(placements: Sequence[str]) -> list[int]:
 class Table:
     """Every tensor of one rank: role -> key -> layout. Ranks with equal tables have equal digests.
 
-    `experts`: what goes with the tensors of experts that live on this rank and not on all.
+    `experts`: notes on the tensors of experts that live on this rank and not on all.
     """
 
     roles: dict[str, dict[str, Layout]] = field(

@@ -69,7 +69,8 @@ _METADATA = frozenset(
 class LazyTensor(torch.Tensor):
     """Shape and dtype of a stored tensor, on the CPU.
 
-    `role` and `key` say where it is stored in `source`, the checkpoint that made it.
+    `role` and `key` say where it is stored in `source`, the checkpoint that made it. `fill(box, target)`: reads a box
+    straight into `target`, where the source can do that.
     """
 
     source: object = None
@@ -93,7 +94,7 @@ class LazyTensor(torch.Tensor):
         return self._value is not None
 
     def become(self, values: torch.Tensor) -> None:
-        """Have `values` from now on: the stored ones, which somebody has read."""
+        """Take over the stored values, which somebody else has read."""
         self._value = values
 
     def materialize(self) -> torch.Tensor:
@@ -184,7 +185,7 @@ class _Use:
         return _replica(given, self._any) if like is None else _part(given, like)
 
     def keep(self, result: Any) -> None:
-        """Those that the operation changed, or whose memory `result` has, as far as that can be told."""
+        """Keep the values that the operation changed, or that share memory with `result`; in doubt, all of them."""
         leaves = tree_leaves(result)
         unknown = not all(isinstance(leaf, _PLAIN) or _has_own_memory(leaf) for leaf in leaves)
         shared = {
@@ -212,7 +213,7 @@ def _has_own_memory(leaf: Any) -> bool:
 
 
 def _version(tensor: torch.Tensor) -> int | None:
-    """A number that every change in place raises; None where torch does not count them."""
+    """A number that grows with every change in place; None where torch does not count changes."""
     if tensor.is_inference():
         return None
     return tensor._version + (tensor._local_tensor._version if isinstance(tensor, DTensor) else 0)
@@ -224,7 +225,7 @@ def _memory(tensor: torch.Tensor) -> int:
 
 
 def _shown(value: Any) -> Any:
-    """What an operation gets for `value`, as far as it is here."""
+    """The values of a lazy tensor if they were read, else None; anything else as it is."""
     return value._value if isinstance(value, LazyTensor) else value
 
 

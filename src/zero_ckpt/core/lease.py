@@ -44,7 +44,7 @@ _numbers = itertools.count()
 
 
 class Lease:
-    """That of one save, held by rank 0; on other ranks it is never acquired."""
+    """The lease of one save. Rank 0 acquires it; on other ranks it stays without effect."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
@@ -81,7 +81,7 @@ class Lease:
         return silent
 
     def check(self) -> None:
-        """Before the commit. Raises `SaveError` when another job took this one for dead and has taken over."""
+        """Call it before the commit. Raises `SaveError` when another job took this one for dead and has taken over."""
         if self._read(self._path) is None:
             raise SaveError(
                 f"{self._directory}: this job did not run for more than {SILENCE:g} s, and another one that saves here "
@@ -100,7 +100,7 @@ class Lease:
         self._thread, self._path = None, ""
 
     def _put_first(self) -> None:
-        """Again where a job that begins at this moment has removed it half written, as what a dead one left."""
+        """Put the file, and again if another job that begins just now took the half-written one for a dead job's."""
         for _ in range(_TRIES):
             with suppress(FileNotFoundError):
                 return self._put()
@@ -132,7 +132,7 @@ class Lease:
         ]
 
     def _outlast(self, paths: Iterable[str], waiting: Callable[[], None]) -> bool:
-        """Return when all other jobs are dead; whether there was one of which only its silence tells."""
+        """Return when all other jobs are dead; the result is whether only its silence tells that of one of them."""
         found = {path: content for path in paths if (content := self._read(path)) is not None}
         unknown = {path: content for path, content in found.items() if not _is_dead(content)}
         begin = time.monotonic()
@@ -155,12 +155,12 @@ class Lease:
 
 
 def _own_prefix() -> str:
-    """The process is a part of it: one that was forked is another job."""
+    """How the names of this job's files begin. The process is a part of it: a forked one is another job."""
     return f"{PREFIX}{_JOB}-{os.getpid()}-"
 
 
 def _holder(content: bytes) -> dict[str, Any]:
-    """Who holds a lease; empty when it does not say so, as one that is damaged."""
+    """Who holds a lease; empty when its file does not say so, as when it is damaged."""
     with suppress(ValueError):
         holder = json.loads(content)
         if isinstance(holder, dict):
@@ -169,7 +169,7 @@ def _holder(content: bytes) -> dict[str, Any]:
 
 
 def _process(content: bytes) -> list[Any]:
-    """The `identity` of who holds a lease; empty when it has none."""
+    """The `watch.identity` of the process that holds a lease; empty when its file has none."""
     match _holder(content).get("process"):
         case [str(boot), str(namespace), int(pid), str(started)]:
             return [boot, namespace, pid, started]

@@ -79,8 +79,8 @@ class Line:
     def ask(self, calls: Iterable[Callable[[], T]], patience: float) -> list[T]:
         """What the calls return.
 
-        Raises RuntimeError when there was no answer for `patience` seconds, and from then on at once, until the store
-        has answered. What was given up on is not called any more, but for the one call that waits for its answer.
+        Raises RuntimeError when there was no answer for `patience` seconds; further questions then fail at once, until
+        the store has answered. Of calls that were given up on, only the one that the store has already is still made.
         """
         if self._stuck is not None and not self._stuck.done.is_set():
             raise RuntimeError("it still does not answer")
@@ -98,5 +98,5 @@ class Line:
         return job.results
 
     def tell(self, call: Callable[[], object]) -> None:
-        """Make this call too, whenever the store takes it. Its errors are nobody's."""
+        """Make this call when the store gets to it. Nobody waits for it, or learns of its errors."""
         self._server.jobs.put(_Job([call]))

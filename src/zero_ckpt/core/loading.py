@@ -112,7 +112,7 @@ class _Session:
         prepare: Callable[[Checkpoint], tuple[Restoration, T]],
         verify_first: bool,
     ) -> Loaded[T] | None:
-        """None when it is damaged and another one may be tried."""
+        """Load the checkpoint in `folder`; None when it is damaged and another one may be tried."""
         failure: Exception | None = None
         digests: list[dict[str, str]] = []
         with ExitStack() as unless_loaded:
@@ -150,7 +150,7 @@ class _Session:
         return Loaded(checkpoint, prepared)
 
     def _sharing(self, roles: list[str]) -> Sharing | None:
-        """`roles`: those of which all ranks read the same."""
+        """How this rank shares the verification of `roles`, of which all ranks read the same blocks."""
         rank, world_size = self._control.rank, self._control.world_size
         return Sharing(rank, world_size, frozenset(roles)) if world_size > 1 else None
 
@@ -161,7 +161,7 @@ class _Session:
         decide: Callable[[list[Any]], dict[str, Any]],
         failure: Exception | None = None,
     ) -> dict[str, Any]:
-        """`failure`: this rank's own, whose traceback is shown with what all ranks raise."""
+        """Meet; `failure`: this rank's own problem, whose traceback is shown with the error that all ranks raise."""
         try:
             found: dict[str, Any] = meet_json(self._control, phase, record, decide, self._timeout)
         except ZeroCkptError as error:
@@ -194,7 +194,7 @@ class _Session:
             )
 
     def _judge_plans(self, records: list[Any]) -> dict[str, Any]:
-        """Rank 0: as `_judge`; and of the live and of the fresh reads, the roles that all ranks have in common."""
+        """Rank 0: as `_judge`; and the roles of which all ranks read the same, for live and for fresh reads."""
         answer = self._judge([problem for problem, _ in records])
         if answer["next"]:
             return answer

@@ -1,8 +1,8 @@
 """The local disk, and whatever else is mounted: every system call on a checkpoint's files. A `Storage`.
 
-Written and read with direct I/O (`O_DIRECT`), past the page cache, from aligned buffers: on the disks that checkpoints
-go to, buffered write-back is the bottleneck. A file system that refuses it is used through the cache. An fsync is never
-retried: after a failed one the kernel may have dropped the data.
+Files are written and read with direct I/O (`O_DIRECT`), past the page cache, from aligned buffers: on the disks that
+checkpoints go to, buffered write-back is the bottleneck. A file system that refuses it is used through the cache. An
+fsync is never retried: after a failed one the kernel may have dropped the data.
 """
 
 from __future__ import annotations
@@ -118,12 +118,15 @@ def _entries(path: str) -> Iterator[Entry]:
 
 
 def _open_regular(path: str) -> int:
-    """Open for reading what is a file, at once: opening a pipe, or reading a terminal, could wait for ever."""
+    """Open a regular file for reading; refuse anything else at once, since opening a pipe could wait for ever."""
     return _only_regular(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), path)
 
 
 def _open_to_write(path: str, flags: int) -> int:
-    """Open for writing what is a file, or is to be one, at once. A link is refused: what it names is not ours."""
+    """Open a regular file for writing, or make one; refuse anything else at once.
+
+    A symbolic link is refused too: what it names is not ours to overwrite.
+    """
     flags |= os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
     try:
         fd = os.open(path, flags, 0o666)

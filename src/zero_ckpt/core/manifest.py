@@ -24,7 +24,7 @@ from zero_ckpt.core.planner import Placed
 from zero_ckpt.core.runs import run_from_json, runs_coverage_error
 from zero_ckpt.errors import CorruptManifestError
 
-__all__ = ["MANIFEST_NAME", "FileRecord", "Manifest", "Summary", "shard_name"]
+__all__ = ["MANIFEST_NAME", "FileRecord", "Manifest", "Summary", "parse_shard_name", "shard_name"]
 
 MANIFEST_NAME = "manifest.json"
 
@@ -33,6 +33,15 @@ def shard_name(role: str, rank: int, world_size: int, generation: int) -> str:
     """`model-00000-of-00004.safetensors`; from the second generation on with `.g<generation>`."""
     suffix = f".g{generation}" if generation > 1 else ""
     return f"{role}-{rank:05d}-of-{world_size:05d}{suffix}.safetensors"
+
+
+_SHARD_NAME = re.compile(r"(model|optim|state)-(\d{5,})-of-(\d{5,})(?:\.g(\d+))?\.safetensors")
+
+
+def parse_shard_name(name: str) -> tuple[str, int, int, int] | None:
+    """(role, rank, world size, generation) of a shard file; None for any other name."""
+    match = _SHARD_NAME.fullmatch(name)
+    return match and (match[1], int(match[2]), int(match[3]), int(match[4] or 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +74,7 @@ class Summary:
 
     @classmethod
     def from_bytes(cls, data: bytes, path: str = MANIFEST_NAME) -> Summary:
-        """Parse and check this much. Raises `CorruptManifestError` or `FormatVersionError`, naming `path`."""
+        """Parse and check these fields only. Raises `CorruptManifestError` or `FormatVersionError`, naming `path`."""
         body = unseal(data, path)
         return _believed(path, lambda: Summary(**_summary(_head(body))))
 
@@ -74,8 +83,9 @@ class Summary:
 class Manifest(Summary):
     """Everything that is known of one checkpoint without opening a shard file.
 
-    `tensors`: role -> key -> where its chunks are. `aliases`: tied name -> stored key. `timings`: phase -> seconds, the
-    slowest rank's.
+    `tensors`: role -> key -> where its chunks are. `buffers`, `frozen`: keys of these among the model's tensors.
+    `excluded`: frozen parameters that were left out. `aliases`: tied name -> stored key. `timings`: phase -> seconds,
+    the slowest rank's.
     """
 
     tensors: dict[str, dict[str, Placed]] = field(
@@ -105,7 +115,7 @@ T = TypeVar("T")
 
 
 def _believed(path: str, parse: Callable[[], T]) -> T:
-    """What `parse` makes of content whose checksum holds."""
+    """What `parse` makes of content whose checksum holds, which does not yet make it a manifest."""
     try:
         return parse()
     except _UNBELIEVABLE as error:
@@ -115,7 +125,7 @@ def _believed(path: str, parse: Callable[[], T]) -> T:
 
 
 def _head(body: bytes) -> Any:
-    """The fields before the long ones, where they stand as `_body` puts them; else all."""
+    """The short fields, without parsing the long ones behind them where `_body` wrote this; else all fields."""
     head, found, _ = body.partition(_LAYOUTS)
     if found:
         with suppress(ValueError):
@@ -133,7 +143,7 @@ _UNBELIEVABLE = (
     OverflowError,
     RecursionError,
 )
-"""What content that is no manifest makes of the code that reads it."""
+"""What the code that parses a manifest raises for content that is none."""
 
 
 def _body(m: Manifest) -> str:
@@ -236,11 +246,8 @@ def _expect(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-_FILE_NAME = re.compile(r"(model|optim|state)-\d{5,}-of-\d{5,}(\.g\d+)?\.safetensors")
-
-
 def _file(name: str, record: Any) -> FileRecord:
-    _expect(_FILE_NAME.fullmatch(name) is not None, f"'{name}' is no shard file's name")
+    _expect(parse_shard_name(name) is not None, f"'{name}' is no shard file's name")
     nbytes, checksum = record
     _expect(type(nbytes) is int and nbytes > 0, f"file '{name}' has the length {nbytes!r}")
     _expect(isinstance(checksum, str) and len(checksum) == 32, f"file '{name}' has no checksum")

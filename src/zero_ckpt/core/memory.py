@@ -1,6 +1,6 @@
 """Host memory: how much there is, buffers for direct I/O, and copies between raw addresses.
 
-Knows no tensors; who copies answers for both ranges being alive and long enough.
+Knows no tensors. Whoever copies must see to it that both ranges exist and are long enough.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WINDOW = 512 << 10
 _HUGE_PAGE = 2 << 20
 
 _HELD = 64 << 10
-"""Bytes. Letting other threads run during a shorter copy costs more than the copy: they contend for the interpreter."""
+"""Bytes. For a shorter copy, releasing the interpreter lock and getting it back costs more than the copy itself."""
 
 _memmove_held = ctypes.PYFUNCTYPE(
     ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t
@@ -86,9 +86,9 @@ def copy_bytes(target: int, source: int, nbytes: int) -> None:
 
 
 def free_share(world_size: int) -> int:
-    """Bytes: a quarter of this host's free memory, divided among its ranks; all ranks where the launcher does not tell.
+    """Bytes that one rank may take for a while without being asked to: its part of a quarter of the host's free memory.
 
-    What one rank may take for a while without a question.
+    Divided by the number of ranks on this host, or by `world_size` where the launcher does not tell that.
     """
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or world_size)
     return available_bytes() // 4 // ranks
@@ -100,7 +100,7 @@ def available_bytes() -> int:
 
 
 def _of_host() -> int:
-    """All there is where the system does not tell."""
+    """The host's available memory, or all of its memory where the system does not tell what is available."""
     with suppress(OSError, StopIteration, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         line = next(line for line in lines if line.startswith("MemAvailable:"))

@@ -40,23 +40,23 @@ _WRAPPER_CHILDREN = {
 
 
 def dotted(name: str) -> str:
-    """What the names of all that is in a module, or in a model of several, start with; "" where that has no name."""
+    """What the names of everything in the module or model `name` start with; "" when it has no name itself."""
     return f"{name}." if name else ""
 
 
 @dataclass(frozen=True, slots=True)
 class Naming:
-    """How a model's names are to be read.
+    """How a model's names become those in a checkpoint.
 
-    `wrappers`: qualified names, longest first, of the children that wrappers hold the real module in: `module.`,
-    `0._orig_mod.` `experts`: path of a declared list, with a dot behind -> `Share`.
+    `wrappers`: prefixes to take out, longest first: the paths under which wrappers hold the real module, such as
+    `module.` or `0._orig_mod.`. `experts`: path of a declared list of experts, with a dot behind it -> `Share`.
     """
 
     wrappers: tuple[str, ...] = ()
     experts: Mapping[str, Share] = field(default_factory=dict)
 
     def clean(self, name: str) -> str:
-        """The name in a checkpoint of what this rank calls `name`."""
+        """What the checkpoint calls the tensor that this rank calls `name`."""
         name = _without_wrappers(name, self.wrappers)
         return _renumbered(name, self.experts) if self.experts else name
 
@@ -67,7 +67,7 @@ def naming_of(model: nn.Module) -> Naming:
 
 
 def _wrapper_prefixes(model: nn.Module) -> list[str]:
-    """Both as parameters are named and as `state_dict` names them, where that differs."""
+    """Every prefix to take out, as `named_parameters` has it and, where that differs, as `state_dict` does."""
     found: set[str] = set()
     activation: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):
@@ -115,7 +115,7 @@ def _shares(model: nn.Module, wrappers: Iterable[str]) -> dict[str, Share]:
 
 
 def _renumbered(name: str, experts: Mapping[str, Share]) -> str:
-    """`name` with a local expert's number as the layer's."""
+    """`name`, with the local number of an expert replaced by its number in the layer."""
     found = split_expert(name, experts)
     if found is None:
         return name
@@ -149,7 +149,7 @@ def is_elsewhere(name: str, experts: Mapping[str, Share]) -> bool:
 
 
 def local_name(name: str, experts: Mapping[str, Share]) -> str | None:
-    """What this rank calls what a checkpoint calls `name`; None for what belongs to an expert of another rank."""
+    """What this rank calls the tensor `name` of a checkpoint; None when it belongs to an expert of another rank."""
     if is_elsewhere(name, experts):
         return None
     found = split_expert(name, experts)
@@ -169,7 +169,7 @@ class ParameterNames(dict[int, str]):
         self.experts = dict(experts or {})
 
     def on_all_ranks(self, fqn: str) -> list[str]:
-        """The names that the parameter in this place has on all ranks: several for one of an expert."""
+        """The names of the parameters in this place on all ranks: those of different experts, or `fqn` alone."""
         found = split_expert(fqn, self.experts)
         if found is None:
             return [fqn]
@@ -178,7 +178,7 @@ class ParameterNames(dict[int, str]):
 
 
 def parameter_names(model: nn.Module) -> ParameterNames:
-    """id(parameter) -> its first FQN, without wrappers' parts, experts by their layers' numbers."""
+    """id(parameter) -> its first FQN: without what wrappers add, and with experts' numbers in their layers."""
     naming = naming_of(model)
     names = {id(p): naming.clean(name) for name, p in model.named_parameters()}
     return ParameterNames(names, naming.experts)

@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable
+from types import FrameType
 
 __all__ = ["alone_notice", "warn_on_first", "warn_user"]
 
@@ -17,15 +18,15 @@ _NOT_THE_USERS = _FRAMEWORKS | {"zero_ckpt", "contextlib", "threading"}
 def warn_user(text: str) -> None:
     """Warn of `text` at the line of the user's code from which all of this was called."""
     level, frame = 1, sys._getframe()
-    while _is_inside(str(frame.f_globals.get("__name__"))) and frame.f_back is not None:
+    while _package(frame) in _NOT_THE_USERS and frame.f_back is not None:
         level, frame = level + 1, frame.f_back
     warnings.warn(text, stacklevel=level)
 
 
 def warn_on_first(rank: int, texts: Iterable[str]) -> None:
-    """Warn of what all ranks know, once for the job. Each of `texts` that is not empty is a warning of its own.
+    """Warn, on rank 0 alone, of what all ranks know. Each of `texts` that is not empty is a warning of its own.
 
-    Call it when all ranks have done what they do together: a warning may be an error where it is told.
+    Call it when the ranks have done what they do together: where warnings are errors, rank 0 leaves the call here.
     """
     for text in texts if rank == 0 else ():
         if text:
@@ -33,9 +34,9 @@ def warn_on_first(rank: int, texts: Iterable[str]) -> None:
 
 
 def alone_notice() -> str:
-    """What to tell the user of a launcher's process that no process group joins to the others; "" elsewhere.
+    """What to tell a user whose launcher started several processes that no process group joins; "" otherwise.
 
-    Of those processes only the one that the launcher calls 0 has something to tell.
+    Only the process that the launcher calls rank 0 tells it.
     """
     started, rank = os.environ.get("WORLD_SIZE", ""), os.environ.get("RANK", "0")
     dist = sys.modules.get("torch.distributed")
@@ -48,5 +49,6 @@ def alone_notice() -> str:
     )
 
 
-def _is_inside(module: str) -> bool:
-    return module.partition(".")[0] in _NOT_THE_USERS
+def _package(frame: FrameType) -> str:
+    """The top-level package or module whose code `frame` runs."""
+    return str(frame.f_globals.get("__name__")).partition(".")[0]

@@ -85,7 +85,7 @@ class ObjectStorage:
                 self._system.rm(path, recursive=True)
 
     def move(self, path: str, target: str) -> None:
-        """Beyond the protocol: a copy that the store makes itself, of any size, and then the first name goes away."""
+        """Rename an object of any size, beyond the protocol: the store itself copies it, then the old name goes."""
         with as_oserror(target):
             self._system.cp_file(path, target)
         self.remove(path)
@@ -98,7 +98,7 @@ class ObjectStorage:
 
 
 def _file_system(protocol: str, options: dict[str, Any]) -> Any:
-    """An instance of our own: its listings are not cached, and no other thread or process shares it."""
+    """A file system of our own: its listings are not cached, and no other user of fsspec shares it."""
     hint = "Install zero-ckpt[remote], and the package that fsspec names for this scheme."
     try:
         import fsspec

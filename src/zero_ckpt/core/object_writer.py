@@ -1,6 +1,6 @@
 """A new object that is written like a file: pieces from several threads become parts, uploaded a few at a time.
 
-Takes at most `PARTS_IN_FLIGHT` parts that are on their way, and those few that the writing threads are filling.
+Holds at most `PARTS_IN_FLIGHT` parts that are being uploaded, and the few that the writing threads are filling.
 Promises: the object appears when `finish` returns, and never without all its bytes.
 """
 
@@ -33,7 +33,7 @@ class _Part:
 class ObjectWriter:
     """A `FileWriter`. `system`: a file system of fsspec's.
 
-    The last part is held back until `finish`, which alone knows where the padding begins.
+    The last part is held back until `finish`, which is told where its padding begins.
     """
 
     def __init__(self, system: Any, path: str, part_bytes: int) -> None:

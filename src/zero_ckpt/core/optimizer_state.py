@@ -35,8 +35,10 @@ class StateBuilder:
     """Finds or allocates one parameter's state tensors, and turns them into its state when they are filled.
 
     State that the optimizer has already, of the stored dtype and shape, is filled in place: no second copy is held.
-    State keeps the stored dtype; but where it had its parameter's and that is another one here, it follows, as torch's
-    optimizers need it. `rounds`: some values may not be exact then.
+    State keeps its stored dtype, with one exception: state that was saved in its parameter's dtype takes that of the
+    live parameter, since torch's optimizers do not mix them. `rounds`: whether values may lose precision by that.
+
+    `live`, `fresh`: the reads that `add` asked for, into existing and into new memory.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class StateBuilder:
         self._keys: dict[str, str] = {}
 
     def add(self, name: str, key: str) -> None:
+        """Restore the state called `name` (with its mark, as `step#int`) from the stored tensor `key`."""
         placed = self._checkpoint.placed("optim", key)
         base, kind = split_state_name(name)
         live = None if kind else self._fitting(placed, base)
@@ -143,7 +146,7 @@ def _new(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torc
 
 
 def _empty_dtensor(placed: Placed, dtype: torch.dtype, like: DTensor) -> DTensor:
-    """On the mesh of `like`; split as it is where shapes are equal, else along the dimensions that were split."""
+    """A DTensor on the mesh of `like`: placed like it if it has its shape, else split only where it was when saved."""
     device = local_tensor(like).device
     if placed.shape == like.shape:
         local = _new(local_tensor(like).shape, dtype, device)

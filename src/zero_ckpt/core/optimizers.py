@@ -1,8 +1,8 @@
 """What a load must read for an optimizer. Its state is created from the manifest, without a dummy step.
 
 Parameters are matched by name, so order and grouping may differ between the runs. Owns the checks that a stored state
-is this optimizer's, and what is put into it at the end; changes nothing before `Restoration.install`. Whether weights
-were loaded before, as under Lightning, is not known here, so no error may deny it.
+is this optimizer's, and what is put into it at the end; changes nothing before `Restoration.install`. Under Lightning
+the weights were loaded before, so errors here speak of the optimizer only, and do not say that nothing was loaded.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a load gives back: a path and the client state, as two values; and beside them what else there is to know."""
+"""What a load gives back: a path and the client state, as a tuple, with what did not match as an attribute."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What of a file lies in the page cache, and what should. Answers are estimates, requests are hints.
+"""How much of a file lies in the page cache, and bringing more of it there. Answers are estimates, requests are hints.
 
-Takes descriptors of regular files that are open for reading, and changes nothing of them.
+Takes descriptors of regular files that are open for reading, and does not change the files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _POPULATE_READ = 22  # Linux 5.14
 def read_ahead(fd: int, offset: int, nbytes: int) -> None:
     """Bring these bytes into the page cache, in huge pages where the file system can. It is only a hint, and may fail.
 
-    Read through a mapping that may have huge pages, the disk is asked for one piece of memory instead of hundreds.
+    Through a mapping with huge pages the disk is asked to fill one piece of memory instead of hundreds.
     """
     try:
         # Copy-on-write, since ctypes takes addresses of writable memory only. Nothing is written.

@@ -1,7 +1,7 @@
 """What each rank stores for itself and finds again, on a load: its client state and its random number generators.
 
-At the same world size every rank gets its own. At another one no rank of the job is one of those that saved: generators
-are derived from rank 0's, and of the client states none is taken for another's.
+At the same world size every rank gets back its own. At another one no rank of the job is one of those that saved:
+generators are derived from rank 0's, and nobody gets a client state.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ CLIENT_STATE = "client_state"
 
 
 def read_own(checkpoint: Checkpoint, control: ControlPlane, weights_only: bool) -> dict[str, Any]:
-    """This rank's objects at the same world size, else rank 0's."""
+    """What this rank stored for itself, at the same world size; else what rank 0 did."""
     same = checkpoint.manifest.world_size == control.world_size
     return checkpoint.rank_objects(control.rank if same else 0, weights_only)
 
 
 def own_client_state(checkpoint: Checkpoint, control: ControlPlane, own: Mapping[str, Any]) -> Any:
-    """Of what `read_own` gave; None at another world size."""
+    """The client state in `own`, which `read_own` gave; None at another world size."""
     same = checkpoint.manifest.world_size == control.world_size
     return own.get(CLIENT_STATE) if same else None
 

@@ -28,7 +28,7 @@ class Work(Protocol):
     """One block to read."""
 
     def fetch(self, buffer: memoryview) -> memoryview | None:
-        """The block in `buffer`; None when working on it reads it, too, which a fetcher does then."""
+        """The block, read into `buffer`; None when the action reads it, which the fetching thread then does itself."""
 
 
 W = TypeVar("W", bound=Work)
@@ -72,7 +72,7 @@ class _Pipeline(Generic[W]):
         self._stop = threading.Event()
 
     def run(self) -> bool:
-        """Raises the first error, when all threads have ended. False: there is no room for them; do all without."""
+        """Whether there was room for the threads; without it nothing was done. Raises the first error of any thread."""
         targets = [self._fetch] * self._fetchers + [self._work] * self._workers
         threads = [threading.Thread(target=each, name="zero_ckpt-read") for each in targets]
         try:

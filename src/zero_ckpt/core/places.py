@@ -1,4 +1,4 @@
-"""What a path names, and the storage that it belongs to: `s3://bucket/run` an object store, all else the local disk.
+"""What a path names, and its storage: an object store for `s3://bucket/run`, the local disk for all other paths.
 
 The only module that looks at schemes. Whoever takes a path from a user passes it through `absolute`; whoever is given
 no storage uses an `AnyStorage`. What object stores need is imported when the first URL is met.
@@ -60,7 +60,7 @@ def resolved(path: str) -> str:
 
 
 def local(path: str | os.PathLike[str], what: str) -> str:
-    """An absolute path on the local disk. Raises `ConfigurationError` for a URL, naming `what` was to go there."""
+    """An absolute path on the local disk. Raises `ConfigurationError` for a URL; `what` was to be written there."""
     text = absolute(path)
     if is_url(text):
         raise ConfigurationError(
@@ -70,9 +70,9 @@ def local(path: str | os.PathLike[str], what: str) -> str:
 
 
 def move(storage: Storage, path: str, target: str) -> None:
-    """Give a finished file another name in its storage, in place of what had it: at once, and whole.
+    """Rename a finished file within its storage, replacing `target` atomically.
 
-    An object store copies it for that, on its own side.
+    An object store copies it on its own side and then removes the old name.
     """
     if not is_url(target):
         os.replace(path, target)

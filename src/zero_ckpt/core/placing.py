@@ -1,4 +1,4 @@
-"""Where stored bytes go: from one stored chunk to the place that they have in a live tensor.
+"""Where stored bytes go: from a stored chunk to their place in a live tensor.
 
 Knows neither files nor blocks. Bytes that lie in one piece both in the chunk and in the target are copied as they are,
 or may be read straight into it; all others go through torch: other strides, dtypes and devices.
@@ -44,7 +44,7 @@ class Part(NamedTuple):
 
 
 def byte_span(chunk: Chunk, overlap: Box) -> tuple[int, int]:
-    """The bytes of the data section from the overlap's first to behind its last element."""
+    """(begin, end) in the data section of the bytes from the overlap's first element to its last one."""
     if overlap.shape == chunk.box.shape:
         return chunk.begin, chunk.end
     first = last = 0
@@ -56,7 +56,7 @@ def byte_span(chunk: Chunk, overlap: Box) -> tuple[int, int]:
 
 
 def copy_parts(data: memoryview, start: int, parts: Sequence[Part]) -> None:
-    """Copy to every part's target what `data`, the bytes of the data section from `start` on, has for it."""
+    """Copy to every part's target the bytes that `data` has for it. `start`: the place of its first one in the file."""
     address = ctypes.addressof(ctypes.c_char.from_buffer(data))
     stop = start + len(data)
     for part in parts:
@@ -84,7 +84,7 @@ def home(parts: Sequence[Part], start: int, nbytes: int) -> memoryview | None:
 
 
 def _direct_address(part: Part) -> int:
-    """Where the overlap's bytes go, when they lie in one piece both in the chunk and in the target; else 0."""
+    """The address to which the overlap's bytes go, if they are contiguous in both chunk and target; else 0."""
     (_, _, _, wanted, target), chunk, overlap = part
     address = address_of(target)
     if not address or DTYPE_NAMES[target.dtype] != chunk.dtype:
@@ -112,7 +112,7 @@ def _in_one_piece(shape: Sequence[int], outer: Sequence[int]) -> bool:
 
 
 def _copy_strided(data: memoryview, begin: int, part: Part) -> None:
-    """Through torch: other strides, dtype or device than the stored bytes have."""
+    """Copy through torch, for targets whose strides, dtype or device are not those of the stored bytes."""
     chunk, request = part.chunk, part.request
     size, dtype = itemsize(chunk.dtype), TORCH_DTYPES[chunk.dtype]
     first, last = (begin - chunk.begin) // size, (begin - chunk.begin + len(data)) // size

@@ -76,7 +76,7 @@ def plan_save(tables: Sequence[tuple[Table, Sequence[int]]]) -> SavePlan:
 
 
 class _Planner:
-    """State of one planning: bytes given to columns so far, and what was computed for equal layouts."""
+    """One plan while it is made: bytes given to columns so far, and what was computed for equal layouts."""
 
     def __init__(self, tables: Sequence[tuple[Table, Sequence[int]]]) -> None:
         self._tables = tables
@@ -135,7 +135,7 @@ class _Planner:
         return _Held(layout, grid, columns)
 
     def _choose(self, held: _Held) -> tuple[int, int]:
-        """(first column, number of columns) of those that write a piece each of every box."""
+        """(first column, number of columns): each of these columns writes one piece of every box."""
         width, nbytes = len(held.grid.columns), held.grid.row_bytes
         pieces = max(1, min(width, nbytes // MIN_PIECE))
         if held.layout.whole:
@@ -150,7 +150,7 @@ class _Planner:
 
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """A layout and the ranks that hold it. `columns` is shared by all whose replicas lie alike."""
+    """A layout and the ranks that hold it. Layouts whose replicas lie on the same ranks share their `columns`."""
 
     layout: Layout
     grid: Grid

@@ -5,7 +5,8 @@ with the stored ones, the blocks that they touch are read once each, verified, a
 threads (`pipeline`). Extra memory is a few blocks, whatever the state's size.
 
 Nothing unverified reaches a target. `verify` reads the same blocks and copies nothing, so that a caller that overwrites
-live tensors can know beforehand that all is well. What no page cache keeps it keeps itself, as far as it has room.
+live tensors can know beforehand that all is well. Blocks that go through no page cache are kept in memory in between,
+as far as there is room.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ from zero_ckpt.errors import CorruptShardError
 __all__ = ["ReadPlan", "Request", "Sharing", "plan_reads"]
 
 _FEW = 8
-"""Parts of a block. With more of them, going through all for each window costs more than windows save.
+"""Parts of one block. Of a block with more of them it costs more to go through all for each window than windows save.
 
-And then the interpreter is the bottleneck, for which more threads would only contend.
+The interpreter is then the bottleneck, and more threads would only contend for it.
 """
 
 
@@ -59,9 +60,9 @@ _Held = dict[tuple[str, int], memoryview]
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """One block to read. `keep`: it will be read again, by this rank or another.
+    """One block to read. `keep`: it will be read again, by this rank or another on this host.
 
-    `fetched` is what `fetch` returned.
+    In the methods, `fetched` is what `fetch` returned.
     """
 
     reader: StoredFile
@@ -104,7 +105,7 @@ class _Work:
 
 @dataclass(frozen=True, slots=True)
 class _Holding(_Work):
-    """One that is verified in `memory`, and `held` there, where even a second read would be a journey."""
+    """A block that is verified in `memory` and stays `held` there, since reading it again would be another download."""
 
     memory: memoryview
     held: _Held
@@ -114,13 +115,13 @@ class _Holding(_Work):
 
     def look(self, buffer: memoryview, fetched: memoryview | None) -> None:
         _Work.look(self, buffer, fetched)
-        if fetched is not None and len(fetched) > WINDOW:  # a smaller one is fetched from near, too
+        if fetched is not None and len(fetched) > WINDOW:  # a smaller one may come from near
             self.held[self.reader.name, self.index] = fetched
 
 
 @dataclass(frozen=True, slots=True)
 class _InMemory(_Work):
-    """One that was held, and so verified."""
+    """A block that was held, and so is verified already."""
 
     memory: memoryview
 
@@ -167,16 +168,16 @@ class ReadPlan:
     def verify(
         self, progress: Callable[[], None], sharing: Sharing | None = None, room: int = 0
     ) -> None:
-        """Read and verify every block, and change nothing; of what all ranks read, this rank's share.
+        """Read and verify every block, and change nothing. Of blocks that all ranks read, verify this rank's share.
 
-        It leaves them in the page cache, where `fill` finds them, as far as they have room there. What goes through no
-        page cache (an object store) is kept in memory for `fill`, up to `room` bytes.
+        `fill` finds the blocks in the page cache afterwards, as far as that has room. What goes through no page cache
+        (an object store) is kept in memory for `fill`, up to `room` bytes.
         """
         work = self._work(sharing, again=True, divided=True)
         self._run(_look, progress, self._holding(work, room // BLOCK))
 
     def _holding(self, work: Sequence[_Work], count: int) -> Sequence[_Work]:
-        """The same work; up to `count` blocks are kept."""
+        """The same work, but that up to `count` blocks are kept in memory."""
         try:
             memory = aligned_buffer(min(count, len(work)) * BLOCK)  # taken as blocks come
         except MemoryError:
@@ -198,8 +199,8 @@ class ReadPlan:
     ) -> None:
         """Fill every target. Raises `CorruptShardError` or OSError; targets may then be partly filled.
 
-        `verified`: by `verify`, on this rank or another. `private`: nobody uses the targets when this raises. With
-        neither, no byte reaches a target before its block is verified.
+        `verified`: `verify` has passed, on this rank or another. `private`: nobody uses the targets when this raises.
+        With neither, no byte reaches a target before its block is verified.
         """
         action = _copy_windows if verified or private else _copy
         try:
@@ -214,7 +215,10 @@ class ReadPlan:
     def _work(
         self, sharing: Sharing | None, *, again: bool = False, divided: bool = False
     ) -> list[_Work]:
-        """What is read more than once is read through the page cache: the disk gives it once to each host."""
+        """The blocks to read. What is read more than once goes through the page cache: from the disk once per host.
+
+        `again`: they are read once more after or before this. `divided`: of shared blocks, this rank's share only.
+        """
         work: list[_Work] = []
         for plan in self.files:
             shared = sharing is not None and plan.role in sharing.roles

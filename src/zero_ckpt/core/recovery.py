@@ -9,7 +9,6 @@ committed, but every byte of it is there.
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,7 +18,7 @@ import xxhash
 
 from zero_ckpt.core.chunks import Box
 from zero_ckpt.core.layout import ROLES
-from zero_ckpt.core.manifest import MANIFEST_NAME, Manifest
+from zero_ckpt.core.manifest import MANIFEST_NAME, Manifest, parse_shard_name
 from zero_ckpt.core.planner import Placed
 from zero_ckpt.core.runs import encode_runs, runs_coverage_error
 from zero_ckpt.core.shard_reader import ShardReader, open_shard
@@ -30,9 +29,7 @@ from zero_ckpt.errors import CorruptCheckpointError, CorruptManifestError, Corru
 __all__ = ["DAMAGED_NAME", "content_digest", "quarantine", "rebuild"]
 
 DAMAGED_NAME = "manifest.json.damaged"
-"""What a manifest is called that was put aside."""
-
-_SHARD = re.compile(r"(model|optim|state)-(\d{5,})-of-(\d{5,})(?:\.g(\d+))?\.safetensors")
+"""The name of a manifest that was put aside."""
 
 _Tensors = Mapping[str, Mapping[str, Placed]]
 
@@ -81,8 +78,9 @@ def _saves(names: Sequence[str]) -> dict[tuple[int, int], list[str]]:
     """(generation, world size) -> the shard files of that save."""
     saves: dict[tuple[int, int], list[str]] = {}
     for name in sorted(names):
-        if match := _SHARD.fullmatch(name):
-            saves.setdefault((int(match[4] or 1), int(match[3])), []).append(name)
+        if (parsed := parse_shard_name(name)) is not None:
+            _, _, world_size, generation = parsed
+            saves.setdefault((generation, world_size), []).append(name)
     return saves
 
 

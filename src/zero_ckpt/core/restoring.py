@@ -26,8 +26,10 @@ __all__ = ["Restoration", "plan_model"]
 class Restoration:
     """Reads to make, what to do afterwards, and what did not match.
 
-    `checks`: what may still fail once the fresh reads are made, and changes nothing. `excluded`: frozen parameters that
-    were left out of the save and keep their live values. `notices`: what the user should know once all is loaded.
+    `live`: reads that overwrite live tensors. `fresh`: reads into new memory. `checks`: called when the fresh reads are
+    made; they may raise, and change nothing. `installs`: called at the end, and put the new state in its place.
+    `missing`, `unexpected`: as in `LoadReport`. `excluded`: frozen parameters that were left out of the save and keep
+    their live values. `notices`: what the user should know once all is loaded.
     """
 
     live: list[Request] = field(default_factory=list)
@@ -67,8 +69,8 @@ def plan_model(
     """Fill every live tensor from the stored one of its name.
 
     Raises `StateMismatchError` for other shapes, and when `strict` for missing or unexpected keys: all of them at once.
-    Frozen parameters that were left out of the save on purpose keep their live values. `ignored`: stored keys that are
-    nobody's business here, so not unexpected.
+    Frozen parameters that were left out of the save on purpose keep their live values. `ignored(key)`: whether a stored
+    key is not meant for this load, and so not unexpected.
     """
     plan, wrong = Restoration(), []
     used: set[str] = set()

@@ -198,7 +198,7 @@ def runs_coverage_error(shape: Sequence[int], runs: Iterable[Run]) -> str | None
 
 
 def _combs(runs: Iterable[Run]) -> list[list[Run]]:
-    """Runs of equal period that begin within one period together: each may fill the gaps of the others."""
+    """Runs of equal period that begin within one period of each other, together: they may fill each other's gaps."""
     combs: list[list[Run]] = []
     for run in sorted(runs, key=lambda r: (r.dim, r.step, r.count, r.offset[r.dim : r.dim + 1])):
         first = combs[-1][0] if combs else run
@@ -216,10 +216,10 @@ def _combs(runs: Iterable[Run]) -> list[list[Run]]:
 
 
 def _filled(comb: list[Run]) -> list[Box]:
-    """Boxes that cover what the chunks of runs of equal period do: two of each run when they leave no gaps."""
+    """Boxes that cover the same as the chunks of a comb: few when the runs fill each other's gaps, else all chunks."""
     run = comb[0]
     if len(comb) == 1:
-        return [box for each in comb for box in each.merged()]
+        return run.merged()
     firsts = [each.chunk(0)[1] for each in comb]
     hull = _hull(firsts)
     inner = [box.relative_to(hull) for box in firsts]

@@ -61,12 +61,12 @@ class Captured:
         return sum(tensor.nbytes for tensor in self.private.values())
 
     def all_tensors(self) -> Iterator[torch.Tensor]:
-        """Those that ranks store together."""
+        """The tensors that ranks store together, of every role."""
         return chain.from_iterable(keys.values() for keys in self.tensors.values())
 
     @property
     def pickle_notice(self) -> str:
-        """Of what a load will refuse; "" for nothing. Names no checkpoint: Python shows equal texts once."""
+        """A warning of values that a load will refuse, or "". Names no checkpoint, so that Python shows it once."""
         if not self.pickled:
             return ""
         shown = [f"'{path}' ({kind})" for path, kind in list(self.pickled.items())[:3]]
@@ -104,6 +104,8 @@ def capture(snapshot: Snapshot, rank: int) -> Captured:
 
 
 def _notes(snapshot: Snapshot) -> ExpertNotes:
+    """What goes into the table about the experts of this rank."""
+
     def of_experts(keys: Iterable[str]) -> list[str]:
         return sorted(key for key in keys if split_expert(key, snapshot.experts))
 

@@ -1,6 +1,6 @@
 """Learning-rate schedulers on load: by name, as far as both sides have them.
 
-A scheduler that only one side has is told and left alone, never an error: weights and moments are right without it.
+A scheduler that only one side has gives a notice and no error: weights and moments are right without it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 __all__ = ["plan_schedulers", "scheduler_notices", "with_rates_of"]
 
 _NEW_RUNS = ("base_lrs", "_last_lr")
-"""What a scheduler's state says of learning rates, beside its place in the schedule."""
+"""Entries of a scheduler's state that hold learning rates, and not its place in the schedule."""
 
 
 def scheduler_notices(path: str, live: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
@@ -27,7 +27,7 @@ def scheduler_notices(path: str, live: Mapping[str, Any], saved: Mapping[str, An
 
 
 def _shown(names: list[str]) -> str:
-    """'' is the name of a single one."""
+    """The schedulers by name; a single one is called ""."""
     if names == [""]:
         return "the LR scheduler"
     return "the LR schedulers " + ", ".join(f"'{name}'" for name in names)
@@ -36,7 +36,7 @@ def _shown(names: list[str]) -> str:
 def plan_schedulers(
     live: Mapping[str, Any], saved: Mapping[str, Any], *, keep_rates: bool = False
 ) -> Callable[[], None]:
-    """What gives every scheduler that both have its saved state. Changes nothing until it is called.
+    """A function that gives its saved state to every scheduler that the job and the checkpoint both have.
 
     `keep_rates`: each goes to its saved place in the schedule, and keeps the base learning rates of this run.
     """

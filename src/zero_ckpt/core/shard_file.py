@@ -45,7 +45,7 @@ BLOCK = 4 << 20
 """Bytes that one checksum covers, and the size of one read or write."""
 
 REMEDY = "Run 'zero-ckpt verify' on the folder to list all damage; other tags are not affected."
-"""Ends what is said of a damaged file."""
+"""The last sentence of errors about a damaged file."""
 
 MAX_HEADER = 100_000_000
 """Bytes; the limit that safetensors readers have."""
@@ -97,9 +97,9 @@ def layout_shard(
 ) -> ShardLayout:
     """Lay out (key, dtype, global shape, box) chunks.
 
-    Order: widest dtype first, so that every chunk is aligned to its element; of one width, whole tensors before parts
-    of tensors: what every rank has, such as an optimizer's `step` of each parameter, other ranks will read from here,
-    and they should find it in few blocks. Else as given.
+    The widest dtype comes first, so that every chunk is aligned to its elements. Within one width, whole tensors come
+    before parts of tensors: other ranks will read whole ones from here, such as an optimizer's `step` for each
+    parameter, and should find them in few blocks. Otherwise the given order stays.
     """
     items = sorted(chunks, key=lambda item: (-itemsize(item[1]), item[3].shape != item[2]))
     counts: dict[str, int] = {}

@@ -1,7 +1,7 @@
 """What a shard file says of itself, believed only after every number in it was checked. Pure; imports no torch.
 
-A header may have been damaged or made up. Promises: of anything that is not a header of this format it makes a
-`CorruptShardError`, whatever it holds; chunks that it returns follow each other without holes and lie in their tensors.
+A header may have been damaged or made up. Promises: anything that is not a header of this format raises
+`CorruptShardError`, whatever it holds; chunks that are returned lie end to end, each within its tensor.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""An open shard file. Promises: no byte leaves it that its checksums do not cover. Imports no torch.
+"""An open shard file. Promises that every byte that leaves it is covered by a checksum. Imports no torch.
 
 Length, header and block table are verified when it is opened, each block when it is read, and what differs is a
 `CorruptShardError` that names file, block and tensors. Only `windows` gives bytes before their block is verified, and
@@ -76,7 +76,7 @@ class ShardReader:
         return buffer[: self.block_bytes(index)]
 
     def fetch(self, index: int, buffer: memoryview, keep: bool = False) -> memoryview | None:
-        """Block `index` in `buffer`, not verified, where every read is a journey; None where `windows` reads it."""
+        """Block `index`, read into `buffer` at once and not verified; None where `windows` reads it in pieces."""
         start, nbytes = self.data_start + index * BLOCK, self.block_bytes(index)
         if self._file.expect(start, nbytes, keep) < nbytes:
             return None
@@ -158,7 +158,7 @@ class ShardReader:
         return self._read(0, 8 + length)
 
     def _read(self, offset: int, nbytes: int) -> bytes:
-        """Any range. Shard files align only blocks, so this reads from the aligned offset before."""
+        """Any range of bytes. Storages read from aligned offsets only, so this begins at the one before."""
         start = offset - offset % ALIGNMENT
         with aligned_buffer(offset - start + nbytes) as buffer:
             try:

@@ -1,7 +1,7 @@
 """The files that hold one checkpoint's tensors, each opened when first needed, closed as one. Imports no torch.
 
-Readers see a `StoredFile`: blocks of bytes, and where in them each chunk lies. A shard file of ours is one, verified
-block by block; so is a file of another system's (see `foreign`), as far as that system lets a file be verified.
+Readers see each as a `StoredFile`: blocks of bytes, and where in them each chunk lies. A shard file of ours is verified
+block by block; a file of another system (see `foreign`) as far as that system's format allows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["ShardSet", "StoredFile", "open_shards"]
 
 
 class StoredFile(Protocol):
-    """An open file. `name`: for messages, and unlike any other's."""
+    """An open file. `name`: what messages call it; no other open file has the same."""
 
     name: str
 
@@ -36,7 +36,7 @@ class StoredFile(Protocol):
         """Block `index`, of `BLOCK` bytes but for the last, in `buffer`. Raises `CorruptShardError`."""
 
     def fetch(self, index: int, buffer: memoryview, keep: bool = False) -> memoryview | None:
-        """The block in `buffer`, not verified; or None when `windows` reads it itself, which is cheaper then."""
+        """The block, read into `buffer` and not verified; None when it is cheaper to let `windows` read it."""
 
     def windows(
         self,
@@ -45,9 +45,9 @@ class StoredFile(Protocol):
         fetched: memoryview | None,
         keep: bool = False,
     ) -> Iterator[tuple[int, memoryview]]:
-        """The block, which was `fetched` or is read into `memory(first byte in the data section, number of bytes)`.
+        """The block in pieces, as (first byte in the data section, bytes); verified when the last one has been taken.
 
-        In pieces (first byte, bytes); it is verified when the last one has been taken.
+        `fetched`: what `fetch` returned. If None, each piece is read into `memory(first byte, number of bytes)`.
         """
 
     def read_entry(self, key: str) -> bytes:
@@ -104,7 +104,7 @@ class _ForeignShards(ShardSet):
 
 
 def open_shards(storage: Storage, folder: str, manifest: Manifest) -> ShardSet:
-    """The files that `manifest` says hold the checkpoint in `folder`."""
+    """The files that hold the checkpoint in `folder`, by its `manifest`."""
     if isinstance(manifest, ForeignManifest):
         return _ForeignShards(storage, folder, manifest)
     return ShardSet(storage, folder, manifest)

@@ -18,10 +18,10 @@ __all__ = ["verify_share"]
 def verify_share(
     checkpoint: Checkpoint, roles: Sequence[str], control: ControlPlane, sharing: Sharing | None
 ) -> None:
-    """Read and verify every block of this rank's share of the files: those of its own number.
+    """Read and verify every block of this rank's share of the files: the ones that ranks of its number wrote.
 
-    At the same world size that is what this rank loads next. `sharing`: what will be loaded by all ranks. Raises
-    `CorruptShardError`.
+    At the same world size that is what this rank loads next. `roles`: of the files to verify. `sharing`: the roles that
+    all ranks will load whole, so that what is read stays in the page cache. Raises `CorruptShardError`.
     """
     manifest = checkpoint.manifest
     requests = []

@@ -17,7 +17,10 @@ __all__ = ["Slab", "Source", "digest_of", "source_of", "view_of"]
 
 
 class Source:
-    """The bytes of one chunk in live memory: a tensor of the chunk's shape, any strides, any device."""
+    """The bytes of one chunk in live memory: a tensor of the chunk's shape, any strides, any device.
+
+    `is_far`: whether the tensor lies outside of host memory.
+    """
 
     __slots__ = ("_address", "_tensor", "is_far")
 
@@ -34,7 +37,7 @@ class Source:
             self._gather(address, start, stop)
 
     def _gather(self, address: int, start: int, stop: int) -> None:
-        """Through torch: for strided tensors and those on an accelerator."""
+        """Copy through torch, for strided tensors and those on an accelerator."""
         tensor, size = self._tensor.detach(), self._tensor.element_size()
         memory = (ctypes.c_char * (stop - start)).from_address(address)
         target = torch.frombuffer(memory, dtype=torch.uint8)
@@ -95,7 +98,7 @@ class LazySource(Source):
 
 
 def source_of(tensor: torch.Tensor, slab: Slab) -> Source:
-    """A tensor's bytes, wherever it has them."""
+    """What copies the bytes of a tensor: from memory, or from its file through `slab` when it is lazy and not read."""
     if isinstance(tensor, LazyTensor) and not tensor.is_read:
         return LazySource(tensor, slab)
     return Source(tensor)

@@ -31,7 +31,7 @@ _WRITE_THREADS = 2
 
 
 class StagingPool:
-    """Reusable aligned buffers of one block each, pinned for `device` when that is one of CUDA's. For any thread."""
+    """Reusable aligned buffers of one block each, for any thread. They are pinned when a CUDA `device` is given."""
 
     def __init__(self, count: int = 6, device: torch.device | None = None) -> None:
         self._free: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
@@ -57,7 +57,7 @@ class StagingPool:
         memory = aligned_buffer(BLOCK)
         ctypes.memset(_address(memory), 0, BLOCK)
         if self.device is not None:
-            with torch.cuda.device(self.device):  # another thread's would be the first one
+            with torch.cuda.device(self.device):  # a thread of its own begins on the first device
                 torch.cuda.check_error(_cuda().cudaHostRegister(_address(memory), BLOCK, 0))
             # The system may give the same addresses to others when the memory has been freed.
             weakref.finalize(self, _unpin, memory).atexit = False
@@ -227,7 +227,7 @@ class _Filler:
         self._sources = sources
         self._index = 0
         self._at = 0
-        # From an accelerator a copy is a journey: few long ones.
+        # Copies from an accelerator are slow to begin: make few long ones.
         self._window = BLOCK if any(source.is_far for source in sources) else WINDOW
 
     def fill(self, buffer: memoryview, nbytes: int) -> int:

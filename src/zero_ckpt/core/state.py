@@ -80,7 +80,7 @@ class ModelState:
 class OptimizerState:
     """`tensors`: "<prefix><fqn>/<name>" -> live tensor. `record`: class name, and groups of FQNs with their options.
 
-    `notice`: what of it is not saved; "" for nothing.
+    `notice`: a warning of what is not saved, or "".
     """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -182,7 +182,7 @@ def local_states(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Any, dict[s
 
 
 def names_in_groups(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> dict[int, str]:
-    """id(parameter) -> FQN of every parameter that it has; one of no known model is called by its place."""
+    """id(parameter) -> FQN, of every parameter in the optimizer; one of no known model is named by its place."""
     return {
         id(p): names.get(id(p), f"param_groups.{g}.{i}")
         for g, group in enumerate(optimizer.param_groups)
@@ -193,7 +193,7 @@ def names_in_groups(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) 
 def group_names(
     optimizer: torch.optim.Optimizer, names: ParameterNames, fqn_of: Mapping[int, str]
 ) -> list[tuple[list[str], dict[str, Any]]]:
-    """(FQNs, options) of every parameter group, with the parameters of experts that other ranks have.
+    """(FQNs, options) of every parameter group. With a rank's experts, those in their places on other ranks are listed.
 
     `fqn_of`: what `names_in_groups` gave.
     """
@@ -234,7 +234,10 @@ def capture_optimizer(
 
 
 def _refuse_part(fqn: str, parameter: Any, name: str, value: Any) -> None:
-    """Raises `StateMismatchError` for a part of the state that does not say so: ranks would store one for all."""
+    """Raises `StateMismatchError` for a plain tensor that is this rank's part of a sharded parameter's state.
+
+    Nothing marks it as a part, so that one rank's would be stored as the whole.
+    """
     if not isinstance(parameter, DTensor) or isinstance(value, DTensor):
         return
     part = local_tensor(parameter).shape
@@ -247,7 +250,7 @@ def _refuse_part(fqn: str, parameter: Any, name: str, value: Any) -> None:
 
 
 def _unsaved(optimizer: torch.optim.Optimizer) -> str:
-    """Of state that is no parameter's, which has no name in a checkpoint."""
+    """A warning of state that belongs to no parameter, and so has no name in a checkpoint; "" when there is none."""
     others = [repr(key) for key in optimizer.state if not isinstance(key, torch.Tensor)]
     if not others:
         return ""

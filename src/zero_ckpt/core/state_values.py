@@ -1,4 +1,4 @@
-"""Values of an optimizer's state that are no tensors <-> the small tensors that stand for them. See `state`."""
+"""Python values in an optimizer's state <-> the small tensors that stand for them. `state` describes their names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["MARKS", "add_value", "pickled_values", "python_value", "split_state_
 _PYTHON_KINDS = frozenset({"int", "float", "bool", "none", "json"})
 
 MARKS = [f"'#{kind}'" for kind in sorted(_PYTHON_KINDS)]
-"""What names of such tensors end in, as it is shown to people."""
+"""The endings of such tensors' names, quoted for messages."""
 
 
 def add_value(tensors: dict[str, torch.Tensor], key: str, value: Any) -> None:

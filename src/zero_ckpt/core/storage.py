@@ -17,7 +17,7 @@ __all__ = ["Entry", "FileReader", "FileWriter", "Storage"]
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A name in a folder. A symbolic link is no folder, whatever it names."""
+    """A name in a folder. A symbolic link counts as no folder, whatever it leads to."""
 
     name: str
     is_dir: bool
@@ -42,10 +42,11 @@ class FileReader(Protocol):
     nbytes: int
 
     def expect(self, offset: int, nbytes: int, keep: bool = False) -> int:
-        """Told before these bytes are read: returns how many of them to ask for at once, a multiple of `ALIGNMENT`.
+        """Called before these bytes are read: how many of them to ask for at once, a multiple of `ALIGNMENT`.
 
-        Few where they come through this machine's memory, so that they can be worked on while a core's cache holds
-        them, and then they may be read into any memory. All where every read is a journey.
+        Few where they come through this host's page cache, so that they can be worked on while a core's own cache holds
+        them; they may then be read into any memory. All of them where every read is a request to a disk or a server.
+        `keep`: as in `read_into`.
         """
 
     def read_into(self, offset: int, nbytes: int, buffer: memoryview, keep: bool = False) -> None:

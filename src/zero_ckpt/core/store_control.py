@@ -29,13 +29,13 @@ _BEAT_INTERVAL = 0.25
 """Seconds. Well below any time limit that makes sense, and seldom enough to cost nothing."""
 
 _LOOKS_PER_SECOND = 20_000
-"""Of all waiting ranks together: a fraction of what a store answers, or rank 0's own calls would queue behind them."""
+"""By all waiting ranks together. A store answers many more, so that rank 0's own calls do not queue behind these."""
 
 DEFAULT_TIMEOUT = 300.0
 """Seconds of silence after which a rank counts as lost."""
 
 _STORE_TIMEOUT = timedelta(seconds=10)
-"""For a store that has ended, or a key that somebody took away between two looks."""
+"""How long the store's client waits for a key: one may have been removed between two looks, or the store has ended."""
 
 Decide = Callable[[list[bytes]], bytes]
 """Rank 0's answer to the records of all ranks, by rank."""
@@ -45,7 +45,7 @@ _ABSENT = "\0absent"
 
 
 def _connected_anew(store: Any) -> Any:
-    """The store over a connection of our own, since others may block in theirs; itself where it has no such thing."""
+    """The store over a connection of our own, since others may block in theirs; itself where it cannot be cloned."""
     with suppress(AttributeError, RuntimeError):
         store = store.clone()
         store.set_timeout(_STORE_TIMEOUT)
@@ -66,7 +66,7 @@ class StoreControl:
     """Meetings through a torch `Store`: each rank leaves a request, rank 0 answers every one.
 
     A request carries a random nonce that its answer is filed under, so answers never meet the wrong call. Deleting a
-    request is what decides whose it is: rank 0 claims it so, and a rank that gave up withdraws it so. What was
+    request decides what becomes of it: rank 0 claims it by that, and a rank that gave up withdraws it by that. What was
     withdrawn is never decided on.
 
     Every call to the store is made on its `Line`, where it cannot stop this rank.
@@ -103,7 +103,7 @@ class StoreControl:
 
     @contextmanager
     def _reaching_store(self, phase: str, *, decided: bool = False) -> Iterator[None]:
-        """Around what only calls the store: every error of a c10d store is a RuntimeError."""
+        """Around calls of the store alone, whose errors are all RuntimeErrors. `decided`: rank 0 may have decided."""
         try:
             yield
         except RuntimeError as error:
@@ -216,7 +216,7 @@ class StoreControl:
         return self._delete(f"request/{self.rank}")
 
     def _withdraw_at_last(self, patience: float) -> None:
-        """Now, or from a store that does not answer before anything else when it does."""
+        """Withdraw now; from a store that does not answer, as the first thing when it answers again."""
         try:
             self._line.ask([self._withdraw], patience)
         except RuntimeError:
@@ -242,7 +242,7 @@ class StoreControl:
         return bool(self._store.delete_key(self._at(key)))
 
     def _at(self, key: str) -> str:
-        """Where a key is filed. Who a rank is holds for all names: it may die before it meets under this one."""
+        """The key in the store. `who/<rank>` is shared by all names: a rank may die before it meets under this one."""
         return f"zero_ckpt/{key}" if key.startswith("who/") else f"{self._prefix}/{key}"
 
     def _put(self, key: str, value: bytes) -> None:

@@ -69,7 +69,7 @@ def read_tag(storage: Storage, folder: str) -> Manifest:
 
 
 def summarize_tag(storage: Storage, folder: str) -> Summary:
-    """What a list of tags takes of `read_tag`: a manifest's checksum is verified, its tensors are not read."""
+    """What a list of tags needs of `read_tag`: the manifest's checksum is verified, its tensors are not parsed."""
     try:
         return Summary.from_bytes(*_manifest_bytes(storage, folder))
     except CheckpointNotFoundError as error:
@@ -93,9 +93,9 @@ def is_tag_folder(storage: Storage, path: str) -> bool:
 
 
 def check_files(storage: Storage, folder: str, manifest: Summary) -> None:
-    """Every listed file is there and has its length. Raises `CorruptCheckpointError`; reads no data.
+    """Raises `CorruptCheckpointError` unless every listed file is there and has its length. Reads no data.
 
-    Of another system's checkpoint that was found out when it was opened.
+    Another system's checkpoint is passed over: its files were looked at when it was opened.
     """
     if isinstance(manifest, ForeignManifest):
         return
@@ -135,7 +135,7 @@ def _read_foreign(storage: Storage, folder: str, error: CheckpointNotFoundError)
 
 
 def nothing_at(storage: Storage, folder: str) -> CheckpointNotFoundError:
-    """Says what `folder`, which holds no manifest, is instead of a checkpoint."""
+    """An error that says what `folder`, which holds no manifest, is instead of a checkpoint."""
     try:
         names = [entry.name for entry in storage.list(folder)]
     except NotADirectoryError:
@@ -171,7 +171,7 @@ def nothing_at(storage: Storage, folder: str) -> CheckpointNotFoundError:
 
 
 def file_instead(storage: Storage, path: str, expected: str) -> CheckpointNotFoundError:
-    """Says that `path` is a file, and which folder was meant where it is a file of a checkpoint."""
+    """An error that says that `path` is a file, and which folder was meant if it is a file of a checkpoint."""
     folder = os.path.dirname(path)
     belongs = is_tag_folder(storage, folder) or os.path.basename(path) == "latest"
     remedy = (
@@ -183,7 +183,7 @@ def file_instead(storage: Storage, path: str, expected: str) -> CheckpointNotFou
 
 
 def committed_in(storage: Storage, directory: str) -> list[str]:
-    """Tags of a directory that may be loaded, in the order in which a reader counts."""
+    """Tags of a directory that may be loaded, with numbers in their names in order: `step9` before `step10`."""
     try:
         names = [entry.name for entry in storage.list(directory) if entry.is_dir]
     except OSError:
@@ -203,7 +203,7 @@ def _natural(tag: str) -> list[tuple[int, str]]:
 
 
 def shown_tags(tags: Sequence[str]) -> str:
-    """The last few of these."""
+    """The last few of these tags, quoted."""
     return ("... " if len(tags) > 4 else "") + ", ".join(f"'{tag}'" for tag in tags[-4:])
 
 
@@ -213,13 +213,10 @@ def contents(storage: Storage, folder: str) -> str:
         names = [entry.name for entry in storage.list(folder)]
     except OSError:
         return "does not exist"
-    shown = ", ".join(f"'{name}'" for name in names[:4]) + _more(names[4:])
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    shown = ", ".join(f"'{name}'" for name in names[:4]) + more
     dcp = "" if ".metadata" not in names else ", a checkpoint of torch.distributed.checkpoint"
     return f"holds {shown}{dcp}" if names else "is empty"
-
-
-def _more(names: Sequence[str]) -> str:
-    return f" and {len(names)} more" if names else ""
 
 
 def why_unread(error: Exception) -> str:

@@ -22,7 +22,7 @@ __all__ = [
 
 LATEST_NAME = "latest"
 LATEST_UNIVERSAL_NAME = "latest_universal"
-"""DeepSpeed's; looked at where there is no `latest`."""
+"""DeepSpeed's name for the same; read where there is no `latest`."""
 
 
 def check_tag(tag: object) -> str:

@@ -1,8 +1,8 @@
-"""SIGTERM while saves are in flight: their commit first, then the end of the process. For a stated time at most.
+"""SIGTERM while saves are in flight: they commit first, within a stated time, and then the process ends.
 
-A handler of Python's runs on the main thread, when that comes back from what it waits for: a collective, a long sleep.
-The system may also hand the signal to another thread, and then nothing wakes the main one. So a thread of our own is
-woken by the signal itself, through a pipe, and does what is to be done.
+Python runs signal handlers on the main thread, and only when that comes back from what it waits for: a collective, a
+long sleep. The system may also hand the signal to another thread, and then nothing wakes the main one. So a thread of
+our own is woken by the signal itself, through a pipe, and waits for the saves.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ __all__ = ["TerminationGuard"]
 
 
 class TerminationGuard:
-    """Lets SIGTERM wait until `is_busy` says no, `grace` seconds at most, before it ends the process as ever.
+    """Delays the end of the process by SIGTERM until `is_busy` says no, `grace` seconds at most.
 
     Only where nobody else handles the signal: a handler of the user's or the framework's decides for itself, and a
-    process that it ends in the ordinary way waits for its saves then. Several guards wait for all that are busy.
+    process that it ends in the ordinary way waits for its saves. With several guards the process waits for all of them.
     `is_busy` may not take locks.
     """
 
@@ -34,7 +34,7 @@ class TerminationGuard:
         self.is_busy, self.grace = is_busy, grace
 
     def install(self) -> None:
-        """Do nothing on another thread than the main one, where Python allows no handlers."""
+        """Begin to guard. Does nothing on other threads than the main one, where Python allows no signal handlers."""
         if threading.current_thread() is threading.main_thread() and _handler.install():
             _handler.guards = [*_others_than(self), weakref.ref(self)]
 
@@ -95,7 +95,7 @@ class _Handler:
         os.close(writing)  # which ends the thread; it closes the other end
 
     def _forget(self) -> None:
-        """In a forked child, which has no thread of ours."""
+        """Let go of the signal in a forked child, which has no thread of ours."""
         self.guards = []
         if threading.current_thread() is threading.main_thread():
             self.remove()

@@ -16,13 +16,13 @@ _STACK = 8 << 20
 """Bytes of address space that a thread takes where the system sets no limit of its own."""
 
 _BEGINNING = 4 << 20
-"""Bytes that Python may need until a new thread runs: memory pools of its own grow by 1 MiB."""
+"""Bytes that Python may need until a new thread runs: its memory pools grow by 1 MiB at a time."""
 
 
 def start_thread(thread: threading.Thread) -> None:
-    """Start it, or raise MemoryError.
+    """Start `thread`, or raise MemoryError.
 
-    Python waits for ever for a thread that found no memory to begin with. So there must be room before it is asked.
+    Python waits for ever for a thread that finds no memory to begin with. So this looks for room first.
     """
     try:
         _check_room(1)

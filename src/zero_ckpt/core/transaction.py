@@ -32,7 +32,10 @@ __all__ = ["Plans", "SaveRequest", "Transaction"]
 
 @dataclass(frozen=True, slots=True)
 class SaveRequest:
-    """What a caller asks for. `timeout`: seconds of silence after which another rank counts as lost."""
+    """What a caller asks for. `timeout`: seconds of silence after which another rank counts as lost.
+
+    `step`, `zero_stage`: checked by `Transaction.begin`, so that a wrong one is raised on every rank.
+    """
 
     directory: str
     tag: str
@@ -45,7 +48,7 @@ class SaveRequest:
 
 
 class Plans:
-    """Keeps the last plan: it is the same as long as tensors and layouts stay as they are."""
+    """Keeps the last plan, which holds as long as tensors and layouts stay as they are."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[str, str], SavePlan] = {}
@@ -240,7 +243,7 @@ class Transaction:
 
     @contextmanager
     def _recording_failure(self) -> Iterator[None]:
-        """What fails here is this rank's reason not to save, and is told at the next meeting."""
+        """Inside, an error becomes this rank's reason not to save, which the others learn at the next meeting."""
         try:
             yield
         except Exception as error:
@@ -259,7 +262,7 @@ def _count(name: str, value: object) -> int:
 
 
 def _described(snapshot: Snapshot) -> dict[str, Any]:
-    """What the manifest says of the snapshot as a whole."""
+    """The fields of the manifest that come from the snapshot."""
     return {
         "buffers": sorted(snapshot.buffers),
         "frozen": sorted(snapshot.frozen),
@@ -269,7 +272,7 @@ def _described(snapshot: Snapshot) -> dict[str, Any]:
 
 
 def _with_experts(header: dict[str, Any], experts: ExpertNotes) -> dict[str, Any]:
-    """The same of all ranks' experts, where ranks hold different ones."""
+    """`header` with what all ranks know of their experts, where ranks hold different ones."""
     return {
         **header,
         "buffers": sorted({*header["buffers"], *experts.buffers}),

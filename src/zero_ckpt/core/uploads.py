@@ -17,7 +17,7 @@ __all__ = ["Upload", "abort_unfinished", "as_oserror", "begin_upload"]
 
 @contextmanager
 def as_oserror(path: str) -> Iterator[None]:
-    """Around calls of a store's library, whose errors are of many kinds. An OSError gets the path, if it has none."""
+    """Make OSErrors of whatever a store's library raises inside. An OSError without a path is given `path`."""
     try:
         yield
     except OSError as error:

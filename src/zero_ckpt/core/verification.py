@@ -1,7 +1,7 @@
 """Reads every byte of a checkpoint and says what differs from what was saved. Imports no torch, changes nothing.
 
-Of each file that the manifest lists: that it is there, its length, the checksum of its header and block table, that
-its header agrees with the manifest, and every data block. Damage never stops it: the rest is read all the same.
+For each file that the manifest lists it checks presence, length, the checksum of header and block table, that the
+header agrees with the manifest, and every data block. Damage never stops it: the rest is read all the same.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _describe(name: str, error: Exception, where: str = "") -> str:
 
 
 def _disagreements(reader: ShardReader, manifest: Manifest) -> Iterator[str]:
-    """Chunks that the manifest places in this file and that its header does not have like that."""
+    """A line for each chunk that the manifest places in this file and that the header lacks or describes otherwise."""
     role, number = reader.name.split("-")[:2]
     rank = int(number)
     for key, placed in manifest.tensors[role].items():

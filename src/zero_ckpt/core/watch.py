@@ -17,7 +17,7 @@ from typing import Any
 __all__ = ["PATIENCE", "Watch", "has_died", "identity", "name_ranks"]
 
 PATIENCE = 30.0
-"""Seconds of silence after which somebody may want to know who is waited for."""
+"""Seconds of silence after which the user is told which ranks are being waited for."""
 
 
 class Watch:
@@ -56,7 +56,7 @@ class Watch:
         return " and ".join(parts)
 
     def awaited(self, ranks: Iterable[int]) -> str:
-        """Says, once, which of `ranks` have been silent for long, though not lost yet. Call it after `lost`."""
+        """Says, once, which of `ranks` have been silent for `PATIENCE` and are not lost yet. Call it after `lost`."""
         now = time.monotonic()
         slow = [r for r in ranks if now - self._seen.get(r, (None, now))[1] > PATIENCE]
         if self._has_told or not slow:
@@ -86,7 +86,7 @@ def name_ranks(ranks: list[int]) -> str:
 
 
 def identity() -> list[str | int]:
-    """Host, process namespace, process and its start: enough for a process on this host to tell whether it lives."""
+    """Boot of the host, process namespace, process id and start: enough for others on this host to tell if it lives."""
     return [*_host(), os.getpid(), _start_time(os.getpid()) or ""]
 
 
@@ -108,7 +108,7 @@ def _start_time(pid: int) -> str | None:
 
 
 def has_died(who: list[Any]) -> bool:
-    """Whether the process of an `identity` is gone, for certain: one of another host never is."""
+    """Whether the process of an `identity` is certainly gone. One on another host cannot be judged: False."""
     boot, namespace, pid, started = who
     if not boot or not started or (boot, namespace) != _host():
         return False

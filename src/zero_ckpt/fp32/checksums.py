@@ -15,11 +15,11 @@ from zero_ckpt.fp32.layout import FileLayout
 __all__ = ["Checksums", "join_crc"]
 
 _POLYNOMIAL = 0xEDB88320
-"""Of CRC-32, lowest power first; bit 31 stands for 1, bit 30 for x."""
+"""The polynomial of CRC-32, lowest power first: bit 31 stands for 1, bit 30 for x."""
 
 
 class Checksums:
-    """Of one file, for all threads that write it. A layout without checksums costs nothing."""
+    """The checksums of one file, for all threads that write it. A layout without checksums costs nothing."""
 
     def __init__(self, layout: FileLayout) -> None:
         self._places = layout.checksums
@@ -30,7 +30,7 @@ class Checksums:
         self._lock = threading.Lock()
 
     def update(self, buffer: memoryview, begin: int, end: int) -> None:
-        """Take in bytes `begin .. end` of the file, which follow what this thread gave before. Again is fine."""
+        """Take in bytes `begin .. end` of the file, which follow what this thread gave before, or are some of that."""
         for number in range(bisect_right(self._slot_ends, begin), len(self._slots)):
             slot = self._slots[number]
             if slot.begin >= end:
@@ -40,7 +40,7 @@ class Checksums:
                 self._extend(self._sums[number], start, buffer[start - begin : stop - begin])
 
     def put(self, buffer: memoryview, begin: int, end: int) -> bool:
-        """Fill in the checksums that stand in bytes `begin .. end`; whether all of them are known by now."""
+        """Fill in the checksums that stand in bytes `begin .. end`. Returns whether all of them are known by now."""
         for index in range(bisect_right(self._place_ends, begin), len(self._places)):
             place = self._places[index]
             if place.begin >= end:
@@ -54,7 +54,7 @@ class Checksums:
         return True
 
     def _extend(self, sums: dict[int, tuple[int, int]], start: int, data: memoryview) -> None:
-        """`sums`: of one slot; where each begins -> where it ends, and the CRC of the bytes between."""
+        """Add `data`, at byte `start`, to the sums of one slot: where each begins -> (where it ends, CRC between)."""
         with self._lock:
             if any(first <= start < stop for first, (stop, _) in sums.items()):
                 return  # written once more
@@ -65,7 +65,7 @@ class Checksums:
             sums[first] = start + len(data), crc
 
     def _crc(self, number: int) -> int | None:
-        """Of a whole slot; None while bytes of it are missing."""
+        """The CRC-32 of a whole slot; None while bytes of it are missing."""
         slot, at, crc = self._slots[number], self._slots[number].begin, 0
         with self._lock:
             sums = sorted(self._sums[number].items())
@@ -78,7 +78,7 @@ class Checksums:
 
 
 def join_crc(first: int, second: int, nbytes: int) -> int:
-    """The CRC-32 of two byte strings end to end, from theirs; the second is `nbytes` long.
+    """The CRC-32 of two byte strings end to end, from the CRC-32 of each; the second string is `nbytes` long.
 
     Appending n bytes multiplies a CRC by x^(8n) modulo the polynomial; CRCs add up by exclusive or.
     """
@@ -92,7 +92,7 @@ def join_crc(first: int, second: int, nbytes: int) -> int:
 
 
 def _multiply(a: int, b: int) -> int:
-    """Of polynomials over GF(2), modulo that of CRC-32."""
+    """The product of two polynomials over GF(2), modulo that of CRC-32."""
     product = 0
     for bit in range(31, -1, -1):
         if a >> bit & 1:

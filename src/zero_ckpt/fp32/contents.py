@@ -78,13 +78,13 @@ class Contents:
 
     @property
     def num_sources(self) -> int:
-        """Files that the model's tensors lie in."""
+        """How many shard files the model's tensors lie in."""
         placed = {id(p): p for p in self.checkpoint.manifest.tensors["model"].values()}
         return len({rank for p in placed.values() for run in p.runs for rank in run.ranks()})
 
     @property
     def index(self) -> dict[str, object] | None:
-        """The Hugging Face index of several files."""
+        """The Hugging Face index of several files; None for a single file."""
         if len(self.names) == 1:
             return None
         tensors = [tensor for group in self._groups for tensor in group]
@@ -99,13 +99,16 @@ class Contents:
         return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
     def layout(self, file: int) -> FileLayout:
-        """Raises `ConfigurationError` for what the format cannot hold, `UnsafeObjectError` for pickled objects."""
+        """The layout of file number `file`.
+
+        Raises `ConfigurationError` for what the format cannot hold, `UnsafeObjectError` for pickled objects.
+        """
         if file not in self._layouts:
             self._layouts[file] = self._make_layout(file)
         return self._layouts[file]
 
     def notices(self) -> list[str]:
-        """What the user should know of that is not in the files."""
+        """What the user should know about state that is left out of the files."""
         if self._format != "safetensors":
             return []
         extra = extra_state(self.checkpoint, self._options.weights_only)

@@ -38,7 +38,7 @@ def check_destination(storage: Storage, output: Output) -> None:
 
 
 def _checkpoint_in(names: Sequence[str]) -> str:
-    """What checkpoint has files of these names; "" for none."""
+    """The kind of checkpoint that has files of these names, in words; "" when they are of none."""
     if MANIFEST_NAME in names:
         return f"the folder of a checkpoint (it holds {MANIFEST_NAME})"
     if shard := next((name for name in names if _OF_A_SAVE.fullmatch(name)), None):

@@ -76,9 +76,9 @@ def export_fp32(
     every format loads with `strict=True`. Modules' extra state, which `safetensors` cannot hold, is left out there,
     with a warning. Peak memory is about 150 MB, whatever the model's size. Every byte read is verified.
 
-    After an interruption (a kill, a lost rank, control-C) the same call writes only those of several files that were
-    not finished, and reads the others once more to be sure of them. The same: of this checkpoint, unchanged, and with
-    these options. Any other call writes all files, and so does one after an error.
+    After an interruption (a kill, a lost rank, Ctrl-C) of an export to several files, the same call writes only those
+    that were not finished, and reads the others once more to be sure of them. It is the same call when the checkpoint
+    is unchanged and the options are these. Any other call writes all files, and so does one after an error.
 
     Raises `ConfigurationError`, `CheckpointNotFoundError`, `CorruptCheckpointError`, `FormatVersionError`,
     `UnsafeObjectError`, `DisagreementError`, `RankTimeoutError`, or `SaveError` when the output cannot be written.
@@ -151,7 +151,7 @@ class _Export:
         return self._contents
 
     def _explained(self, error: Exception) -> Exception:
-        """What looks like damage where a job has overwritten or removed the checkpoint meanwhile is none."""
+        """`error`, or another one where what looks like damage is a job that has replaced the checkpoint meanwhile."""
         if self._contents is None or not isinstance(error, CorruptCheckpointError):
             return error
         known = self._contents.checkpoint
@@ -245,7 +245,7 @@ class _Export:
             ) from error
 
     def _clean_up(self, journal: Journal, error: BaseException) -> None:
-        """An error leaves nothing, an interruption what the same export can go on from."""
+        """After an error leave nothing; after an interruption leave what the same export can go on from."""
         interrupted = isinstance(error, RankTimeoutError) or not isinstance(error, Exception)
         if not interrupted or self._contents is None:
             journal.clear()

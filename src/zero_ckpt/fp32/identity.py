@@ -1,4 +1,4 @@
-"""What an export is made of, in one word: two with the same key write the same bytes."""
+"""A key for each export, made of all that decides its bytes: two with the same key write the same files."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ __all__ = ["export_key", "source_state"]
 
 
 def source_state(folder: str, manifest: Manifest) -> str | None:
-    """What tells a tag folder from itself with other content. Ask before its files are opened.
+    """A text that changes when the content of a tag folder does. Ask for it before the files are opened.
 
-    Our manifest holds checksums of all data. Another system's does not: there every `.pt` file counts, with its
-    identity and the time of its last change, which no program can set. None where those are not known.
+    Empty for a folder of ours, whose manifest holds checksums of all data and is part of the key anyway. In another
+    system's folder every `.pt` file counts, with its identity and the time of its last change, which no program can
+    set. None where those are not known.
     """
     if not isinstance(manifest, ForeignManifest):
         return ""
@@ -38,7 +39,7 @@ def source_state(folder: str, manifest: Manifest) -> str | None:
 
 
 def export_key(contents: Contents, options: Options, state: str | None) -> str:
-    """16 hexadecimal digits. `state`: of the source; when it is not known no two keys are the same."""
+    """16 hexadecimal digits. `state`: the `source_state`; with None no two keys are the same."""
     state = uuid.uuid4().hex if state is None else state
     manifest = contents.checkpoint.manifest
     hasher = xxhash.xxh3_64()

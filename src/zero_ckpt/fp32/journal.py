@@ -1,10 +1,10 @@
 """What an export has finished so far: where its files lie before they are a result, and notes of what is in them.
 
-An export that was interrupted is run again and need not write its whole files once more. Each file of several lies
-under a hidden name with the export's key, in which source and options are, and the run's own nonce; beside it lie
-notes, made when the bytes are durable: the checksums of the windows that a lane has written. The next run with the same
-key takes over each file whose windows are all noted, and all of which still have their checksums. Whatever else it
-finds is removed. As a run never writes to a name with another's nonce, two of them at once cannot write into one file.
+An export that was interrupted and is run again need not write its finished files once more. While it runs, each file
+lies under a hidden name, made of the export's key (which stands for source and options) and the run's own nonce. Beside
+it lie notes, made when bytes are durable: the checksums of the windows that a lane has written. The next run with the
+same key takes over each file whose windows are all noted and still have their checksums; whatever else it finds it
+removes. A run never writes to a name with another's nonce, so two runs at once cannot write into one file.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ Sums = dict[int, int]
 
 @dataclass(slots=True)
 class Journal:
-    """Of one run. `taken`: files of earlier runs -> where each lies; None for one that is in place already."""
+    """The hidden files and notes of one run.
+
+    `taken`: files that earlier runs have finished -> where each lies; None for one that is in place already.
+    """
 
     storage: Storage
     output: Output
@@ -46,9 +49,9 @@ class Journal:
         return self._path(name, self.nonce)
 
     def replace(self, old: set[str]) -> set[str]:
-        """Remember names of files that will be replaced; returns also those that earlier runs were about to replace.
+        """Note the names of files that will be replaced; returns them, and those that earlier runs were to replace.
 
-        Between a new index and the removal of the last old file nothing else knows of them.
+        After the new index is there, and before the last old file is removed, nothing else knows of the old files.
         """
         found = set(old)
         for entry, _ in self._hidden():
@@ -69,7 +72,7 @@ class Journal:
         return self.taken.get(name, self.path(name))
 
     def note(self, name: str, sums: Mapping[int, int]) -> None:
-        """These windows of a file are durable."""
+        """Note that these windows of a file are durable: where each begins -> its checksum."""
         data = json.dumps({str(begin): f"{value:016x}" for begin, value in sums.items()})
         path = f"{self._stem(name, self.nonce)}.{uuid.uuid4().hex[:8]}.written"
         self.storage.put(path, data.encode())
@@ -77,10 +80,10 @@ class Journal:
     def take_over(
         self, names: Sequence[str], sizes: Sequence[int], alive: Callable[[], None]
     ) -> list[int]:
-        """Make this run's what earlier ones with this key have finished; returns the numbers of those files.
+        """Take over the files that earlier runs with this key have finished; returns the numbers of those files.
 
-        Every byte is read and compared. `alive` is called several times a second meanwhile. All else that exports to
-        this output left is removed.
+        Every byte of them is read and compared; `alive` is called several times a second meanwhile. Everything else
+        that exports to this output have left is removed.
         """
         noted = self._noted()
         kept: dict[str, str] = {}
@@ -97,9 +100,9 @@ class Journal:
         *,
         all_of_it: bool = False,
     ) -> None:
-        """Remove hidden files of exports to this output, but for those with this key that `keep(name, nonce)`.
+        """Remove the hidden files of exports to this output, except those of this key for which `keep(name, nonce)`.
 
-        What was to be replaced is forgotten only with `all_of_it`, once that is done.
+        `all_of_it`: also the notes on files to be replaced, which are needed until these are removed.
         """
         for entry, (name, key, nonce) in list(self._hidden()):
             if entry.endswith(".replaced") and not all_of_it:
@@ -129,7 +132,7 @@ class Journal:
         return name in self.taken
 
     def _holds(self, path: str, nbytes: int, sums: Sums, alive: Callable[[], None]) -> bool:
-        """Whether there is a file with these checksums."""
+        """Whether `path` is a file of this length whose windows have these checksums."""
         buffer = aligned_buffer(WINDOW)
         try:
             file = self.storage.open(path)

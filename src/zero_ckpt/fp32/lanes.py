@@ -1,7 +1,8 @@
 """Who writes which bytes of an export, and the writing of one rank's share.
 
-A lane is what one thread writes: parts of files, front to back. One process has two lanes, since while one waits for
-the disk the other assembles; of several ranks each has one. A file that several lanes write parts of exists before.
+A lane is what one thread writes: parts of files, front to back. A process that works alone has two lanes, so that one
+assembles while the other waits for the disk; of several ranks each has one. A file that several lanes write to is
+created before they begin.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ Part = tuple[int, int, int]
 Lane = list[Part]
 
 LANES = 2
-"""Of a process that works alone."""
+"""Lanes of a process that works alone."""
 
 BUFFERS = 3
-"""Of a lane: one is filled while two are written. More only take memory, which is slow to touch when it is fresh."""
+"""Buffers of a lane: one is filled while two are written. More would only take memory, which is slow when fresh."""
 
 WORTHWHILE_BLOCKS = 4
-"""Blocks for each shard file that a lane must have to write, to be worth that it reads from all of those."""
+"""Blocks to write per shard file that make another lane worthwhile, as each lane reads from all shard files."""
 
 
 def lanes_of(
@@ -46,7 +47,8 @@ def lanes_of(
 ) -> list[list[Lane]]:
     """The lanes of each rank. `finished`: files that nobody has to write.
 
-    Files are divided, not their bytes, where an object has one writer, or ranks do not know each other's checksums.
+    Whole files are divided among the ranks where an object has one writer, or where files hold checksums and ranks do
+    not know each other's; elsewhere bytes are.
     """
     sizes = [
         0 if file in finished else contents.layout(file).nbytes
@@ -130,7 +132,7 @@ class _Meter:
         self._lock, self._stopped = threading.Lock(), False
 
     def add(self, nbytes: int) -> bool:
-        """Whether to go on."""
+        """Count `nbytes` more. Returns whether to go on."""
         with self._lock:
             self._done += nbytes
             self._advance(self._done, self._total)

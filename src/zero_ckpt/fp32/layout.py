@@ -60,7 +60,7 @@ class Checksum:
 
 @dataclass(frozen=True, slots=True)
 class FileLayout:
-    """All in ascending order."""
+    """A file of `nbytes` bytes. Slots, literals and checksums are each in ascending order."""
 
     nbytes: int
     slots: tuple[Slot, ...]
@@ -74,7 +74,7 @@ def widest_first(tensors: Sequence[OutTensor]) -> list[OutTensor]:
 
 
 def layout_safetensors(tensors: Sequence[OutTensor]) -> FileLayout:
-    """A safetensors file. The format has no shared storage: tied weights stand there under each of their names.
+    """A safetensors file. The format has no shared storage, so tied weights are written under each of their names.
 
     Format: https://huggingface.co/docs/safetensors. Raises `ConfigurationError` for a dtype that it lacks.
     """

@@ -39,7 +39,7 @@ _SUFFIXES = {
 _NOT_OURS = re.compile(
     r"\.(gguf|gz|h5|hdf5|joblib|json|keras|msgpack|np[yz]|onnx|pb|pickle|pkl|pt2|pte|safetensor|st|tar|tflite|zip)"
 )
-"""Suffixes by which somebody means a file, in a format that is none of ours. Any other may end a folder's name."""
+"""Suffixes by which a user means a file of a format that is not written here. Any other may end a folder's name."""
 
 _INDEX_LIMIT = 1 << 30
 
@@ -141,7 +141,7 @@ def _is_folder(path: str | os.PathLike[str], target: str) -> bool:
 
 
 def _kinds(target: str, suffix: str) -> tuple[str, ...]:
-    """Formats of a file with this suffix; none when it is a folder's."""
+    """The formats that a file with this suffix may have; none for what is a folder's name."""
     if _NOT_OURS.fullmatch(suffix):
         raise ConfigurationError(
             f"{target}: '{suffix}' is the suffix of no format here. Known are {', '.join(_SUFFIXES)}; a folder of that "

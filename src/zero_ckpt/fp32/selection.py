@@ -18,7 +18,7 @@ from zero_ckpt.errors import ConfigurationError
 __all__ = ["DTYPES", "OutTensor", "check_dtype", "select", "stored_tensor"]
 
 DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16", "keep": None}
-"""Choice of dtype -> that of floating parameters in the output; None leaves each as stored."""
+"""What a user may ask for -> the dtype of floating parameters in the output; None leaves each as stored."""
 
 _NARROW = frozenset({"F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0"})
 _FLOATING = _NARROW | {"F32", "F64"}

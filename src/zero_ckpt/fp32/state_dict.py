@@ -39,7 +39,7 @@ def get_fp32_state_dict_from_zero_checkpoint(
     """The model's full state dict on the CPU, for `load_state_dict(strict=True)` of a model that is not sharded.
 
     Parameters in fp16, bf16 or fp8 become fp32; fp32 and fp64 ones, integers and buffers are bitwise what was saved.
-    Tied names share one tensor. Frozen parameters are included, unless they are excluded here or were by the save.
+    Tied names share one tensor. Frozen parameters are included, unless this call or the save has excluded them.
     What modules' `get_extra_state` returned is included too. Files of optimizer state are not opened.
 
     `checkpoint_dir`: a checkpoint directory or a tag's folder. `tag` None: what `latest` names, or, when that is

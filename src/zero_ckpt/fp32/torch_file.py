@@ -60,7 +60,7 @@ class _Storage:
 
 
 def stand_ins(tensors: Sequence[OutTensor]) -> dict[str, Any]:
-    """A state dict, every name in it, whose tensors `layout_torch_file` takes from the checkpoint."""
+    """A state dict under every name, whose values stand for stored tensors that `layout_torch_file` will place."""
     found: dict[str, Any] = {}
     for tensor in tensors:
         stand_in = _StandIn(tensor, tensor.dtype, tensor.shape)
@@ -69,10 +69,10 @@ def stand_ins(tensors: Sequence[OutTensor]) -> dict[str, Any]:
 
 
 def layout_torch_file(tree: Any, placed: Callable[[str, str], Placed]) -> FileLayout:
-    """A file that `torch.load` gives `tree` from.
+    """The layout of a file from which `torch.load` makes `tree`.
 
-    Its tensors: `stand_ins`, lazy ones of the checkpoint, which are streamed as they are, and plain ones, whose bytes
-    become part of the layout. `placed(role, key)` says where a lazy one is stored.
+    The tree may hold `stand_ins` and lazy tensors of the checkpoint, which are streamed when the file is written, and
+    plain tensors, whose bytes become part of the layout. `placed(role, key)`: where a lazy tensor is stored.
     """
     stream = io.BytesIO()
     pickler = _Pickler(stream, placed)

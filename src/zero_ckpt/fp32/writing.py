@@ -29,9 +29,9 @@ def write_range(
 ) -> list[int]:
     """Write bytes `begin .. end`; `begin` is a multiple of `WINDOW`.
 
-    Returns where windows begin that are not written yet: a checksum stands in them that is only known when another
-    range, which lies before this one, has passed by. `written(nbytes)` is called after each window and says whether to
-    go on. Raises what reading or writing raised; the writer stays open.
+    Returns the beginnings of windows that are not written yet, since they hold a checksum that is known only when the
+    range before this one is written. `written(nbytes)` is called after each window and says whether to go on. Raises
+    what reading or writing raised; the writer stays open.
     """
     threads = WriteThreads(writer, pool, lambda: None)
     waiting: list[int] = []

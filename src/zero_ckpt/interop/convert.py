@@ -1,4 +1,4 @@
-"""A checkpoint of any format as one of ours: read in slabs, written, committed and checksummed like any save."""
+"""Writes a checkpoint of any format as one of ours: read in slabs, then committed and checksummed like any save."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ def convert_checkpoint(
     """Write `source` as a tag of the checkpoint directory `directory`; returns the tag's folder.
 
     `source`, `tag`: a checkpoint directory and a tag in it (None: its latest), or a tag's folder. `name`: of the new
-    tag; None: as it was. Model, optimizer state and objects are taken over bitwise, in one process; extra memory is a
-    few slabs of 4 MiB, whatever the size. `weights_only=False` allows pickled objects, whose opening can run code.
+    tag; None: that of the source. Model, optimizer state and objects are taken over bitwise, in one process; extra
+    memory is a few slabs of 4 MiB, whatever the size. `weights_only=False` allows pickled objects, whose opening can
+    run code.
 
     Raises `CheckpointNotFoundError`, `CorruptCheckpointError`, `StateMismatchError` where optimizer state is in a form
     that is not known, `UnsafeObjectError`, `ConfigurationError` for a place that holds the source, or `SaveError`.

@@ -1,4 +1,4 @@
-"""A checkpoint of any format as one of DeepSpeed's universal ones, which DeepSpeed loads at any number of ranks.
+"""Writes a checkpoint of any format as a universal one of DeepSpeed's, which that loads at any number of ranks.
 
     <directory>/<tag>_universal/zero/<parameter>/{fp32,exp_avg,exp_avg_sq,step}.pt     whole tensors
     <directory>/<tag>_universal/zero/optimizer_state.pt                                  groups and their options
@@ -6,9 +6,9 @@
     <directory>/<tag>_universal/zero_pp_rank_0_mp_rank_00_model_states.pt                the same, as stage 3 calls it
     <directory>/latest_universal                                                         the tag, written last
 
-The layout is that of DeepSpeed 0.19's `ds_to_universal` after ZeRO stage 1 and 2, with what its loader at stage 3 wants
-to find as well; DeepSpeed's own converter writes for the one or the other. Tensors are streamed, one file after the
-other; the tag's folder appears when it is whole.
+The layout is that of DeepSpeed 0.19's `ds_to_universal` after ZeRO stage 1 and 2, and has what DeepSpeed's loader at
+stage 3 wants as well; its own converter writes for the one or for the other. Tensors are streamed, one file after the
+other, and the tag's folder appears when it is whole.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MODEL_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_st
 """Names of the model file: of stage 0 to 2, and of stage 3."""
 
 _VERSION = "0.19.8"
-"""The DeepSpeed whose layout this is."""
+"""The version of DeepSpeed whose layout this is."""
 
 
 def convert_to_universal(
@@ -130,7 +130,10 @@ class _Writer:
     def _optimizer(
         self, groups: list[dict[str, Any]], states: Mapping[str, Mapping[str, str]]
     ) -> dict[str, Any]:
-        """Stage 3 takes groups and step from `optimizer_state_dict`, and one step for all parameters."""
+        """What `zero/optimizer_state.pt` holds.
+
+        At stage 3 DeepSpeed takes groups and step from `optimizer_state_dict`, and one step for all parameters.
+        """
         options = [{**g["options"], "params": [i]} for i, g in enumerate(groups)]
         steps = [stored["step"] for stored in states.values() if "step" in stored]
         first = {"step": self._checkpoint.lazy("optim", steps[0])} if steps else {}

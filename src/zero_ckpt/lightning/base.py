@@ -66,17 +66,8 @@ class StrategyBase(Host):
         start_method: Any = "popen",
         **ddp_options: Any,
     ) -> None:
-        if stage not in (0, 1, 2, 3):
-            raise ConfigurationError(f"stage={stage!r}: expected 0, 1, 2 or 3.")
-        if stage < 2 and (cpu_offload or sharding_size is not None):
-            raise ConfigurationError(
-                f"cpu_offload and sharding_size are for stages 2 and 3, not for stage={stage}."
-            )
-        if isinstance(async_save, AsyncSave) and async_save.when_busy != "wait":
-            raise ConfigurationError(
-                f"async_save: when_busy={async_save.when_busy!r}, but ModelCheckpoint counts on every save that it "
-                'asks for, and removes older ones: only "wait" is right under Lightning.'
-            )
+        _check_sharding(stage, cpu_offload, sharding_size)
+        _check_async_save(async_save)
         check_timeout(save_timeout, "save_timeout")
         _check_ddp_options(ddp_options)
         super().__init__(
@@ -132,7 +123,7 @@ class StrategyBase(Host):
 
     @property
     def interrupted(self) -> bool:
-        """Whether an exception ends the run, so that other ranks may not make the same calls."""
+        """Whether the run is being ended by an exception, so that other ranks may not make the same calls."""
         trainer = self._current_trainer()
         return trainer is not None and trainer.state.status == "interrupted"
 
@@ -145,7 +136,7 @@ class StrategyBase(Host):
         return None if self._lightning_module is None else self._lightning_module._trainer
 
     def _callbacks(self, *names: str) -> list[Any]:
-        """The run's callbacks that are Lightning's own of these names; a version of Lightning may lack some of them."""
+        """The run's callbacks of Lightning's own classes with these names, as far as this Lightning has the classes."""
         trainer = self._current_trainer()
         known = self.namespace.module("callbacks")
         kinds = tuple(getattr(known, name) for name in names if hasattr(known, name))
@@ -154,7 +145,7 @@ class StrategyBase(Host):
     def _meet(
         self, phase: str, record: Any, decide: Callable[[list[Any]], Any], timeout: float | None
     ) -> Any:
-        """Every rank's `record` to rank 0; what its `decide` returns, or raises, to every rank."""
+        """Give `record` to rank 0; what its `decide(records by rank)` returns or raises is what every rank gets."""
         return meet_json(self.control, phase, record, decide, timeout)
 
     def _together(self, phase: str, action: Callable[[], None]) -> None:
@@ -176,9 +167,26 @@ class StrategyBase(Host):
             raise_for(error, failure)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For launchers that pickle the strategy: connections of this process stay behind."""
+        """For launchers that pickle the strategy, without what belongs to this process."""
         here = ("_zero_engine", "_zero_sharding", "_zero_mesh", "_zero_source", "_zero_handed_out")
         return {**super().__getstate__(), **dict.fromkeys(here)}
+
+
+def _check_sharding(stage: int, cpu_offload: bool, sharding_size: int | None) -> None:
+    if stage not in (0, 1, 2, 3):
+        raise ConfigurationError(f"stage={stage!r}: expected 0, 1, 2 or 3.")
+    if stage < 2 and (cpu_offload or sharding_size is not None):
+        raise ConfigurationError(
+            f"cpu_offload and sharding_size are for stages 2 and 3, not for stage={stage}."
+        )
+
+
+def _check_async_save(async_save: bool | AsyncSave) -> None:
+    if isinstance(async_save, AsyncSave) and async_save.when_busy != "wait":
+        raise ConfigurationError(
+            f"async_save: when_busy={async_save.when_busy!r}, but ModelCheckpoint counts on every save that it "
+            'asks for, and removes older ones: only "wait" is right under Lightning.'
+        )
 
 
 def _check_ddp_options(options: dict[str, Any]) -> None:

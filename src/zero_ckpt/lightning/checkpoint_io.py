@@ -122,7 +122,7 @@ def load_file(path: Any, map_location: Any, weights_only: bool | None) -> dict[s
 
 
 def _write_file(content: dict[str, Any], path: Any) -> None:
-    """Atomic, like Lightning's own files."""
+    """Write one file atomically, as Lightning writes its own."""
     directory, name = os.path.split(os.path.abspath(os.fspath(path)))
     os.makedirs(directory, exist_ok=True)
     temporary = os.path.join(directory, f".{name}.part")

@@ -37,9 +37,10 @@ VERSION_KEY = "pytorch-lightning_version"
 
 @dataclass(frozen=True, slots=True)
 class ModuleNames:
-    """What a module says about its state dict's keys.
+    """What a module says about the keys of its state dict, by their names in a checkpoint.
 
-    `ties`: name -> first name of the same tensor. `memory`: where this rank's parts of its parameters lie.
+    `parameters`, `frozen`: names of parameters, and of those with `requires_grad=False`. `ties`: name -> first name of
+    the same tensor. `memory`: addresses of this rank's parts of the parameters.
     """
 
     naming: Naming = field(default_factory=Naming)
@@ -70,7 +71,7 @@ class ModuleNames:
         )
 
     def is_parameter(self, key: str, value: torch.Tensor) -> bool:
-        """Whether an entry is one, perhaps renamed. Others may differ between ranks, as a metric's state does."""
+        """Whether an entry is a parameter, perhaps renamed. Others (a metric's state) may differ between ranks."""
         if key in self.parameters:
             return True
         return not isinstance(value, LazyTensor) and local_tensor(value).data_ptr() in self.memory
@@ -83,11 +84,10 @@ def to_snapshot(
     *,
     exclude_frozen: bool = False,
 ) -> Snapshot:
-    """What one rank hands to a save for Lightning's dict. `names` None: no module is known.
+    """What one rank hands to a save for Lightning's dict.
 
-    `exclude_frozen`: without the weights that are frozen, which is recorded.
-
-    A dict in an unknown shape (a hook may have changed it) is stored as it is, in `client_state`.
+    `names`: of the module; None when no module is known. `exclude_frozen`: leave out frozen weights, and record which
+    they are. An entry in an unknown shape (a hook may have changed it) is stored as it is, in `client_state`.
     """
     client = dict(checkpoint)
     objects: dict[str, Any] = {"global_step": step_of(checkpoint)}
@@ -106,7 +106,7 @@ def to_snapshot(
 
 
 def step_of(checkpoint: Mapping[str, Any]) -> int:
-    """0 where a hook has left something else than a step."""
+    """The dict's `global_step`; 0 where a hook has left something else there."""
     step = checkpoint.get("global_step", 0)
     return int(step) if isinstance(step, int) and step >= 0 else 0
 
@@ -148,7 +148,7 @@ def _leave_frozen(snapshot: Snapshot) -> None:
 
 
 def _aliases(weights: Mapping[str, torch.Tensor], ties: Mapping[str, str]) -> dict[str, str]:
-    """The ties of which both ends are there and are still the same memory."""
+    """The ties whose two names are both there and still have the same memory."""
     return {
         name: first
         for name, first in ties.items()
@@ -204,7 +204,7 @@ def _take_optimizer(snapshot: Snapshot, name: str, state: Mapping[str, Any]) -> 
 def from_checkpoint(
     checkpoint: Checkpoint, version: str, weights_only: bool, *, with_optimizers: bool = True
 ) -> dict[str, Any]:
-    """Lightning's dict, lazily. `version`: for checkpoints that were not written by Lightning.
+    """Lightning's dict, lazily. `version`: of Lightning, for checkpoints that it did not write.
 
     Raises `UnsafeObjectError` for an object that was stored as a pickle when `weights_only`.
     """
@@ -225,7 +225,7 @@ def from_checkpoint(
 
 
 def _foreign(objects: Mapping[str, Any], version: str) -> dict[str, Any]:
-    """Of another writer: weights, optimizers and schedulers are taken, loops start anew."""
+    """The dict for another writer's checkpoint: weights, optimizers and schedulers are restored, loops start anew."""
     client = {"client_state": objects.get("client_state")}
     return {VERSION_KEY: version, "epoch": 0, "global_step": step_of(objects), **client}
 

@@ -1,4 +1,4 @@
-"""The place in an epoch: where its loop and its loaders go on, and that they agree about it.
+"""The place in an epoch at which both the loop and the loaders go on.
 
 Lightning counts what a rank was given (`ready`), has trained on (`processed`), and has run all hooks for (`completed`).
 A save may come in between. What counts here is what was trained on.

@@ -58,7 +58,7 @@ class Fp32ExportMixin(Host):
 
     namespace: ClassVar[Namespace]
     is_asked_for = True
-    """False of the one that the strategy adds: it writes nothing when the trainer keeps no checkpoints."""
+    """False for the export that the strategy adds, which writes nothing when the trainer keeps no checkpoints."""
     is_attached = False
     """Whether the strategy has added it to the trainer, for one fit."""
 
@@ -110,10 +110,8 @@ class Fp32ExportMixin(Host):
         try:
             self._export(trainer)
         except Exception as error:
-            self._warn(
-                trainer,
-                f"the fp32 export failed; training and checkpoints are not affected: {error}",
-            )
+            text = "the fp32 export failed; training and checkpoints are not affected"
+            warn_on_first(trainer.global_rank, [f"{text}: {error}"])
 
     def _export(self, trainer: Any) -> None:
         strategy = trainer.strategy
@@ -136,7 +134,7 @@ class Fp32ExportMixin(Host):
                 strategy.remove_checkpoint(source)
 
     def _collapse(self, trainer: Any, source: str, folder: str) -> str:
-        """Returns the file that tells of the rest."""
+        """Export `source`. Returns the path of the weights: of the index, if there are several files."""
         if not is_checkpoint_folder(source):
             raise ConfigurationError(
                 f"{source} is no sharded checkpoint: use strategy='zero_ckpt' or ZeroCheckpointIO"
@@ -148,9 +146,6 @@ class Fp32ExportMixin(Host):
     def _say(self, text: str) -> None:
         self.namespace.module("utilities.rank_zero").rank_zero_info(text)
 
-    def _warn(self, trainer: Any, text: str) -> None:
-        warn_on_first(trainer.global_rank, [text])
-
 
 @cache
 def make_export(namespace: str) -> type[Any]:
@@ -160,7 +155,7 @@ def make_export(namespace: str) -> type[Any]:
 
 
 def best_checkpoint(trainer: Any) -> str:
-    """The path to export: of the first `ModelCheckpoint` that has saved one; else ""."""
+    """The path of the checkpoint to export, from the first `ModelCheckpoint` that has saved one; else ""."""
     for callback in trainer.checkpoint_callbacks:
         best = getattr(callback, "best_model_path", "")
         last = getattr(callback, "last_model_path", "")

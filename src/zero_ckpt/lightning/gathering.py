@@ -17,7 +17,7 @@ __all__ = ["gather_content"]
 
 
 def gather_content(checkpoint: Mapping[str, Any], rank: int, world_size: int) -> dict[str, Any]:
-    """Collective. Whole tensors, optimizer state by number as torch has it; `{}` but on rank 0."""
+    """Collective. The dict with whole tensors, and optimizer state by number as torch has it; on other ranks `{}`."""
     content = dict(checkpoint)
     states = content.pop("optimizer_states", None)
     whole: dict[str, Any] = _whole(content, rank, {})
@@ -57,7 +57,7 @@ def _optimizer(state: Mapping[str, Any], rank: int, world_size: int) -> dict[str
 
 
 def _parts(states: Mapping[str, Any], rank: int, world_size: int) -> list[Any]:
-    """All ranks' states on rank 0: parts of tensors are put together, owners' whole ones sent."""
+    """All ranks' states, on rank 0: sharded tensors are put together, whole ones sent by the ranks that own them."""
     sharded = any(isinstance(v, DTensor) for values in states.values() for v in values.values())
     kinds: list[Any] = [None] * world_size
     dist.all_gather_object(kinds, sharded)

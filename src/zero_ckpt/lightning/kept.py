@@ -1,4 +1,4 @@
-"""What hooks keep of a loaded checkpoint: read before the checkpoint may be removed or overwritten.
+"""Reads what hooks keep of a loaded checkpoint, before the checkpoint may be removed or overwritten.
 
 `on_load_checkpoint` gets lazy tensors. Most are gone when all is restored; those that somebody still holds are read
 then, and are ordinary tensors for whoever uses them.
@@ -19,14 +19,14 @@ __all__ = ["HandedOut"]
 
 
 class HandedOut:
-    """The lazy tensors of a `content` that is about to be handed out. Keeps none of them alive."""
+    """The lazy tensors in a `content` that is about to be given to hooks. Keeps none of them alive."""
 
     def __init__(self, content: object) -> None:
         found = {id(each): each for each in tree_leaves(content) if isinstance(each, LazyTensor)}
         self._tensors = [ref(each) for each in found.values()]
 
     def read_kept(self, checkpoint: Checkpoint) -> None:
-        """Read those of `checkpoint` that somebody holds. No communication.
+        """Read those lazy tensors of `checkpoint` that somebody still holds. No communication.
 
         Raises `CorruptShardError` for damaged bytes.
         """

@@ -94,10 +94,12 @@ def _build_without(
     strict: bool | None,
     kwargs: dict[str, Any],
 ) -> Module:
-    """The module, whose frozen parameters that were left out of the save keep their own values."""
+    """The module; frozen parameters that were `left_out` of the save keep the values that the class gives them."""
     if not left_out:
         return build(strict, kwargs)
-    with warnings.catch_warnings():  # Lightning tells which are missing: just those, or see below
+    with (
+        warnings.catch_warnings()
+    ):  # Lightning warns of missing keys: of these, or of others that are refused below
         warnings.filterwarnings("ignore", message="Found keys that are in the model state dict")
         module = build(False, kwargs)
     if module.strict_loading if strict is None else strict:

@@ -87,5 +87,5 @@ def load(name: str) -> Namespace:
 
 
 def checkpoint_io_bases() -> tuple[type[Any], ...]:
-    """The `CheckpointIO` classes of all installed copies: a subclass of all is accepted by all."""
+    """The `CheckpointIO` classes of all installed copies. A subclass of all of them is accepted by each copy."""
     return tuple(load(name).checkpoint_io for name in installed())

@@ -91,7 +91,7 @@ class OpenMixin(StrategyBase):
     def _describe(
         self, checkpoint: Checkpoint, weights_only: bool
     ) -> tuple[Restoration, tuple[dict[str, Any], str]]:
-        """Nothing to restore yet; Lightning's dict, and a notice for the user. Verifies this rank's share."""
+        """Verify this rank's share. Returns an empty plan, and (Lightning's dict, a notice for the user)."""
         with_optimizers = self.is_fitting and self.wanted.optimizers
         roles = ("model", "optim", "state") if with_optimizers else ("model", "state")
         verify_share(checkpoint, roles, self.control, self.replicated)
@@ -107,7 +107,7 @@ class OpenMixin(StrategyBase):
 
     @property
     def replicated(self) -> Sharing | None:
-        """Below stage 2 all ranks read the same weights: once from the disk, then from its cache."""
+        """Below stage 2 all ranks read the same weights: from the disk once, then from the page cache."""
         several = self.stage < 2 and self.world_size > 1
         return Sharing(0, 1, frozenset({"model", "optim"})) if several else None
 
@@ -158,7 +158,7 @@ class OpenMixin(StrategyBase):
         return agreed
 
     def agree_nothing_to_restore(self) -> None:
-        """A rank that found no checkpoint meets here those that found one."""
+        """Meet the ranks that found a checkpoint, if this one found none and so did not open any."""
         if not self._zero_asked:
             self._zero_asked = True
             self._agreed_path(None)

@@ -28,7 +28,7 @@ from zero_ckpt.zero.parts import part_like, placed_like
 __all__ = ["STATES", "Pristine", "plan_state", "pruned_names", "state_of"]
 
 STATES = frozenset({"class", "state", "param_groups"})
-"""Keys of a state that have a meaning here; others belong to the optimizer's own class."""
+"""Keys of an optimizer's state dict that this module knows; others belong to the optimizer's own class."""
 
 
 def state_of(
@@ -54,7 +54,7 @@ def state_of(
 
 
 def pruned_names(module: nn.Module) -> dict[str, str]:
-    """The present names of parameters under `torch.nn.utils.prune` -> those from before."""
+    """Names of parameters that `torch.nn.utils.prune` has renamed -> their names from before."""
     clean = naming_of(module).clean
     buffers = {clean(name) for name, _ in module.named_buffers()}
     parameters = [clean(name) for name, _ in module.named_parameters()]
@@ -173,7 +173,7 @@ def _install(
 
 
 def _placed(value: Any, name: str, parameter: torch.Tensor, cpu_step: bool) -> Any:
-    """A whole tensor of state, laid out like its parameter where it has its shape."""
+    """A value of the state as the optimizer wants it: a whole tensor is laid out like a parameter of its shape."""
     if isinstance(value, LazyTensor):
         value = value.materialize()
     if not isinstance(value, torch.Tensor) or isinstance(value, DTensor):

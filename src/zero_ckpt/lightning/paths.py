@@ -46,7 +46,7 @@ def is_checkpoint_folder(path: Any) -> bool:
 def refuse_export(path: Any) -> None:
     """Raise `ConfigurationError` for a file of weights alone, which was exported from a checkpoint.
 
-    And `CheckpointNotFoundError` for a file of a checkpoint's folder, naming that.
+    Raises `CheckpointNotFoundError`, naming the folder, for a file that lies in a checkpoint's folder.
     """
     place = absolute(path)
     storage = AnyStorage()
@@ -62,15 +62,16 @@ def refuse_export(path: Any) -> None:
 
 @contextmanager
 def making_way(engine: SyncEngine, directory: str, tag: str) -> Iterator[Callable[[], None]]:
-    """Around a save of `engine` to this tag, which may be committed later.
+    """Around a save of `engine` to this tag: moves out of the way what has its name, and back if nothing is committed.
 
-    What it gives makes the way: for the save to call when it begins, and not before an earlier one's failure is known.
+    Yields the function that makes way. The save calls it when it begins: earlier, the failure of a previous save might
+    not be known yet. The save may be committed after this has ended.
     """
     ends: list[Callable[[bool], None]] = []
 
     def make_way() -> None:
         ends.append(_make_way(directory, tag))
-        if engine.is_async:  # `ModelCheckpoint` looks what is there
+        if engine.is_async:  # `ModelCheckpoint` looks for the path before the commit
             os.makedirs(f"{directory}/{tag}", exist_ok=True)
 
     try:
@@ -84,9 +85,9 @@ def making_way(engine: SyncEngine, directory: str, tag: str) -> Iterator[Callabl
 
 
 def _make_way(directory: str, tag: str) -> Callable[[bool], None]:
-    """Before a save to this tag: a link there goes (its target stays), a file is set aside.
+    """Before a save to this tag: remove a link of its name (the target stays), set a file of its name aside.
 
-    Returns what to call when the save has ended, with whether it was committed: then the file goes, else it comes back.
+    Returns a function to call with the save's outcome: after a commit it removes the file, else it puts it back.
     """
     path = f"{directory}/{tag}"
     aside = f"{path}.replaced"  # no name that Lightning looks for
@@ -110,7 +111,7 @@ def _make_way(directory: str, tag: str) -> Callable[[bool], None]:
 
 
 def remove(path: Any) -> None:
-    """Remove a checkpoint, whatever kind it is; nothing where nothing is.
+    """Remove a checkpoint of any kind: a folder, a link or a file. A missing one is fine.
 
     Links beside it that point to it, and `latest`, are first pointed to the newest remaining
     checkpoint, so that `last.ckpt` never dangles; without another one they go too.

@@ -19,7 +19,7 @@ __all__ = ["PendingRng"]
 
 
 class PendingRng:
-    """One rank's. `state`: what `rng.capture` returned on it when the checkpoint was written."""
+    """The random stream of one rank. `state`: what `rng.capture` returned there when the checkpoint was written."""
 
     def __init__(self, state: Mapping[str, Any], device: torch.device) -> None:
         self._state: Mapping[str, Any] | None = state

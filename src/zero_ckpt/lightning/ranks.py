@@ -75,7 +75,7 @@ def _flat(loaders: Any) -> list[Any]:
 
 
 def _take_loaders(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
-    """States of all loaders that have one; Lightning's list keeps them only if all are users'."""
+    """The states of all loaders that have one. Lightning's list of them is left in place only if no loader is ours."""
     fit_loop = checkpoint.get("loops", {}).get("fit_loop", {})
     state = fit_loop.get("state_dict", {})
     loaders: list[dict[str, Any]] = state.get("combined_loader", [])
@@ -100,7 +100,7 @@ class Resumption:
     scaled: bool = False
 
     def bind(self, trainer: Any, loader: object) -> object:
-        """The next training loader of the run: let it continue where it was."""
+        """Let `loader`, the run's next training loader, continue where it was; returns it."""
         if isinstance(loader, DataLoader) and can_resume(loader):
             position = self.positions.pop(0) if self.positions else None
             if position is not None and "zero_ckpt_loader" not in position:
@@ -133,7 +133,7 @@ class Resumption:
 
 
 def _batches(loader: DataLoader[Any], limit: float) -> int | None:
-    """Of an epoch under `limit_train_batches`; None when nobody knows."""
+    """Batches of an epoch under `limit_train_batches`; None where the loader does not know."""
     try:
         length = len(loader)
     except (TypeError, NotImplementedError):
@@ -150,11 +150,11 @@ def restore_rank(
     weights_only: bool,
     window: int,
 ) -> Resumption | None:
-    """What `rank` of `world_size` continues with; None when the checkpoint has nothing of it.
+    """The state with which `rank` of `world_size` continues; None when the checkpoint has no such state.
 
     window: batches for which gradients are accumulated now.
 
-    May change `lightning_state`: users' stateful loaders' own states per rank.
+    May change `lightning_state`, so that users' own stateful loaders get this rank's states.
     """
     saved = checkpoint.manifest.world_size
     state = checkpoint.rank_objects(rank % saved, weights_only)
@@ -195,6 +195,7 @@ def _warn_derived(checkpoint: Checkpoint, rank: int, world_size: int) -> None:
 
 
 def _derived(state: Mapping[str, Any], rank: int, device: torch.device) -> dict[str, Any]:
+    """The state that `rng.derive` would put this rank's generators into; they stay as they are."""
     now = rng.capture(device)
     try:
         rng.derive(state, rank, device)
@@ -208,7 +209,7 @@ def _placed(
     loaders: list[dict[str, Any]],
     scale: Callable[[int], int],
 ) -> tuple[int | None, list[dict[str, Any]]]:
-    """The loop's place by `scale` and its loaders there; None when they keep their places themselves."""
+    """(the loop's place, the loaders' states at it), both by `scale`; None for a place that loaders keep themselves."""
     if not loaders or any("zero_ckpt_loader" not in each for each in loaders):
         return None, loaders
     fit_loop = lightning_state.get("loops", {}).get("fit_loop", {})

@@ -68,7 +68,7 @@ class SaveMixin(StrategyBase):
         return state_of(raw, names, self._names_without_pruning())
 
     def _names_without_pruning(self) -> dict[str, str]:
-        """Of parameters that `ModelPruning` puts into the checkpoint as if they had never been pruned."""
+        """Present name -> unpruned name, where `ModelPruning` stores parameters as if they had never been pruned."""
         if not any(c._make_pruning_permanent for c in self._callbacks("ModelPruning")):
             return {}
         assert self.lightning_module is not None

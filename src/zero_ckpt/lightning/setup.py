@@ -1,4 +1,4 @@
-"""Setting up a run: the model sharded once, the optimizers over what is sharded, and the end of it."""
+"""Setting up a run (the model is sharded once, then optimizers are made over what is sharded) and ending it."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ class SetupMixin(RestoreMixin, StepMixin):
                 zero.rebind_optimizer(optimizer, self._zero_sharding.replaced)
 
     def _partitioned(self, whole: Optimizer, bound: Optimizer) -> Optimizer:
-        """`whole` in parts, driven by the schedulers that were bound to `bound`."""
+        """`whole`, partitioned at stage 1; schedulers that drove `bound` drive the parts."""
         assert self.lightning_module is not None
         parameters = {id(p) for p in self.lightning_module.parameters()}
         if not any(id(p) in parameters for group in whole.param_groups for p in group["params"]):
@@ -156,9 +156,9 @@ class SetupMixin(RestoreMixin, StepMixin):
         return parts
 
     def follow_regrouping(self) -> None:
-        """Partition anew an optimizer whose list of groups was replaced: its parts would go on with the old ones.
+        """Partition anew every optimizer whose list of groups was replaced, as a finetuning callback does on resume.
 
-        A finetuning callback that resumes does that.
+        Its parts would otherwise go on with the old groups.
         """
         optimizers = list(self.optimizers)
         for index, parts in enumerate(optimizers):
@@ -170,7 +170,7 @@ class SetupMixin(RestoreMixin, StepMixin):
             self.optimizers = optimizers
 
     def on_train_end(self) -> None:
-        """After every callback and the module: weights are what the fit leaves behind."""
+        """Export after every callback and the module had their turn, when the weights are those that fit leaves."""
         super().on_train_end()
         self.wait_for_saves()
         run_export(self._current_trainer())
@@ -196,7 +196,7 @@ class SetupMixin(RestoreMixin, StepMixin):
         self.checkpoint_io.teardown()
 
     def _end_saves(self) -> None:
-        """Every save is committed, or has failed. In an exception handler a failure is a warning."""
+        """Return when every save has been committed or has failed. In an exception handler a failure is a warning."""
         if self._zero_engine is None:
             return
         try:

@@ -1,4 +1,4 @@
-"""Steps of the loops: through the module's hooks, with gradients reduced, scaled and clipped right."""
+"""Steps of the loops: run within the module's forward, with gradients reduced, scaled and clipped across ranks."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ class StepMixin(StrategyBase):
         self._zero_trainable = sum(p.requires_grad for p in self.model.parameters())
 
     def on_exception(self, exception: BaseException) -> None:
-        """Name the remedy that this strategy has for what DDP refuses."""
+        """Replace DDP's error about parameters without a gradient by one that names this strategy's remedy."""
         remedy = (
             "a backward pass gave some trainable parameters no gradient, which DDP takes for an error. If that is "
             "intended (several optimizers that take turns, unused branches), use "
@@ -166,9 +166,9 @@ class StepMixin(StrategyBase):
         super().on_exception(exception)
 
     def _wrap_anew_when_unfrozen(self, wrapped: DistributedDataParallel) -> None:
-        """DDP reduces only what was trainable when it wrapped the model.
+        """Wrap the model anew when a finetuning callback has unfrozen parameters.
 
-        Not what a finetuning callback has unfrozen since.
+        DDP reduces gradients only of what was trainable when it wrapped the model.
         """
         if sum(p.requires_grad for p in wrapped.module.parameters()) > self._zero_trainable:
             self.model = wrapped.module

@@ -32,8 +32,8 @@ class ZeroStrategyMixin(SetupMixin, SaveMixin):
         own.
     tag_validation: what to do when ranks give different checkpoint paths: "ignore" (the default) or "warn" (rank 0's
         counts), or "fail".
-    load_optimizer_states, load_lr_scheduler_states: False leaves these as a resumed fit has them.
-    load_module_only: a resumed fit takes the weights and begins anew otherwise.
+    load_optimizer_states, load_lr_scheduler_states: False: a resumed fit keeps its own, not those of the checkpoint.
+    load_module_only: a resumed fit takes the weights only, and begins everything else anew.
     override_hyperparameters: optimizers of a resumed fit keep its own options (learning rate, weight decay, ...) group
         by group, instead of those in the checkpoint.
     save_timeout: seconds of silence after which another rank counts as lost in a save or a load; None: 300.

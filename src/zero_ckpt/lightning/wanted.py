@@ -1,6 +1,6 @@
 """The parts of Lightning's checkpoint dict that a resume was not asked for, taken out before Lightning sees it.
 
-What Lightning finds empty it leaves as the new run has it; only entries that it insists on are put there empty.
+Lightning leaves alone what it finds empty or missing. Entries that it insists on are emptied, the others removed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from zero_ckpt.core.schedulers import scheduler_notices, with_rates_of
 __all__ = ["PER_RANK", "follow_schedules", "leave_out"]
 
 PER_RANK = "per_rank_client_state"
-"""The entry of the dict that each rank's hooks put there for that rank alone."""
+"""The entry of the dict in which each rank's hooks keep what is that rank's alone."""
 
 
 def leave_out(content: dict[str, Any], wanted: Wanted, parts: Iterable[str]) -> None:
@@ -33,7 +33,7 @@ def leave_out(content: dict[str, Any], wanted: Wanted, parts: Iterable[str]) -> 
 def follow_schedules(
     content: dict[str, Any], schedulers: list[Any], wanted: Wanted, path: str
 ) -> list[str]:
-    """Ready `lr_schedulers` for Lightning, which gives them to the run's in their order. Returns notices."""
+    """Adapt `lr_schedulers`, which Lightning then gives to the run's schedulers in their order. Returns notices."""
     saved = content.get("lr_schedulers", [])
     if not wanted.schedulers or not isinstance(saved, list):
         return []

@@ -29,7 +29,7 @@ __all__ = ["UnfitWeightsError", "load_weights"]
 
 
 class UnfitWeightsError(StateMismatchError, RuntimeError):
-    """What torch's `load_state_dict` raises, and of which checkpoint the weights are."""
+    """What torch's `load_state_dict` raised, with the checkpoint that the weights came from."""
 
 
 Reads = Callable[[list[Request]], None]
@@ -82,9 +82,9 @@ def load_weights(
 def _unfit(
     error: RuntimeError, module: nn.Module, checkpoint: Checkpoint | None, *, helps: bool
 ) -> UnfitWeightsError | None:
-    """What to raise for torch's refusal of a state dict; None for any other error.
+    """The error to raise for torch's refusal of a state dict; None for any other error.
 
-    `helps`: whether all would be well without strictness.
+    `helps`: whether the load would succeed without strictness.
     """
     _, is_torchs, reasons = str(error).partition("Error(s) in loading state_dict for ")
     if not is_torchs:
@@ -101,7 +101,7 @@ def _unfit(
 def _laid_out(
     state_dict: Mapping[str, Any], live: Mapping[str, Any], checkpoint: Checkpoint | None, rank: int
 ) -> tuple[dict[str, Any], list[Request]]:
-    """Values laid out as the live ones are, tied ones once, and the requests that fill those not read yet."""
+    """(values laid out like the live ones, tied ones sharing one, the requests that fill those not read yet)."""
     requests: list[Request] = []
     made: dict[int, Any] = {}
     for name, value in state_dict.items():
@@ -117,7 +117,7 @@ def _reading(
     rank: int,
     requests: list[Request],
 ) -> Any:
-    """`value` laid out like `target`; of a lazy one a new tensor, which the appended request fills."""
+    """`value` laid out like `target`. For a lazy one a new tensor, and a request that fills it is appended."""
     if not isinstance(value, LazyTensor):
         return _like(value, target)
     if value.is_read or checkpoint is None or value.source is not checkpoint:
@@ -155,9 +155,9 @@ def _misshapen(live: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
 def _undone_on_error(
     live: Mapping[str, Any], values: Mapping[str, Any], strict: bool
 ) -> Iterator[None]:
-    """torch copies what fits before it raises for what does not. Here nothing shall be loaded.
+    """Inside, an error of `load_state_dict` leaves the module as it was: torch copies what fits before it raises.
 
-    Copies are kept only where an error is likely; a hook may still make the two fit.
+    Copies are made only where an error is likely, and not certain: a hook may still make the two fit.
     """
     if not _misshapen(live, values) and (live.keys() == values.keys() or not strict):
         yield

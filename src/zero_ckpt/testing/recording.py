@@ -49,7 +49,7 @@ class Inode:
             yield _written(self.durable, [(at, data[:n]) for (at, data), n in parts])
 
     def sample(self, dice: random.Random) -> bytes:
-        """One such content; of each write any units may be missing."""
+        """One content that a power failure may leave; of each write any units may be missing."""
         parts = []
         for at, data in self.pending:
             unit = dice.choice(_UNITS)

@@ -1,8 +1,8 @@
 """Gradient clipping where plain tensors and DTensors on any meshes mix.
 
 A plain gradient is whole and the same on every rank; a DTensor's is spread over the mesh dimensions on which it is
-sharded and repeated over the others. Declared experts are other ones along their mesh dimension, and count like parts
-of one tensor. Norms are taken in float32 at least and summed in float64, so a narrow dtype does not overflow.
+sharded and repeated over the others. Along their mesh dimension ranks have different declared experts, which count like
+parts of one tensor. Norms are taken in float32 at least and summed in float64, so a narrow dtype does not overflow.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _total_norm(params: list[torch.Tensor], norm_type: float) -> torch.Tensor:
 
 
 def _by_spread(params: list[torch.Tensor]) -> dict[Spread, list[torch.Tensor]]:
-    """Parameters by where their gradients' parts are; (): whole on every rank.
+    """Parameters by the mesh dimensions that their gradients are spread over; (): whole on every rank.
 
     Grouped by parameter and not by gradient, so that ranks agree on the collectives to come even
     when some of them lack a gradient.
@@ -123,7 +123,7 @@ def _reduce(part: torch.Tensor, spread: Spread, norm_type: float) -> None:
 
 
 def _reduction_device(params: list[torch.Tensor]) -> torch.device:
-    """Where the meshes communicate: gradients offloaded to the CPU still reduce on the accelerator."""
+    """The device on which norms are reduced: the accelerator even for gradients that are offloaded to the CPU."""
     devices = {mesh_device(p.device_mesh) for p in params if isinstance(p, DTensor)}
     devices |= {p.grad.device for p in params if p.grad is not None}
     return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))

@@ -1,7 +1,7 @@
-"""Copies of a sharded model, which torch refuses: for averaged weights, or a teacher.
+"""Deep copies of a sharded model, which torch refuses: for averaged weights, or a teacher.
 
-A copy has parameters of the same placements, and is otherwise as the model was before it was sharded, so that it cannot
-be trained.
+A copy's parameters are placed like the model's, and its modules have neither FSDP2's class nor its hooks, so that it
+can hold weights and not be trained.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _copy_sharded(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 @contextmanager
 def _as_before_sharding(model: nn.Module) -> Iterator[None]:
-    """Inside, its modules are of their users' classes and have their users' hooks only."""
+    """Inside, the modules have the classes and the hooks that their users gave them."""
     before = [(module, type(module), dict(vars(module))) for module in model.modules()]
     try:
         for module, kind, attributes in before:

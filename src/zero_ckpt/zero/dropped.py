@@ -2,10 +2,10 @@
 
 Passes that reduce nothing leave whole gradients inside of FSDP2, where `zero_grad` of an optimizer does not see them.
 
-And FSDP2 ends a backward pass in a callback that it asks for once. When the pass raises (out of memory, a user's
-error) the callback is gone, and FSDP2 still takes it for asked for: no later pass would be ended, and parameters whose
-gradients are reduced there, such as those of embeddings, would silently stay as they are. DistributedDataParallel
-refuses to go on; here the failed pass counts as lost.
+FSDP2 also ends each backward pass in a callback, which it queues once per pass. When the pass raises (out of memory, a
+user's error) the callback is gone, and FSDP2 still believes it to be queued: no later pass would be ended, and
+parameters whose gradients are reduced there, such as embeddings, would silently stay as they are.
+DistributedDataParallel refuses to go on after such an error; here only the gradients of the failed pass are lost.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def sharded_records(module: nn.Module) -> Iterator[Any]:
 
 
 def drop_gradients(module: nn.Module, parameters: Collection[int] | None = None) -> None:
-    """Forget what passes without communication have left. `parameters`: by id, only of these."""
+    """Forget the gradients that passes without communication have left. `parameters`: ids; only those of these."""
     for record in sharded_records(module):
         if parameters is None or id(record.sharded_param) in parameters:
             record.unsharded_accumulated_grad = None
@@ -43,7 +43,7 @@ def drop_gradients(module: nn.Module, parameters: Collection[int] | None = None)
 
 
 def drop_with_zero_grad(optimizer: Optimizer, module: nn.Module) -> None:
-    """From now on, `zero_grad` of this optimizer drops them, too."""
+    """From now on, `zero_grad` of this optimizer also drops the gradients of its parameters inside `module`."""
     given: Any = optimizer
     own = given.zero_grad
     if hasattr(own, "modules"):
@@ -86,7 +86,7 @@ def _recover(unit: nn.Module, args: Any) -> None:
 
 
 def _reset(context: Any) -> None:
-    """As the method of newer torch."""
+    """What `reset_iter_state` does in newer versions of torch."""
     for state in context.all_states:
         state._training_state = type(state._training_state).IDLE
         state._comm_ctx.post_forward_order.clear()

@@ -1,4 +1,4 @@
-"""That no expert is left out of a forward pass where several ranks gather it together.
+"""Checks that no expert is left out of a forward pass where several ranks gather experts together.
 
 Ranks that have the same experts gather and reduce each of them in the order in which they are called. A rank that
 skips one, because no token chose it, would take the next one's values for it: silently, since experts are alike.
@@ -21,7 +21,7 @@ __all__ = ["require_every_call"]
 def require_every_call(root: nn.Module, lists: Mapping[str, nn.ModuleList]) -> None:
     """From now on a forward pass of `root` ends with an error when it has called some experts of a list and not all.
 
-    `lists`: by their paths. Those that no other rank has may be called at will.
+    `lists`: of experts, by their paths. Experts that no other rank has may be called or left out freely.
     """
     eager: Any = torch.compiler.disable  # untyped in torch
     calls: dict[str, list[int]] = {}

@@ -1,8 +1,8 @@
-"""Gradients of experts, as those of the loss averaged over all ranks.
+"""Makes gradients of experts those of the loss averaged over all ranks.
 
 The tokens of an expert come from the batches of all ranks among which experts are spread, so a backward pass brings it
-the sum of the gradients of their losses. That is divided by the number of these ranks as it arrives; what remains is to
-average over the ranks that have the same expert, which FSDP2 does for what it shards.
+the sum of the gradients of those ranks' losses. The sum is divided by the number of these ranks as it arrives; what
+remains is to average over the ranks that have the same expert, which FSDP2 does for what it shards.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ __all__ = ["ExpertGradients", "divide_gradients"]
 
 
 class ExpertGradients:
-    """Averages the gradients of plain parameters of experts over the ranks that have the same, once per backward pass.
+    """Averages gradients of experts' plain parameters over the ranks with the same experts, once per backward pass.
 
     What is averaged is `.grad`, with what unsynchronized passes left there; averaging what was averaged before changes
-    nothing. Collective over `replicas`: of `every`, the model's plain parameters, a pass must reach some on each of its
-    ranks. An expert that got no token on one of them counts as zero there, and keeps `None` when that is so on all.
-    `divided`: those of `experts` of whose gradients only one in `parts` counts (see above).
+    nothing. An expert that got no token on one rank counts as zero there; one that got none on any keeps `None`.
+
+    `experts`: the parameters. `every`: all plain parameters of the model, of which a pass must reach some on each rank
+    of `replicas`: the averaging is collective over these. `divided`: those of `experts` whose gradients are divided by
+    `parts` as they arrive (see above).
     """
 
     def __init__(
@@ -97,7 +99,7 @@ def divide_gradients(expert: nn.Module, parts: int) -> None:
 
 
 def _scaled(tensor: torch.Tensor, factor: float) -> torch.Tensor:
-    """The same values; the gradient on its way back is multiplied."""
+    """A tensor of the same values, whose gradient is multiplied by `factor` on its way back."""
     if not tensor.requires_grad:
         return tensor
     same = tensor.view_as(tensor)

@@ -1,4 +1,4 @@
-"""Expert parallelism: lists of experts of which every rank has others, declared with one call.
+"""Expert parallelism: lists of experts that differ from rank to rank, declared with one call.
 
     mesh = init_device_mesh("cpu", (2, 4), mesh_dim_names=("expert_data", "expert"))
     declare_experts(model, [block.experts for block in model.blocks], mesh)
@@ -42,7 +42,7 @@ _IGNORED_BY_DDP = "_ddp_params_and_buffers_to_ignore"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpertMesh:
-    """Where experts are: `mesh` has different ones along `dim`; `replicas` is the ranks that have this rank's."""
+    """Where experts are: different ones along dimension `dim` of `mesh`. `replicas`: ranks with the same ones."""
 
     mesh: DeviceMesh
     dim: int
@@ -139,7 +139,7 @@ def _paths(
 
 
 def _check_apart(model: nn.Module, lists: dict[str, nn.ModuleList]) -> None:
-    """No list may lie in another, and no expert share a tensor with anything else."""
+    """Refuse lists that lie in one another, and experts that share a tensor with anything else."""
     before = {name: each for name, each in model.named_modules() if each in _declared}
     home: dict[int, tuple[str, str]] = {}
     for name, tensor in _tensors(model):
@@ -164,7 +164,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _signature(lists: dict[str, nn.ModuleList]) -> dict[str, Any]:
-    """What must be alike on all ranks."""
+    """What must be the same on all ranks: paths, numbers of experts, and names, dtypes and shapes of their tensors."""
     return {
         path: (len(each), [(name, str(t.dtype), tuple(t.shape)) for name, t in _tensors(each)])
         for path, each in lists.items()
@@ -237,7 +237,7 @@ def mesh_of_experts(experts: nn.Module) -> ExpertMesh:
 
 
 def expert_parameters() -> dict[torch.Tensor, ExpertMesh]:
-    """Every parameter of every declared expert, as it is now."""
+    """Every parameter of every declared expert, as it is now, and where the expert is."""
     return {p: place for experts, place in _declared.items() for p in experts.parameters()}
 
 
@@ -250,7 +250,8 @@ def shared_buffers(root: nn.Module) -> list[torch.Tensor]:
 def attach_experts(root: nn.Module) -> None:
     """Keep DistributedDataParallel off the experts under `root`, and average their gradients where they belong.
 
-    To be called again when parameters were replaced or another module will be wrapped. What is sharded is FSDP2's.
+    To be called again when parameters were replaced or another module will be wrapped. Sharded parameters are left to
+    FSDP2.
     """
     by_place: dict[ExpertMesh, list[nn.ModuleList]] = {}
     for path, experts in expert_lists(root).items():

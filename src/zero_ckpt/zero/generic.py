@@ -1,12 +1,10 @@
-"""The class of a sharded module: `fully_shard` changes it to one that it makes.
-
-Owns: what it makes of a class that derives from `typing.Generic` first, as `class Net(Generic[T], nn.Module)`, and the
-way back to the user's class.
+"""The class of a sharded module: making one where `fully_shard` cannot, and the way back to the user's class.
 
 `fully_shard` changes a module's class to one that derives from `FSDPModule` and the module's own.
 Python allows that only between classes that are laid out alike, and a class with `Generic` for its
-first base is laid out differently. The class made here has such a base itself. It is entered where
-`fully_shard` keeps the classes that it has made (in torch 2.6 to 2.13 at least), and found there.
+first base, as `class Net(Generic[T], nn.Module)`, is laid out differently. The class made here has
+such a base itself. It is entered where `fully_shard` keeps the classes that it has made (in torch
+2.6 to 2.13 at least), and found there.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ __all__ = ["part_like", "placed_like"]
 
 
 def part_like(whole: torch.Tensor, like: DTensor) -> DTensor:
-    """Sharded, and on the device, as `like` is, which has the same shape."""
+    """This rank's part of `whole`, sharded like `like` and on its device; both have the same shape."""
     whole = whole.detach().to(like.to_local().device)
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
 
@@ -19,7 +19,7 @@ def part_like(whole: torch.Tensor, like: DTensor) -> DTensor:
 def placed_like(value: Any, parameter: torch.Tensor) -> Any:
     """A value of a parameter's state: sharded like the parameter if it has its shape, else replicated on its mesh.
 
-    Numbers, tensors without dimensions, what is sharded already, and all of a parameter that is not: as they are.
+    Numbers, 0-d tensors and DTensors stay as they are, and so does any value when the parameter is not sharded.
     """
     if (
         not isinstance(parameter, DTensor)

@@ -144,7 +144,7 @@ def _validate(module: nn.Module, stage: int, root: str) -> None:
 
 
 def _units(module: nn.Module, wrap: WrapPolicy, root: Root) -> dict[str, nn.Module]:
-    """What to call `fully_shard` on, in this order."""
+    """The modules to call `fully_shard` on, by path, in this order."""
     experts = _experts(module)
     units = {path: e for path, e in experts.items() if not isinstance(e, FSDPModule)}
     if not any(isinstance(m, FSDPModule) for m in module.modules()):
@@ -276,7 +276,7 @@ def _start(root: nn.Module, members: Sequence[nn.Module], mesh: DeviceMesh) -> l
 
 
 def _unshardable(parameters: Sequence[nn.Parameter]) -> set[nn.Parameter]:
-    """What FSDP2 refuses, or would cast to a compute dtype although it is not a number to compute with."""
+    """Parameters that FSDP2 refuses, or that it would wrongly cast to a compute dtype."""
     sizes: Counter[torch.dtype] = Counter()
     for p in parameters:
         if p.requires_grad:

@@ -72,7 +72,7 @@ class ReplicatedGradients:
         hooked(parameter, "register_post_accumulate_grad_hook", on_gradient)
 
     def _reached_now(self) -> _Reached:
-        """Of the backward pass that runs. Its end is told to nobody when it fails, but then the pass is gone, too."""
+        """What the running backward pass has reached. A pass that fails has no end, and is forgotten."""
         current = torch._C._current_graph_task_id()
         reached = self._passes.get(current)
         if reached is None:
@@ -95,7 +95,7 @@ class GradientSwitch(Protocol):
 
 
 def hooked(parameter: nn.Parameter, register: str, hook: Callable[[Any], Any]) -> RemovableHandle:
-    """Register a hook, on a frozen parameter too: it may be unfrozen later, and torch takes none while it is frozen."""
+    """Register a hook by the method `register`, also on a frozen parameter: torch itself takes none on such."""
     trainable = parameter.requires_grad
     parameter.requires_grad_(True)
     handle: RemovableHandle = getattr(parameter, register)(hook)
@@ -154,7 +154,7 @@ def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
 
 
 def reduces_gradients(module: nn.Module) -> bool:
-    """What `set_gradient_sync` of this very module was told last."""
+    """Whether the last `set_gradient_sync` of this very module has left it on, as it is at first."""
     if isinstance(module, DistributedDataParallel):
         return bool(module.require_backward_grad_sync)
     return module not in _accumulating

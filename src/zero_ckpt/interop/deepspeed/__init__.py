@@ -3,8 +3,9 @@
 ZeRO stage 0 to 3, in fp32, fp16 and bf16, of any number of ranks, with pipeline and tensor parallelism and experts, and
 universal checkpoints. Nothing of DeepSpeed or torch is imported, and no code of a checkpoint is run.
 
-    names, records, pickle_machine, pickle_writer, plain,
-    torch_files, sources, file_table                       files: what they are called, their pickles, their bytes
+    names, records, pickle_machine, pickle_reader,
+    pickle_writer, plain, torch_files, sources,
+    file_table                                             files: what they are called, their pickles, their bytes
     tensors, column                                        where a tensor's elements are; what one rank's files hold
     zero12, zero3, unsharded, matching, moe, experts,
     universal                                              the layouts of the stages

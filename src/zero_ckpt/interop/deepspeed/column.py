@@ -39,9 +39,11 @@ class Group:
 
 @dataclass(slots=True)
 class Column:
-    """`masters`: what the optimizer steps with. `module`: tensors of the module's own state dict, where they are whole.
+    """What one model-parallel rank holds, by names of parameters.
 
-    `states`: parameter -> name -> value. `problem`: why there is no optimizer state.
+    `masters`: the weights that the optimizer steps with. `module`: tensors of the module's own state dict, where they
+    are whole. `states`: parameter -> name -> value. `order`: names as the module lists them. `aliases`: tied name ->
+    the name that is stored. `problem`: why there is no optimizer state; "" when there is.
     """
 
     masters: dict[str, Tensor] = field(default_factory=dict)

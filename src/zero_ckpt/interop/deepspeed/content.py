@@ -1,4 +1,4 @@
-"""A tag of DeepSpeed's in the core's terms: a manifest, and files that give chunks and blocks.
+"""A tag that DeepSpeed wrote, in the core's terms: a manifest, and files that give chunks and blocks.
 
 The manifest says for each tensor which boxes lie in which files; a file tells where in its bytes a box begins. Blocks
 are ranges of DeepSpeed's own files, read when they are wanted.
@@ -89,7 +89,7 @@ def _files(table: FileTable) -> dict[str, FileRecord]:
 
 
 def _model(whole: Column) -> dict[str, Tensor]:
-    """Parameters and buffers in the module's order. What was stepped counts, not its 16-bit copy."""
+    """Parameters and buffers in the module's order; of a parameter the master weights, not their 16-bit copy."""
     every = whole.module | whole.masters
     names = [name for name in whole.order if name in every and name not in whole.aliases]
     names += [name for name in every if name not in whole.order]
@@ -135,7 +135,7 @@ class _Placing:
 
 
 def _boxes(tensor: Tensor) -> Iterator[tuple[int, Box]]:
-    """(file, box) of every range that a piece holds in one piece of memory."""
+    """(file, box) of every box of the tensor whose elements lie end to end in a file."""
     for part in tensor.parts:
         for piece in part.pieces:
             for box in flat_range_boxes(part.shape, piece.start, piece.start + piece.count):
@@ -152,7 +152,7 @@ class _Content:
         return self._state if role == "state" else _File(self._table, rank, self._roles[role])
 
     def damage(self, progress: Callable[[int], None]) -> Iterator[str]:
-        """The archives' own checksums (CRC-32) of every storage."""
+        """Compares every storage with the checksum (CRC-32) that its archive has."""
         buffer = memoryview(bytearray(BLOCK))
         for file in self._table.opened():
             source = self._table.source_of(file.path)
@@ -202,7 +202,7 @@ class _File(WholeBlocks):
         tensor = self._tensors[key]
         size = itemsize(tensor.dtype)
         for part in tensor.parts:
-            if _part_box(part).intersect(box) is None:
+            if Box(part.offset, part.shape).intersect(box) is None:
                 continue
             at = _flat_index(part, box)
             for piece in _pieces_from(part.pieces, at):
@@ -217,10 +217,6 @@ class _File(WholeBlocks):
 
     def close(self) -> None:
         """Sources are closed by their table."""
-
-
-def _part_box(part: Part) -> Box:
-    return Box(part.offset, part.shape)
 
 
 def _flat_index(part: Part, box: Box) -> int:

@@ -12,35 +12,41 @@ from typing import Any
 
 from zero_ckpt.interop.deepspeed.tensors import LayoutError
 
-__all__ = ["global_name", "is_expert", "local_counts", "ranks_of_experts"]
+__all__ = ["count_experts", "global_name", "ranks_of_experts", "split_expert"]
 
 _EXPERT = re.compile(r"(.*\bdeepspeed_experts\.)(\d+)(\..*)", re.DOTALL)
 
 
-def is_expert(name: str) -> bool:
-    return _EXPERT.fullmatch(name) is not None
+def split_expert(name: str) -> tuple[str, int, str] | None:
+    """(prefix of the layer's experts, expert's number, what follows) of an expert's parameter; None for any other."""
+    match = _EXPERT.fullmatch(name)
+    return None if match is None else (match[1], int(match[2]), match[3])
 
 
-def local_counts(names: Iterable[str]) -> dict[str, int]:
-    """Prefix of a layer's experts -> how many of them one rank has."""
+def count_experts(names: Iterable[str]) -> dict[str, int]:
+    """Prefix of a layer's experts -> how many of them the parameters of these names belong to."""
     found: dict[str, set[int]] = {}
     for name in names:
-        if match := _EXPERT.fullmatch(name):
-            found.setdefault(match[1], set()).add(int(match[2]))
+        if (expert := split_expert(name)) is not None:
+            prefix, number, _ = expert
+            found.setdefault(prefix, set()).add(number)
     return {prefix: len(numbers) for prefix, numbers in found.items()}
 
 
 def global_name(name: str, expert_rank: int, counts: Mapping[str, int]) -> str:
-    """The name of a parameter of expert-parallel rank `expert_rank`, with the expert's global number."""
-    match = _EXPERT.fullmatch(name)
-    if match is None:
+    """The name of a parameter of expert-parallel rank `expert_rank`, with the expert's global number.
+
+    `counts`: how many experts of each layer a rank has.
+    """
+    expert = split_expert(name)
+    if expert is None:
         if expert_rank:
             raise LayoutError(
                 f"'{name}' lies in a group of experts and is not named 'deepspeed_experts.<number>'"
             )
         return name
-    number = expert_rank * counts[match[1]] + int(match[2])
-    return f"{match[1]}{number}{match[3]}"
+    prefix, number, rest = expert
+    return f"{prefix}{expert_rank * counts[prefix] + number}{rest}"
 
 
 def ranks_of_experts(

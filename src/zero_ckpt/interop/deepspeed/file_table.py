@@ -1,8 +1,8 @@
 """The sources of one tag's folder: its files, each opened once, and what stands for parts of them.
 
-In the core a tensor lies at a multiple of its elements' size and in row-major order, which a file need not grant. Owns
-what is put between then: storages at odd addresses are gathered, strided tensors made contiguous, each in a source of
-its own, to which the file's tensors are pointed.
+The core expects a tensor at a multiple of its elements' size and in row-major order, which these files do not promise.
+Owns what is put in between where they do not: storages at odd addresses are gathered, strided tensors made contiguous,
+each in a source of its own, at which the file's tensors are pointed.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ class FileTable:
         return self._opened[name]
 
     def forget(self, name: str) -> None:
-        """The tree of a file that is not needed any more. Its bytes stay readable."""
+        """Let go of a file's tree, which is not needed any more. Its bytes stay readable."""
         self._opened.pop(name, None)
 
     def forget_all(self) -> None:
-        """The trees of all files."""
+        """Let go of the trees of all files."""
         self._opened.clear()
 
     @property
@@ -72,7 +72,7 @@ class FileTable:
         return [source.name for source in self.sources]
 
     def number(self, data: bytes) -> tuple[int, int]:
-        """(source, address) of a few bytes that no file holds as such."""
+        """(source, address) of a number's bytes, which no file holds as a tensor."""
         if self._numbers_at is None:
             self._numbers_at = self.add(self._numbers)
         return self._numbers_at, self._numbers.add(data)
@@ -86,7 +86,7 @@ class FileTable:
             source.close()
 
     def _align(self, source: FileSource, file: TorchFile) -> None:
-        """Storages that do not begin at a multiple of their elements' size are read through another address space."""
+        """Point storages that do not begin at a multiple of 16 at a source in which they do."""
         odd = [s for s in file.storages if s.begin % 16 and s.nbytes]
         if not odd:
             return
@@ -97,7 +97,7 @@ class FileTable:
             storage.file = number
 
     def _straighten(self, tensor: StoredTensor) -> None:
-        """Make a strided tensor a contiguous one of a source of its own."""
+        """Point a strided tensor at a source of its own, in which it is contiguous."""
         source = Strided(self.sources[tensor.storage.file], tensor)
         storage = Storage(tensor.dtype, source.nbytes, tensor.storage.key, self.add(source))
         tensor.storage, tensor.offset = storage, 0

@@ -32,7 +32,7 @@ Names = Mapping[str, tuple[int, ...]]
 
 @dataclass(slots=True)
 class Opened:
-    """`model`: the tree of rank 0's model file. `whole`: every parameter, buffer and state."""
+    """A tag's folder, read. `model`: the tree of rank 0's model file. `whole`: every parameter, buffer and state."""
 
     table: FileTable
     save: Save
@@ -44,7 +44,10 @@ class Opened:
 
 
 def open_folder(files: Files, folder: str) -> Opened:
-    """Raises `CorruptCheckpointError` naming the file or tensor, `StateMismatchError` for an unknown split."""
+    """Read the tag in `folder`, but no tensor.
+
+    Raises `CorruptCheckpointError` naming the file or tensor, `StateMismatchError` for an unknown split.
+    """
     entries = files.list(folder)
     names = read_names(
         [e.name for e in entries if not e.is_dir], [e.name for e in entries if e.is_dir]
@@ -166,7 +169,7 @@ class _Assembly:
 
 
 def _windows(tensor: Tensor) -> list[tuple[int, int]]:
-    """A short first range, which tells most differences, then the rest in longer ones."""
+    """Ranges of elements to compare: a short one first, which shows most differences, then longer ones."""
     numel, found, at, step = tensor.numel, list[tuple[int, int]](), 0, 1 << 10
     while at < numel:
         found.append((at, min(at + step, numel)))

@@ -1,4 +1,4 @@
-"""Which of a module's parameters the numbered ones of an optimizer are: by their order and shapes. Pure.
+"""Finds by order and shapes which of a module's parameters the numbered ones of an optimizer are. Pure.
 
 Each group lists its parameters in the module's order, and each parameter is in one group at most. An assignment counts
 only when it is the only one that fits.

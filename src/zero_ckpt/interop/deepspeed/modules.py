@@ -1,4 +1,4 @@
-"""A module's own state dict: what it holds beside what the optimizer steps with, and under which names. Pure."""
+"""A module's own state dict: what it holds beside the optimizer's weights, and under which names. Pure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Module = Mapping[str, StoredTensor]
 def add_module(column: Column, model: Tree, module: Module, *, sharded: bool) -> None:
     """Add buffers, frozen parameters and tied names of `module`.
 
-    `sharded`: of stage 3, where parameters of the state dict are empty stand-ins.
+    `model`: the tree of the model file. `sharded`: whether it is of stage 3, where parameters there are empty.
     """
     listed = model.get("buffer_names")
     buffers = {name for name in listed if name in module} if isinstance(listed, list) else set()
@@ -46,7 +46,7 @@ def _frozen(column: Column, listed: Any) -> set[str]:
 
 
 def parameters_of(model: Tree, module: Module) -> dict[str, tuple[int, ...]]:
-    """Parameters of a module that an optimizer may step, in order; of tied ones the first."""
+    """Names and shapes of the parameters that an optimizer may step, in order; of tied ones the first."""
     buffers = model.get("buffer_names")
     left_out = set(buffers) if isinstance(buffers, list) else set()
     left_out |= _aliases(module, None, sharded=False).keys()
@@ -76,7 +76,7 @@ _COMPILED = "_orig_mod."
 
 
 def strip_compiled(whole: Column) -> None:
-    """Names without the prefix that a model compiled before it was given to DeepSpeed has."""
+    """Take out the prefix that all names have when a model was compiled before it was given to DeepSpeed."""
     if not whole.order or not all(name.startswith(_COMPILED) for name in whole.order):
         return
 

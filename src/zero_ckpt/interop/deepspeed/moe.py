@@ -5,12 +5,11 @@ An optimizer steps the parameters that all ranks have, then, in groups marked `m
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from zero_ckpt.interop.deepspeed.column import Column
-from zero_ckpt.interop.deepspeed.experts import is_expert
+from zero_ckpt.interop.deepspeed.experts import count_experts, split_expert
 from zero_ckpt.interop.deepspeed.file_table import FileTable
 from zero_ckpt.interop.deepspeed.names import Folder
 from zero_ckpt.interop.deepspeed.tensors import StoredTensor
@@ -20,15 +19,13 @@ __all__ = ["read_experts"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-_NUMBER = re.compile(r"(.*\bdeepspeed_experts\.)(\d+)\.", re.DOTALL)
-
 
 def read_experts(
     table: FileTable, names: Folder, mp: int, module: Mapping[str, StoredTensor]
 ) -> Column:
-    """`module`: every parameter, experts by their global names."""
+    """The column of model-parallel rank `mp`. `module`: its parameters, experts by their global names."""
     ranks = sorted(rank for rank, column in names.expert_optims if column == mp)
-    dense = {name: stored.shape for name, stored in module.items() if not is_expert(name)}
+    dense = {name: stored.shape for name, stored in module.items() if split_expert(name) is None}
     whole = Column()
     for rank in ranks:
         name = names.expert_optims[rank, mp]
@@ -54,15 +51,15 @@ def _merge(whole: Column, part: Column, after: int = 0) -> None:
 
 def _experts_of(module: Mapping[str, StoredTensor], rank: int, ranks: int) -> Shapes:
     """The parameters of one rank's experts, in the order of layers and experts."""
-    totals: dict[str, set[int]] = {}
-    for name in module:
-        if match := _NUMBER.match(name):
-            totals.setdefault(match[1], set()).add(int(match[2]))
+    totals = count_experts(module)
     found = {}
     for name, stored in module.items():
-        match = _NUMBER.match(name)
-        if match is not None and int(match[2]) // (len(totals[match[1]]) // ranks or 1) == rank:
-            found[name] = stored.shape
+        expert = split_expert(name)
+        if expert is not None:
+            prefix, number, _ = expert
+            per_rank = totals[prefix] // ranks or 1
+            if number // per_rank == rank:
+                found[name] = stored.shape
     return found
 
 

@@ -1,7 +1,7 @@
 """What a model file holds beside tensors, as the typed JSON of `core.objects`: inert data in, inert data out.
 
-Tensors become entries that are read from where they are. An object of a class that is not opened becomes a `$pickle`:
-whoever asks for it is told its class, or allows pickles.
+Tensors become entries that are read from where they are. An object of a class that is not opened becomes a `$pickle`,
+which a load refuses, naming the class, unless the caller allows pickles.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from zero_ckpt.interop.deepspeed.tensors import LayoutError, StoredTensor
 __all__ = ["ObjectEncoder"]
 
 MAX_NODES = 5_000_000
-"""Values of a tree. A small pickle can name one list over and over, and so stand for a tree without end."""
+"""Values that a tree may have. A small pickle can refer to one list over and over, and so stand for a huge tree."""
 
 _NUMBERS = frozenset("biufc")
 """numpy's kinds of numbers: their bytes are their values."""
@@ -30,7 +30,7 @@ Path = tuple[str, ...]
 
 
 class ObjectEncoder:
-    """Encodes one tree. `tensors`, `pickles`: entry name -> what it holds."""
+    """Encodes one tree. `prefix`: of entries' names. `tensors`, `pickles`: entry name -> what it holds."""
 
     def __init__(self, prefix: str) -> None:
         self._prefix = prefix

@@ -17,7 +17,7 @@ __all__ = ["class_of", "options_of", "states_of"]
 _STEP = "step"
 
 _MARKS = ("moe", "name")
-"""What DeepSpeed gives to the groups into which it splits those of a user with experts: `True`, and `ep_size_2`."""
+"""Options (`True`, `ep_size_2`) that DeepSpeed adds where it splits a user's groups into dense ones and experts."""
 
 _CLASSES = {
     "adam": "Adam",
@@ -33,11 +33,11 @@ _CLASSES = {
     "radam": "RAdam",
     "adadelta": "Adadelta",
 }
-"""Names in DeepSpeed's configuration, in lower case, without what makes it another implementation of the same."""
+"""Names in DeepSpeed's configuration, lower case and without parts that tell the implementation -> torch's classes."""
 
 
 def class_of(whole: Column, config: Any) -> str:
-    """The name of torch's class of the same kind, or "" when nothing tells."""
+    """The name of torch's class for this optimizer, or "" when nothing tells. `config`: DeepSpeed's configuration."""
     told = config.get("optimizer") if isinstance(config, dict) else None
     name = told.get("type") if isinstance(told, dict) else None
     if isinstance(name, str):

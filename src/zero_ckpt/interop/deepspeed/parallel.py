@@ -35,9 +35,10 @@ _COLUMN = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    """How parts make the whole: end to end along `dim` (None: they are replicas), each of `widths` by itself.
+    """How parts make the whole: end to end along `dim`; None: they are replicas.
 
-    `widths[i][rank]`: extents along `dim` of sub-parameters that were split one by one (fused query, key, value).
+    `widths[i][rank]`: extents along `dim` of sub-parameters that were split one by one (fused query, key, value) and
+    are joined one by one. `keep`: rows of the whole; what follows is padding. None: all of them.
     """
 
     dim: int | None
@@ -190,7 +191,7 @@ class _Rules:
             self.found[name] = _Rule(0)
 
     def _from_neighbours(self) -> bool:
-        """One more round of what biases and sizes tell; whether it told something."""
+        """One more round of conclusions from biases and sizes. Returns whether there was a new one."""
         whole, split = self._sizes()
         progress = False
         for name, parts in self.parts.items():

@@ -1,10 +1,8 @@
-"""A pickle machine that runs no code: a pickle's opcodes build plain values and inert records, and nothing else.
+"""The machine that a pickle runs on: a stack and a memo, on which plain values and inert records are built.
 
-Owns the reading of pickles that others wrote. A global is only ever a name here; "calling" one looks its name up in a
-fixed table of constructors of plain values, and makes a `Record` of the name and the arguments when it is not there.
-Nothing is imported, whatever the pickle says. Memory is bounded by the pickle's length.
-
-Opcodes: https://docs.python.org/3/library/pickletools.html, protocols 2 to 5, as `torch.save` and `pickle` write them.
+A global is only ever a name here; "calling" one looks its name up in a fixed table of constructors of plain values, and
+makes a `Record` of the name and the arguments when it is not there. Nothing is imported, whatever the pickle says.
+Knows no opcodes: `pickle_reader` says which of them does what.
 """
 
 from __future__ import annotations
@@ -17,52 +15,24 @@ from typing import Any
 from zero_ckpt.errors import UnsafeObjectError
 from zero_ckpt.interop.deepspeed.records import Global, PickleError, Record, is_attack
 
-__all__ = ["load_pickle"]
-
+__all__ = ["MARK", "Constructors", "Machine"]
 
 _PYTHON2_NAMES = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 """Modules as protocol 2 calls them, and their names."""
 
-Constructor = Callable[..., Any]
-Constructors = Mapping[str, Constructor]
-_MARK = object()
+Constructors = Mapping[str, Callable[..., Any]]
+"""`module.name` of a global -> what makes the value from the arguments of a call."""
+
+MARK = object()
+"""What lies on the stack below the items of a container that is being filled."""
 
 
-def load_pickle(
-    data: bytes | memoryview,
-    constructors: Constructors,
-    persistent: Callable[[Any], Any],
-    start: int = 0,
-) -> tuple[Any, int]:
-    """(value, offset behind it) of the pickle at `start`.
+class Machine:
+    """One pickle while it is read. `at`: the offset of the next byte.
 
-    `constructors`: "module.name" -> what makes the value from the arguments of a call. `persistent(id)`: what a
-    persistent id (a storage) stands for. Raises `PickleError`, or `UnsafeObjectError` for a call that only an
-    attack makes.
+    `persistent(id)`: what a persistent id (a storage) stands for.
     """
-    machine = _Machine(memoryview(data), constructors, persistent, start)
-    try:
-        return machine.run(), machine.at
-    except (UnsafeObjectError, PickleError):
-        raise
-    except _BROKEN as error:
-        raise PickleError(f"at byte {machine.at}: {type(error).__name__}: {error}") from error
 
-
-_BROKEN = (
-    IndexError,
-    KeyError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    OverflowError,
-    RecursionError,
-    struct.error,
-)
-"""What a broken pickle makes of the code below."""
-
-
-class _Machine:
     def __init__(
         self,
         data: memoryview,
@@ -75,22 +45,18 @@ class _Machine:
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
 
-    def run(self) -> Any:
-        stack = self._stack
-        while True:
-            code = self._data[self.at]
-            self.at += 1
-            if code == 0x2E:  # STOP
-                value = stack.pop()
-                if value is _MARK:
-                    raise PickleError("the pickle ends within a container")
-                return value
-            step = _STEPS.get(code)
-            if step is None:
-                raise PickleError(
-                    f"at byte {self.at - 1}: opcode {code:#04x} is not one that is opened"
-                )
-            step(self)
+    def opcode(self) -> int:
+        """The next opcode."""
+        code = self._data[self.at]
+        self.at += 1
+        return code
+
+    def result(self) -> Any:
+        """The value that the pickle stands for, at its end."""
+        value = self._stack.pop()
+        if value is MARK:
+            raise PickleError("the pickle ends within a container")
+        return value
 
     def take(self, count: int) -> memoryview:
         start, self.at = self.at, self.at + count
@@ -113,7 +79,7 @@ class _Machine:
 
     def pop(self) -> Any:
         value = self._stack.pop()
-        if value is _MARK:
+        if value is MARK:
             raise PickleError("a value expected on the stack, a mark found")
         return value
 
@@ -124,7 +90,7 @@ class _Machine:
         """The values above the last mark."""
         stack = self._stack
         at = len(stack) - 1
-        while stack[at] is not _MARK:
+        while stack[at] is not MARK:
             at -= 1
             if at < 0:
                 raise PickleError("no mark on the stack")
@@ -246,76 +212,3 @@ class _Machine:
 
     def persist(self) -> None:
         self.push(self._persistent(self.pop()))
-
-
-def _long(data: memoryview) -> int:
-    return int.from_bytes(data, "little", signed=True)
-
-
-def _push(make: Callable[[_Machine], Any]) -> Callable[[_Machine], None]:
-    return lambda m: m.push(make(m))
-
-
-_STEPS: dict[int, Callable[[_Machine], None]] = {
-    ord("\x80"): lambda m: _check_protocol(m.number("<B")),
-    ord("\x95"): _Machine.frame,
-    ord("("): lambda m: m.push(_MARK),
-    ord("0"): _Machine.drop,
-    ord("1"): _Machine.drop_mark,
-    ord("2"): lambda m: m.push(m.top()),
-    ord("N"): _push(lambda m: None),
-    ord("\x88"): _push(lambda m: True),
-    ord("\x89"): _push(lambda m: False),
-    ord("J"): _push(lambda m: m.number("<i")),
-    ord("K"): _push(lambda m: m.number("<B")),
-    ord("M"): _push(lambda m: m.number("<H")),
-    ord("\x8a"): _push(lambda m: _long(m.take(m.number("<B")))),
-    ord("\x8b"): _push(lambda m: _long(m.take(m.number("<i")))),
-    ord("G"): _push(lambda m: m.number(">d")),
-    ord("X"): _push(lambda m: m.text("<I")),
-    ord("\x8c"): _push(lambda m: m.text("<B")),
-    ord("\x8d"): _push(lambda m: m.text("<Q")),
-    ord("B"): _push(lambda m: bytes(m.take(m.number("<I")))),
-    ord("C"): _push(lambda m: bytes(m.take(m.number("<B")))),
-    ord("\x8e"): _push(lambda m: bytes(m.take(m.number("<Q")))),
-    ord("\x96"): _push(lambda m: bytearray(m.take(m.number("<Q")))),
-    ord("U"): _push(lambda m: bytes(m.take(m.number("<B"))).decode("latin-1")),
-    ord("T"): _push(lambda m: bytes(m.take(m.number("<i"))).decode("latin-1")),
-    ord(")"): _push(lambda m: ()),
-    ord("t"): _push(lambda m: tuple(m.pop_mark())),
-    ord("\x85"): _push(lambda m: (m.pop(),)),
-    ord("\x86"): _push(lambda m: (m.pop(), m.pop())[::-1]),
-    ord("\x87"): _push(lambda m: (m.pop(), m.pop(), m.pop())[::-1]),
-    ord("]"): _push(lambda m: []),
-    ord("l"): _push(lambda m: m.pop_mark()),
-    ord("}"): _push(lambda m: {}),
-    ord("d"): _push(lambda m: _pairs(m.pop_mark())),
-    ord("\x8f"): _push(lambda m: set()),
-    ord("\x91"): _push(lambda m: frozenset(m.pop_mark())),
-    ord("a"): _Machine.append,
-    ord("e"): _Machine.extend,
-    ord("s"): _Machine.set_item,
-    ord("u"): _Machine.set_items,
-    ord("\x90"): _Machine.add_items,
-    ord("c"): _Machine.make_global,
-    ord("\x93"): _Machine.stack_global,
-    ord("R"): _Machine.call,
-    ord("\x81"): _Machine.new,
-    ord("\x92"): _Machine.new_with_names,
-    ord("b"): _Machine.build,
-    ord("Q"): _Machine.persist,
-    ord("q"): lambda m: m.remember(m.number("<B")),
-    ord("r"): lambda m: m.remember(m.number("<I")),
-    ord("\x94"): _Machine.memoize,
-    ord("h"): lambda m: m.recall(m.number("<B")),
-    ord("j"): lambda m: m.recall(m.number("<I")),
-}
-
-
-def _check_protocol(protocol: int) -> None:
-    if not 2 <= protocol <= 5:
-        raise PickleError(f"pickle protocol 2 to 5 expected, {protocol} found")
-
-
-def _pairs(values: list[Any]) -> dict[Any, Any]:
-    return dict(zip(values[::2], values[1::2], strict=True))

@@ -8,6 +8,8 @@ from __future__ import annotations
 import pickle
 import pickletools
 import struct
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import Any
 
 from zero_ckpt.interop.deepspeed.plain import Array
@@ -21,7 +23,7 @@ MAX_DEPTH = 100
 def pickle_record(value: Any) -> bytes:
     """A pickle of the value; empty bytes where it holds what only the file has (tensors)."""
     try:
-        return b"\x80\x04" + b"".join(_write(value, 0)) + b"."
+        return pickle.PROTO + b"\x04" + b"".join(_write(value, 0)) + pickle.STOP
     except _Unwritable:
         return b""
 
@@ -34,31 +36,37 @@ def _write(value: Any, depth: int) -> list[bytes]:
     if depth > MAX_DEPTH:
         raise _Unwritable
     if isinstance(value, Global):
-        return [*_plain(value.module), *_plain(value.name), b"\x93"]
+        return [*_plain(value.module), *_plain(value.name), pickle.STACK_GLOBAL]
     if isinstance(value, Record):
         return _record(value, depth)
     if isinstance(value, Array):
         return _write(_as_record(value), depth)
     if type(value) is dict:
-        pairs = [part for item in value.items() for x in item for part in _write(x, depth + 1)]
-        return [b"}(", *pairs, b"u"]
+        flat = chain.from_iterable(value.items())
+        return [pickle.EMPTY_DICT, pickle.MARK, *_write_all(flat, depth), pickle.SETITEMS]
     if type(value) is list:
-        return [b"](", *(part for x in value for part in _write(x, depth + 1)), b"e"]
+        return [pickle.EMPTY_LIST, pickle.MARK, *_write_all(value, depth), pickle.APPENDS]
     if type(value) is tuple:
-        return [b"(", *(part for x in value for part in _write(x, depth + 1)), b"t"]
+        return [pickle.MARK, *_write_all(value, depth), pickle.TUPLE]
     return _plain(value)
+
+
+def _write_all(values: Iterable[Any], depth: int) -> Iterator[bytes]:
+    """The values that lie in one of `depth`, one after the other."""
+    for value in values:
+        yield from _write(value, depth + 1)
 
 
 def _record(value: Record, depth: int) -> list[bytes]:
     args = _write(value.args, depth + 1)
-    parts = [*_write(value.kind, depth), *args, b"\x81" if value.new else b"R"]
+    parts = [*_write(value.kind, depth), *args, pickle.NEWOBJ if value.new else pickle.REDUCE]
     if value.items:
-        parts += [b"(", *(p for x in value.items for p in _write(x, depth + 1)), b"e"]
+        parts += [pickle.MARK, *_write_all(value.items, depth), pickle.APPENDS]
     if value.pairs:
-        flat = [x for pair in value.pairs for x in pair]
-        parts += [b"(", *(p for x in flat for p in _write(x, depth + 1)), b"u"]
+        flat = chain.from_iterable(value.pairs)
+        parts += [pickle.MARK, *_write_all(flat, depth), pickle.SETITEMS]
     if value.state is not None:
-        parts += [*_write(value.state, depth + 1), b"b"]
+        parts += [*_write(value.state, depth + 1), pickle.BUILD]
     return parts
 
 
@@ -84,7 +92,7 @@ def _plain(value: Any) -> list[bytes]:
         raise _Unwritable
     if type(value) is str:
         data = value.encode("utf-8", "surrogatepass")
-        return [b"X", struct.pack("<I", len(data)), data]
+        return [pickle.BINUNICODE, struct.pack("<I", len(data)), data]
     data = pickletools.optimize(pickle.dumps(value, protocol=3))
     if any(code.name in ("BINGET", "LONG_BINGET") for code, _, _ in pickletools.genops(data)):
         raise _Unwritable  # it refers to itself, by numbers that mean something else here

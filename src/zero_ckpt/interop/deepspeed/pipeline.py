@@ -13,12 +13,13 @@ from zero_ckpt.interop.deepspeed.column import Column
 __all__ = ["TIED", "drop_doubles", "drop_tied", "stage_names"]
 
 TIED = "tied again: "
+"""Begins the names of tied parameters of which it is not known what they are tied to. See `stage_names`."""
 
 Shape = tuple[int, ...]
 
 
 def drop_tied(column: Column) -> None:
-    """Leave out of the module what masters have under the name of a tied layer."""
+    """Take out of `module` the tensors that `masters` has under the name of a tied layer."""
     tied = {
         (name.split(".", 2)[2], tensor.shape)
         for name, tensor in column.masters.items()
@@ -79,7 +80,7 @@ def _again(
 
 
 def drop_doubles(column: Column) -> None:
-    """Leave out what `stage_names` found to be parameters of tied layers again."""
+    """Take out the parameters whose names begin with `TIED`: an earlier stage has them, too."""
     for found in (column.masters, column.states):
         for name in [name for name in found if name.startswith(TIED)]:
             del found[name]

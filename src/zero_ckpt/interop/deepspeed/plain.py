@@ -49,7 +49,7 @@ STORAGE_DTYPES = {
 
 
 MAX_EXPANDED = 1 << 28
-"""Bytes that an expanded tensor, which shows elements of its storage more than once, may have."""
+"""Bytes that a tensor may have which shows elements of its storage more than once (an expanded one)."""
 
 
 class Size(tuple[int, ...]):
@@ -59,7 +59,7 @@ class Size(tuple[int, ...]):
 
 
 def _of(kind: Callable[[Any], Any], *accepted: type) -> Callable[..., Any]:
-    """A constructor that takes containers that are there already: a range would be a container without bounds."""
+    """A constructor that takes the `accepted` containers only: a range, say, would become one of any size."""
 
     def make(items: Any = ()) -> Any:
         if items != () and type(items) not in accepted:
@@ -157,7 +157,7 @@ def _parameter(data: Any, *_: Any) -> Any:
 
 
 def _from_type(make: Any, _kind: Any, args: Any, _state: Any) -> Any:
-    """A tensor with Python attributes, which say nothing of its values."""
+    """A tensor that has Python attributes, which are left out."""
     found = _TENSORS.get(make.path) if isinstance(make, Global) else None
     if found is None or not isinstance(args, tuple):
         return Record(_FROM_TYPE, (make, _kind, args))
@@ -197,7 +197,7 @@ def _default_dict(factory: Any = None) -> Any:
 
 
 def _encoded(text: str, encoding: str = "latin1") -> bytes:
-    """How protocol 2 spells bytes."""
+    """Bytes as pickle protocol 2 spells them: text and its encoding."""
     if encoding not in ("latin1", "latin-1"):
         raise TypeError("another encoding")
     return text.encode("latin-1")

@@ -55,11 +55,11 @@ _RUNS_CODE = frozenset(_RUNNERS.split())
 
 _BUILTIN_RUNNERS = "__import__ breakpoint compile delattr eval exec exit globals input locals open quit setattr vars"
 _BUILTINS_RUN_CODE = frozenset(_BUILTIN_RUNNERS.split())
-"""The same of Python's own functions. `getattr` is how enumerations and methods are pickled."""
+"""Functions of `builtins` of which the same holds. `getattr` is not one: enumerations and methods are pickled by it."""
 
 
 def is_attack(kind: Global) -> bool:
-    """Whether a pickle that calls this was made to do harm."""
+    """Whether a pickle that calls `kind` was made to do harm."""
     if kind.module == "builtins":
         return kind.name in _BUILTINS_RUN_CODE
     return kind.module.partition(".")[0] in _RUNS_CODE

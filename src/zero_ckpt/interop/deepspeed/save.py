@@ -24,7 +24,10 @@ Tree = Mapping[str, Any]
 
 
 class Save:
-    """`sharded`: of stage 3, whose model files are every rank's own. `dp`, `pp`, `tp`: ranks of each parallelism.
+    """The files of one save.
+
+    `sharded`: whether it is of stage 3, where every rank has a model file of its own. `model`: the tree of rank 0's.
+    `dp`, `pp`, `tp`: numbers of data-parallel ranks, pipeline stages and tensor-parallel ranks.
 
     Raises `CorruptCheckpointError` for a file that is missing or no mapping, `LayoutError` for numbers that are none.
     """
@@ -76,7 +79,7 @@ class Save:
         return pp * self.tp + tp
 
     def has_optims(self, pp: int, tp: int) -> bool:
-        """Whether the save partitioned the optimizer: partitions without `param_shapes` are an earlier save's."""
+        """Whether the save partitioned the optimizer; partitions without `param_shapes` are an earlier save's."""
         mp = self.column(pp, tp)
         if self.model_of(pp, tp).get("param_shapes") is None:
             return False
@@ -148,7 +151,7 @@ class Save:
         return {mp for _, mp in names.zero_models} if self.sharded else set(names.models)
 
     def _found_ranks(self) -> int:
-        """Data-parallel ranks that files are there of: for old versions, which do not record it."""
+        """The number of data-parallel ranks by the files there are, for old versions, which do not record it."""
         optims = [rank for found in self.names.optims.values() for rank, _ in found]
         models = [rank for rank, _ in self.names.zero_models] if self.sharded else []
         return max([*optims, *models, 0]) + 1
@@ -165,7 +168,7 @@ class Save:
         return pp, self._mp // pp
 
     def _optim_prefix(self) -> str:
-        """Of two sets of optimizer files the one of the precision that the model file was saved with."""
+        """Which of two sets of optimizer files is meant: that of the precision in the model file's configuration."""
         optims = self.names.optims
         if len(optims) <= 1:
             return next(iter(optims), "")

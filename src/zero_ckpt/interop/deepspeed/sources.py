@@ -1,4 +1,4 @@
-"""Bytes of a checkpoint by address: a file as it is, ranges of files end to end, bytes at hand, strided tensors.
+"""Bytes of a checkpoint by address: a file as it is, ranges of files end to end, bytes in memory, strided tensors.
 
 A source has an address space that is read in blocks, as the core reads shard files. Knows nothing of what the bytes
 mean; `file_table` says which sources a tag has.
@@ -23,7 +23,7 @@ __all__ = ["Bytes", "FileSource", "Gathered", "Source", "Strided", "WholeBlocks"
 
 
 class Source(Protocol):
-    """`name`: for messages, and unlike any other's. `nbytes`: of the address space."""
+    """An address space. `name`: what messages call it; no other source has the same. `nbytes`: its size."""
 
     name: str
 
@@ -107,7 +107,7 @@ def _unreadable(name: str, error: Exception) -> CorruptShardError:
 
 
 class Bytes:
-    """Bytes at hand: numbers that a file holds without a tensor, and encoded objects."""
+    """Bytes in memory: numbers that no file holds as a tensor, and pickles of objects."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -118,7 +118,7 @@ class Bytes:
         return len(self._data)
 
     def add(self, data: bytes) -> int:
-        """The address of the bytes."""
+        """Add bytes; returns their address."""
         self._data += bytes(-len(self._data) % 16)
         begin = len(self._data)
         self._data += data
@@ -153,7 +153,7 @@ class Gathered:
         self._extents: list[_Extent] = []
 
     def add(self, nbytes: int, read: Callable[[int, int], bytes]) -> int:
-        """The address of a range; `read(offset, nbytes)` gives bytes of it."""
+        """Add a range, of which `read(offset, nbytes)` gives bytes; returns its address."""
         begin = round_up(self.nbytes, 64)
         self._extents.append(_Extent(begin, nbytes, read))
         self.nbytes = begin + nbytes
@@ -170,7 +170,7 @@ class Gathered:
         return buffer[: end - begin]
 
     def close(self) -> None:
-        """Its sources are closed by themselves."""
+        """Nothing is open here: the sources of the ranges are closed by their table."""
 
 
 class Strided:

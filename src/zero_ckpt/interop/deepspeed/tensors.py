@@ -24,7 +24,7 @@ class LayoutError(Exception):
 
 @dataclass(slots=True, eq=False)
 class Storage:
-    """Memory that tensors are views of. `file`: its number; `begin`: its address there, known when the file is open."""
+    """Memory that tensors are views of. `file`: number of the source; `begin`: its address there, known once opened."""
 
     dtype: str
     nbytes: int
@@ -72,7 +72,7 @@ class StoredTensor:
 
     @property
     def memory(self) -> tuple[object, ...]:
-        """Equal for two tensors that are one, as tied weights are."""
+        """Equal for two entries that are one tensor, as tied weights are."""
         return id(self.storage), self.offset, self.shape, self.strides, self.dtype
 
 
@@ -109,7 +109,7 @@ class Tensor:
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
-        """Of a tensor of one part."""
+        """The pieces of a tensor that has only one part."""
         return self.parts[0].pieces
 
     @classmethod

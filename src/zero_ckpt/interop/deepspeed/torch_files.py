@@ -20,7 +20,7 @@ from zero_ckpt.core.memory import ALIGNMENT, aligned_buffer
 from zero_ckpt.core.storage import FileReader
 from zero_ckpt.core.storage import Storage as Files
 from zero_ckpt.errors import CorruptShardError, UnsafeObjectError
-from zero_ckpt.interop.deepspeed.pickle_machine import load_pickle
+from zero_ckpt.interop.deepspeed.pickle_reader import load_pickle
 from zero_ckpt.interop.deepspeed.plain import CONSTRUCTORS, STORAGE_DTYPES
 from zero_ckpt.interop.deepspeed.records import Global, PickleError
 from zero_ckpt.interop.deepspeed.tensors import Storage
@@ -38,7 +38,10 @@ _LEGACY_PROTOCOL = 1001
 
 @dataclass(slots=True)
 class TorchFile:
-    """`tree`: what was saved, its tensors as `StoredTensor`s. `records`: (name, begin, bytes, CRC-32) of a zip's."""
+    """An opened file. `tree`: what was saved, with `StoredTensor`s for its tensors.
+
+    `records`: (name, begin, bytes, CRC-32) of each storage in a zip archive.
+    """
 
     path: str
     nbytes: int

@@ -24,7 +24,7 @@ from zero_ckpt.interop.deepspeed.column import (
     shapes_by_group,
     zero_options,
 )
-from zero_ckpt.interop.deepspeed.experts import global_name, local_counts, ranks_of_experts
+from zero_ckpt.interop.deepspeed.experts import count_experts, global_name, ranks_of_experts
 from zero_ckpt.interop.deepspeed.records import Record
 from zero_ckpt.interop.deepspeed.tensors import Flat, LayoutError, StoredTensor, Tensor
 
@@ -33,7 +33,7 @@ __all__ = ["read_partitions"]
 Shapes = Mapping[str, tuple[int, ...]]
 
 _ALIGNMENT = 2
-"""A group is padded to a multiple of so many elements for each rank."""
+"""A group is padded to a multiple of this many elements per rank."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ def _layouts(
     options: Sequence[Mapping[str, Any]],
 ) -> list[_Layout]:
     world = len(optims)
-    counts = local_counts(name for group in groups for name in group)
+    counts = count_experts(name for group in groups for name in group)
     found = []
     for index, shapes in enumerate(groups):
         slots, numel = _slots(shapes, _alignment(optims[0], index, len(shapes)))
@@ -259,7 +259,7 @@ def _slice_orders(optims: Sequence[Mapping[str, Any]], group: int) -> list[Any]:
 
 
 def _check_slices(layouts: Sequence[_Layout], optims: Sequence[Mapping[str, Any]]) -> None:
-    """Where the partitions say themselves what they hold, it must be what `param_shapes` implies."""
+    """Raises `LayoutError` where partitions say that they hold something else than `param_shapes` implies."""
     for layout in layouts:
         if layout.ranks != tuple(range(len(optims))):
             continue  # names of experts are local there

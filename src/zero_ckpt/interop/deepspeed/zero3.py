@@ -8,7 +8,7 @@ Frozen parameters are cut the same way, in `frozen_param_fragments` of every ran
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from math import prod
 from typing import Any
@@ -41,7 +41,8 @@ def read_pieces(model: Mapping[str, Any], optims: Sequence[Mapping[str, Any]]) -
     _check_lengths(shapes, vectors)
     column = Column(masters=_cut(shapes, vectors))
     try:
-        homes = _homes(listed, _lengths(_sub_groups(optims[0], 0)), len(optims))
+        lengths = [tensor.numel for tensor in _sub_groups(optims[0], 0)]
+        homes = _homes(listed, lengths, len(optims))
         _add_states(column, shapes, optims, homes)
     except LayoutError as error:
         column.problem, column.states = str(error), {}
@@ -54,10 +55,6 @@ def _sub_groups(optim: Mapping[str, Any], rank: int) -> list[StoredTensor]:
     if not isinstance(found, list) or not all(isinstance(t, StoredTensor) for t in found):
         raise LayoutError(f"rank {rank} has no list of tensors 'fp32_flat_groups'")
     return found
-
-
-def _lengths(tensors: Iterable[StoredTensor]) -> list[int]:
-    return [tensor.numel for tensor in tensors]
 
 
 def _share(shape: Sequence[int], world: int) -> int:

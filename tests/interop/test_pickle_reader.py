@@ -20,7 +20,7 @@ from tests.interop.writer import Run, edit, write
 from zero_ckpt import get_fp32_state_dict_from_zero_checkpoint, load_checkpoint
 from zero_ckpt.core.checkpoint import open_checkpoint
 from zero_ckpt.errors import CorruptCheckpointError, UnsafeObjectError, ZeroCkptError
-from zero_ckpt.interop.deepspeed.pickle_machine import load_pickle
+from zero_ckpt.interop.deepspeed.pickle_reader import load_pickle
 from zero_ckpt.interop.deepspeed.plain import CONSTRUCTORS
 from zero_ckpt.interop.deepspeed.records import PickleError, Record
 
