@@ -295,12 +295,14 @@ def test_a_rank_that_dies_while_it_writes_is_named(tmp_path: Path) -> None:
 
 SCRIPT = """
 import sys, time, torch, zero_ckpt
+from concurrent.futures import ThreadPoolExecutor
 from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.testing.faults import FaultyStorage
 
 def slow(operation):
     print("writing", flush=True)
     time.sleep(1)
+    ThreadPoolExecutor(1).submit(int).result()  # as clients of object stores look up addresses
     if "{mode}" == "fail":
         raise OSError(28, "No space left on device")
 
