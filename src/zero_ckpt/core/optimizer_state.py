@@ -36,7 +36,8 @@ class StateBuilder:
 
     State that the optimizer has already, of the stored dtype and shape, is filled in place: no second copy is held.
     State keeps the stored dtype; but where it had its parameter's and that is another one here, it follows, as torch's
-    optimizers need it. `rounds`: some values may not be exact then.
+    optimizers need it. `rounds`: some values may not be exact then. `begun`: state to be made of zeros, and after
+    which of the stored.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class StateBuilder:
         self.live: list[Request] = []
         self.fresh: list[Request] = []
         self.rounds = False
+        self.begun: Mapping[str, str] = {}
         self._saved_dtype = saved_dtype
         self._checkpoint, self._parameter, self._state = checkpoint, parameter, state
         self._rank, self._cpu_step, self._weights_only = rank, cpu_step, weights_only
@@ -100,7 +102,7 @@ class StateBuilder:
                 values[base] = self._decoded(tensor, base)
             else:
                 values[base] = python_value(kind, tensor)
-        return values
+        return values | {name: torch.zeros_like(values[like]) for name, like in self.begun.items()}
 
     def _decoded(self, tensor: torch.Tensor, name: str) -> Any:
         entry = self._entries.__getitem__
