@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -333,6 +334,22 @@ def test_a_rank_that_dies_while_it_writes_is_named(tmp_path: Path) -> None:
     assert dead.status == "died"
     assert "rank 1 died" in survivor.value
     assert tags_in(str(tmp_path)) == []
+
+
+def test_a_directory_that_is_deleted_meanwhile_is_told_and_the_next_save_works(
+    tmp_path: Path,
+) -> None:
+    gate, directory = Gate(), tmp_path / "run"
+    with Checkpointer(nn.Linear(2, 2), engine="async", storage=storage(gate, "sync")) as one:
+        handle = one.save_checkpoint(directory, tag="a")
+        assert gate.reached.wait(20)
+        shutil.rmtree(directory)
+        gate.open()
+        with pytest.raises(SaveError, match=r"\(\.saving-.*removed files of this directory"):
+            handle.wait()
+        assert not directory.exists()
+        one.save_checkpoint(directory, tag="b").wait()
+    assert tags_in(str(directory)) == ["b"]
 
 
 SCRIPT = """
