@@ -14,7 +14,7 @@ from torch import nn
 
 from tests.decoupled.jobs import Gate, same, saved_behind, storage
 from tests.workers import run_ranks
-from zero_ckpt import AsyncSave, Checkpointer, SaveHandle
+from zero_ckpt import AsyncSave, Checkpointer, SaveHandle, load_checkpoint
 from zero_ckpt.core.checkpoint import open_checkpoint
 from zero_ckpt.errors import SaveError, StateMismatchError
 
@@ -67,6 +67,30 @@ def test_engines_of_one_job_do_not_hear_each_other(tmp_path: Path) -> None:
 
 
 # Memory that is taken from a parameter
+
+
+def _load_by_another(directory: str) -> list[bool]:
+    """While nothing of a save is staged, which then is what it was."""
+    gate, run, _ = saved_behind(directory)
+    gate.open()
+    run.step()
+    before = run.state()
+    run.checkpointer.wait()
+    held = Gate()
+    run.checkpointer = Checkpointer(
+        run.model, run.optimizer, engine="async", storage=storage(held, "create"), timeout=20
+    )
+    run.save(directory, "b")
+    assert held.reached.wait(20)
+    threading.Timer(0.3, held.open).start()
+    load_checkpoint(directory, run.model, run.optimizer, tag="a")
+    has_loaded = not same(run.state(), before)
+    run.checkpointer.load_checkpoint(directory, tag="b")
+    return [has_loaded, same(run.state(), before)]
+
+
+def test_a_load_by_another_door_waits_until_all_is_copied(tmp_path: Path) -> None:
+    assert run_ranks(_load_by_another, 2, str(tmp_path)) == [[True, True]] * 2
 
 
 def _exchange(parameter: nn.Parameter) -> None:
