@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -254,3 +255,18 @@ def test_the_error_of_a_block_is_not_hidden_by_that_of_its_save(tmp_path: Path) 
         fall_over()
     with pytest.raises(SaveError), checkpointer:
         checkpointer.save_checkpoint(tmp_path, tag="a")
+
+
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_forked_child_steps_while_its_parent_saves(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters())
+    gate, handle = held_back(model, tmp_path)
+    child = multiprocessing.get_context("fork").Process(target=optimizer.step)
+    child.start()
+    child.join(20)
+    ended = child.exitcode
+    child.kill()
+    gate.open()
+    handle.wait()
+    assert ended == 0

@@ -148,7 +148,7 @@ class AsyncEngine(SyncEngine):
     def fence(self) -> None:
         """Return when all that was saved is staged, so that live tensors may change."""
         for flight in self._flights:
-            if not flight.done:
+            if flight.is_running:  # in a forked child none is, whatever is not done
                 flight.staged()
 
     def wait(self) -> None:
