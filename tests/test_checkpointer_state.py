@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.optim import lr_scheduler
 
+from tests.told import warned
 from zero_ckpt import (
     Checkpointer,
     export_fp32,
@@ -360,6 +361,35 @@ def test_steps_lie_where_the_options_that_are_loaded_want_them(
     load_checkpoint(tmp_path, model, plain, override_hyperparameters=keep)
     assert plain.param_groups[0]["fused"] is (None if keep else True)
     assert set(on_host) == {keep}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "names"),
+    [
+        (torch.optim.Adam, {"amsgrad": True}, ["max_exp_avg_sq"]),
+        (torch.optim.AdamW, {"amsgrad": True}, ["max_exp_avg_sq"]),
+        (torch.optim.RMSprop, {"momentum": 0.9, "centered": True}, ["grad_avg", "momentum_buffer"]),
+        (torch.optim.SGD, {"momentum": 0.9}, []),
+    ],
+)
+def test_state_that_only_new_options_take_begins_at_zero(
+    kind: Any, options: dict[str, Any], names: list[str], tmp_path: Path
+) -> None:
+    model = two_layers()
+    optimizer = kind(model.parameters(), lr=0.1)
+    one_step(model, optimizer)
+    save_checkpoint(tmp_path, model, optimizer, tag="t")
+    changed = kind(model.parameters(), lr=0.1, **options)
+    _, texts = warned(
+        load_checkpoint, tmp_path, model, changed, tag="t", override_hyperparameters=True
+    )
+    assert [name for name in names if all(f"'{name}'" in text for text in texts)] == names
+    assert len(texts) == bool(names)
+    for parameter, saved in optimizer.state.items():
+        state = changed.state[parameter]
+        assert all(torch.equal(state[name], saved[name]) for name in state.keys() & saved.keys())
+        assert all(torch.equal(state[name], torch.zeros_like(parameter)) for name in names)
+    one_step(model, changed)
 
 
 def adam_over(model: nn.Module, groups: list[list[str]]) -> torch.optim.Adam:

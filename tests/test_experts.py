@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from tests.workers import run_ranks
 from tests.zero import moe
@@ -77,6 +78,29 @@ def test_experts_load_at_any_other_size_bitwise(saved: str, tmp_path: Path) -> N
         if kind != saved:
             parts = run_ranks(_load, KINDS[kind][0], kind, str(tmp_path))
             assert_equal(moe.merged(parts), expected)
+
+
+def _save_along(mesh_dim: int | str, directory: str) -> State:
+    """Ranks 0 and 1 have the same experts, as have 2 and 3."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("expert", "expert_data"))
+    local = moe.make_local(mesh, declare=False)
+    declare_experts(local, local.expert_lists, mesh, mesh_dim=mesh_dim)
+    run = moe.prepare(local, 1)
+    moe.steps(run, 2)
+    checkpointer_of(run).save_checkpoint(directory, "trained", client_state="saved")
+    trained, reference = moe.everything(run, mesh), moe.reference(2)
+    assert torch.allclose(torch.tensor(run.losses), torch.tensor(reference.losses), atol=1e-12)
+    return trained
+
+
+@pytest.mark.parametrize("mesh_dim", ["expert", 0, -2])
+def test_experts_may_differ_along_any_dimension_of_the_mesh(
+    mesh_dim: int | str, tmp_path: Path
+) -> None:
+    expected = moe.merged(run_ranks(_save_along, 4, mesh_dim, str(tmp_path)))
+    for kind in ("whole", "two ranks"):
+        found = moe.merged(run_ranks(_load, KINDS[kind][0], kind, str(tmp_path)))
+        assert_equal(found, expected)
 
 
 def test_each_expert_is_written_once_under_its_number(tmp_path: Path) -> None:

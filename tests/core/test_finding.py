@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from zero_ckpt.core.finding import (
     list_tags,
     locate,
 )
+from zero_ckpt.core.manifest import MANIFEST_NAME
 from zero_ckpt.core.retention import remove_tag
 from zero_ckpt.errors import (
     CheckpointNotFoundError,
@@ -24,6 +27,7 @@ from zero_ckpt.errors import (
     FormatVersionError,
     NothingSavedError,
 )
+from zero_ckpt.testing.faults import FaultyStorage, Operation
 
 
 def found(directory: Path, tag: str | None = None) -> str:
@@ -48,6 +52,20 @@ def test_tags_are_listed_oldest_first_and_other_folders_are_not(tmp_path: Path) 
     assert "not a zero_ckpt manifest" in listed[0].problem
     assert listed[1].problem == NOT_COMMITTED
     assert all(info.summary is not None for info in listed[2:])
+
+
+def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path: Path) -> None:
+    """It has lost its manifest, and its disk or server does not answer at this moment."""
+    make_tag(tmp_path, "old", step=1)
+    (make_tag(tmp_path, "new", step=2) / MANIFEST_NAME).unlink()
+    storage = FaultyStorage(DISK, _refuse_to_list_new, names=("list",))
+    infos = {info.name: info.problem for info in list_tags(storage, str(tmp_path))}
+    assert infos == {"old": "", "new": f"{tmp_path}/new: cannot be listed: Input/output error"}
+
+
+def _refuse_to_list_new(operation: Operation) -> None:
+    if operation.path.endswith("/new"):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), operation.path)
 
 
 def test_what_is_no_directory_is_named(tmp_path: Path) -> None:

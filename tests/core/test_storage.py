@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.faults.failing_calls import Call, failing_calls
 from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.core.memory import ALIGNMENT, aligned_buffer, round_up
 
@@ -329,4 +330,22 @@ def test_a_closed_reader_can_be_closed_again_and_leaks_nothing(tmp_path: Path) -
         reader = LocalStorage().open(str(tmp_path / "file"))
         reader.close()
         reader.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_reader_that_cannot_be_closed_closes_nobody_elses_file_later(tmp_path: Path) -> None:
+    def refuse(call: Call, function: Any, args: tuple[Any, ...]) -> Any:
+        result = function(*args)  # the descriptor is gone, whatever close says
+        if call[0] == "close":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return result
+
+    (tmp_path / "file").write_bytes(b"1" * 5000)
+    before = len(os.listdir("/proc/self/fd"))
+    with failing_calls(tmp_path, refuse) as calls:
+        reader = LocalStorage().open(str(tmp_path / "file"))
+        opened = [call for call in calls.seen if call[0] == "open"]
+        reader.close()
+        reader.close()
+    assert len([call for call in calls.seen if call[0] == "close"]) == len(opened)
     assert len(os.listdir("/proc/self/fd")) == before

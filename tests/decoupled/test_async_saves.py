@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tests.decoupled.jobs import STAGES, Gate, Run, same, saved_behind, storage
-from tests.told import warned
+from tests.told import told_once, warned
 from tests.workers import run_ranks, start_ranks
 from zero_ckpt import AsyncSave, Checkpointer
 from zero_ckpt.core import flight
@@ -233,6 +234,48 @@ def test_saves_in_flight_together_commit_in_order(tmp_path: Path, tags: tuple[st
     assert results == [([False, False], tags[1], True)] * 2
 
 
+def _fail_in_flight(directory: str, tags: list[str]) -> tuple[str, list[str], list[str]]:
+    """Saves `tags` at once, of which those called bad fail; then, that known to one rank, the next."""
+
+    def hook(operation: Operation) -> None:
+        if "bad" in operation.path and dist.get_rank() == 1:
+            raise OSError(28, "No space left on device", operation.path)
+
+    run = Run(engine=AsyncSave(max_in_flight=3), storage=storage(hook, "write"))
+    run.step()
+    handles = [run.save(directory, tag) for tag in tags]
+    if dist.get_rank() == 0:
+        for handle in handles:
+            handle.join()  # type: ignore[attr-defined]
+    dist.barrier()
+
+    def next_save() -> str:
+        with pytest.raises(SaveError) as raised:
+            run.save(directory, "next")
+        return str(raised.value)
+
+    text, others = warned(next_save)
+    run.save(directory, "after")
+    run.checkpointer.close()
+    return text, others, tags_in(directory)
+
+
+def test_a_failure_in_flight_with_others_is_raised_by_the_next_save(tmp_path: Path) -> None:
+    for text, others, tags in run_ranks(_fail_in_flight, 2, str(tmp_path), ["bad", "good"]):
+        assert "/bad/" in text
+        assert not others
+        assert sorted(tags) == ["after", "good"]
+
+
+def test_each_of_several_failures_is_told(tmp_path: Path) -> None:
+    results = run_ranks(_fail_in_flight, 2, str(tmp_path), ["bad1", "bad2"])
+    (other,) = told_once([others for _, others, _ in results])
+    assert "bad2 was not saved, either: rank 1" in other
+    for text, _, tags in results:
+        assert "/bad1/" in text
+        assert tags == ["after"]
+
+
 def _change_too_early(directory: str) -> str:
     gate = Gate()
     run = Run(engine="async", storage=storage(gate, "create"))
@@ -293,14 +336,32 @@ def test_a_rank_that_dies_while_it_writes_is_named(tmp_path: Path) -> None:
     assert tags_in(str(tmp_path)) == []
 
 
+def test_a_directory_that_is_deleted_meanwhile_is_told_and_the_next_save_works(
+    tmp_path: Path,
+) -> None:
+    gate, directory = Gate(), tmp_path / "run"
+    with Checkpointer(nn.Linear(2, 2), engine="async", storage=storage(gate, "sync")) as one:
+        handle = one.save_checkpoint(directory, tag="a")
+        assert gate.reached.wait(20)
+        shutil.rmtree(directory)
+        gate.open()
+        with pytest.raises(SaveError, match=r"\(\.saving-.*removed files of this directory"):
+            handle.wait()
+        assert not directory.exists()
+        one.save_checkpoint(directory, tag="b").wait()
+    assert tags_in(str(directory)) == ["b"]
+
+
 SCRIPT = """
 import sys, time, torch, zero_ckpt
+from concurrent.futures import ThreadPoolExecutor
 from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.testing.faults import FaultyStorage
 
 def slow(operation):
     print("writing", flush=True)
     time.sleep(1)
+    ThreadPoolExecutor(1).submit(int).result()  # as clients of object stores look up addresses
     if "{mode}" == "fail":
         raise OSError(28, "No space left on device")
 

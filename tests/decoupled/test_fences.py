@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import nn
 
 from tests.decoupled.jobs import Gate, same, saved_behind, storage
 from tests.workers import run_ranks
-from zero_ckpt import AsyncSave, Checkpointer, SaveHandle
+from zero_ckpt import AsyncSave, Checkpointer, SaveHandle, load_checkpoint
 from zero_ckpt.core.checkpoint import open_checkpoint
 from zero_ckpt.errors import SaveError, StateMismatchError
 
@@ -67,6 +68,30 @@ def test_engines_of_one_job_do_not_hear_each_other(tmp_path: Path) -> None:
 
 
 # Memory that is taken from a parameter
+
+
+def _load_by_another(directory: str) -> list[bool]:
+    """While nothing of a save is staged, which then is what it was."""
+    gate, run, _ = saved_behind(directory)
+    gate.open()
+    run.step()
+    before = run.state()
+    run.checkpointer.wait()
+    held = Gate()
+    run.checkpointer = Checkpointer(
+        run.model, run.optimizer, engine="async", storage=storage(held, "create"), timeout=20
+    )
+    run.save(directory, "b")
+    assert held.reached.wait(20)
+    threading.Timer(0.3, held.open).start()
+    load_checkpoint(directory, run.model, run.optimizer, tag="a")
+    has_loaded = not same(run.state(), before)
+    run.checkpointer.load_checkpoint(directory, tag="b")
+    return [has_loaded, same(run.state(), before)]
+
+
+def test_a_load_by_another_door_waits_until_all_is_copied(tmp_path: Path) -> None:
+    assert run_ranks(_load_by_another, 2, str(tmp_path)) == [[True, True]] * 2
 
 
 def _exchange(parameter: nn.Parameter) -> None:
@@ -230,3 +255,18 @@ def test_the_error_of_a_block_is_not_hidden_by_that_of_its_save(tmp_path: Path) 
         fall_over()
     with pytest.raises(SaveError), checkpointer:
         checkpointer.save_checkpoint(tmp_path, tag="a")
+
+
+@pytest.mark.filterwarnings("ignore:.*fork")
+def test_a_forked_child_steps_while_its_parent_saves(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters())
+    gate, handle = held_back(model, tmp_path)
+    child = multiprocessing.get_context("fork").Process(target=optimizer.step)
+    child.start()
+    child.join(20)
+    ended = child.exitcode
+    child.kill()
+    gate.open()
+    handle.wait()
+    assert ended == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from zero_ckpt.core import checkpoint
 from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.core.shard_file import BLOCK
 from zero_ckpt.core.storage import FileReader
-from zero_ckpt.errors import CheckpointNotFoundError, CorruptShardError
+from zero_ckpt.errors import CheckpointNotFoundError, CorruptShardError, UnsafeObjectError
 from zero_ckpt.fp32 import (
     get_fp32_state_dict_from_zero_checkpoint,
     load_state_dict_from_zero_checkpoint,
@@ -168,6 +169,20 @@ def test_extra_state_of_modules_is_part_of_it(tmp_path: Path) -> None:
     assert torch.equal(other.loaded_extra["history"], torch.arange(4))
 
 
+class NetWithPickledState(NetWithExtraState):
+    def get_extra_state(self) -> Any:
+        return {"kind": complex}
+
+
+@pytest.mark.filterwarnings("ignore:.*pickles")
+def test_pickled_extra_state_is_opened_only_when_that_was_asked_for(tmp_path: Path) -> None:
+    zero_ckpt.save_checkpoint(tmp_path, NetWithPickledState(), step=1)
+    with pytest.raises(UnsafeObjectError, match=r"extra_state.*builtins\.type"):
+        get_fp32_state_dict_from_zero_checkpoint(tmp_path)
+    found = get_fp32_state_dict_from_zero_checkpoint(tmp_path, weights_only=False)
+    assert found["_extra_state"] == {"kind": complex}
+
+
 def test_optimizer_files_are_not_read(tmp_path: Path) -> None:
     model = Net()
     optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
@@ -186,6 +201,17 @@ def test_a_model_can_be_loaded_in_place(tmp_path: Path) -> None:
     other = Net(seed=1)
     assert load_state_dict_from_zero_checkpoint(other, tmp_path) is other
     assert_same(other.state_dict(), model.state_dict())
+
+
+def test_a_model_can_be_loaded_in_place_of_a_tag_that_is_not_the_latest(tmp_path: Path) -> None:
+    model = Net()
+    zero_ckpt.save_checkpoint(tmp_path, model, tag="old", step=1)
+    zero_ckpt.save_checkpoint(tmp_path, Net(seed=2), tag="new", step=2)
+    other = Net(seed=1)
+    load_state_dict_from_zero_checkpoint(other, tmp_path, tag="old")
+    assert_same(other.state_dict(), model.state_dict())
+    with pytest.raises(CheckpointNotFoundError, match="none"):
+        load_state_dict_from_zero_checkpoint(other, tmp_path, tag="none")
 
 
 def test_a_directory_without_a_checkpoint_is_named(tmp_path: Path) -> None:

@@ -91,6 +91,24 @@ def test_pickled_client_state_is_refused_by_name_and_leaves_nothing(
     assert "--allow-pickle" in capsys.readouterr().err
 
 
+@pytest.mark.filterwarnings("ignore:.*pickles")
+def test_pickled_client_state_of_ours_is_taken_over_when_that_was_asked_for(tmp_path: Path) -> None:
+    model, source = torch.nn.Linear(2, 2), tmp_path / "source"
+    optimizer = torch.optim.SGD(model.parameters())
+    client_state = {"kind": complex}
+    zero_ckpt.save_checkpoint(source, model, optimizer, step=1, client_state=client_state)
+    for convert in (convert_checkpoint, convert_to_universal):
+        with pytest.raises(UnsafeObjectError, match=r"client_state.*builtins\.type"):
+            convert(source, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+    ours = convert_checkpoint(source, tmp_path / "ours", name="a", weights_only=False)
+    theirs = convert_to_universal(source, tmp_path / "theirs", name="a", weights_only=False)
+    assert (Path(ours).name, Path(theirs).name) == ("a", "a_universal")
+    for folder in (ours, theirs):
+        result = zero_ckpt.load_checkpoint(folder, model, optimizer, weights_only=False)
+        assert result.client_state["kind"] is complex
+
+
 def peaks_of(source: Path, out: Path) -> list[int]:
     """Memory that each way of opening all of it takes."""
     return [

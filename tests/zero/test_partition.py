@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -26,6 +28,7 @@ from torch.optim.lr_scheduler import (
 
 from tests.workers import run_ranks
 from tests.zero.training import Net, assert_equal, backward, make_net, train, whole_weights
+from zero_ckpt import load_checkpoint, save_checkpoint
 from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.zero import (
     check_optimizer,
@@ -132,6 +135,40 @@ def test_every_parameter_has_its_state_on_one_rank() -> None:
     assert names_0.isdisjoint(names_1)
     assert names_0 | names_1 == {name for name, _ in Net().named_parameters()}
     assert 0.5 < size_0 / size_1 < 2
+
+
+def _partition_within_pairs(directory: str) -> tuple[set[str], list[torch.Tensor]]:
+    net = make_net()
+    ddp = DistributedDataParallel(net)
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    zero = partition_optimizer(grouped_adam(net), process_group=pairs[dist.get_rank() // 2])
+    names = {id(p): name for name, p in net.named_parameters()}
+    for step in range(2):
+        backward(ddp, step, 1)
+        zero.step()
+        zero.zero_grad()
+    owned = {names[id(p)] for p in owned_parameters(zero)}
+    save_checkpoint(directory, ddp, zero, step=2)
+    backward(ddp, 2, 1)
+    zero.step()
+    after = [p.detach().clone() for p in net.parameters()]
+    zero.zero_grad()
+    load_checkpoint(directory, ddp, zero)
+    backward(ddp, 2, 1)
+    zero.step()
+    assert all(torch.equal(p, then) for p, then in zip(net.parameters(), after, strict=True))
+    return owned, after
+
+
+def test_a_group_of_ranks_may_partition_among_itself(tmp_path: Path) -> None:
+    """Each pair has all state once; it is saved once, and any rank resumes from it."""
+    results = run_ranks(_partition_within_pairs, 4, str(tmp_path))
+    (first, weights), (second, _), *others = results
+    assert first.isdisjoint(second)
+    assert first | second == {name for name, _ in Net().named_parameters()}
+    assert [owned for owned, _ in others] == [first, second]
+    for _, found in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found, weights, strict=True))
 
 
 def _state_is_kept() -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from zero_ckpt.core.control import ControlPlane, process_group_store
+from zero_ckpt.core.control import ControlPlane, meet_json, process_group_store
 from zero_ckpt.core.detach import Copies
 from zero_ckpt.core.dtensors import local_tensor
 from zero_ckpt.core.engine import SyncEngine, cuda_device
@@ -133,11 +133,11 @@ class AsyncEngine(SyncEngine):
         detached = transaction.detach(self._copies, ceiling, digests=self.options.check_staging)
         flight = Flight(transaction, [f for f in self._flights if not f.done])
         flight.then(lambda _: self._copies.give(detached.copies))
-        self._saves += 1
-        self._flights.append(flight)
         self._fence = self._fence or StepFence(self)
         with suppress(MemoryError):  # the next save tries again
             self._guard.install()
+        self._saves += 1
+        self._flights.append(flight)
         flight.start()
         if not detached.fits:
             self._say(
@@ -152,7 +152,7 @@ class AsyncEngine(SyncEngine):
     def fence(self) -> None:
         """Return when all that was saved is staged, so that live tensors may change."""
         for flight in self._flights:
-            if not flight.done:
+            if flight.is_running:  # in a forked child none is, whatever is not done
                 flight.staged()
 
     def wait(self) -> None:
@@ -193,24 +193,33 @@ class AsyncEngine(SyncEngine):
 
         Raises what earlier saves failed with. Every rank does the same.
         """
-        surplus = len(self._flights) - self.options.max_in_flight + 1
-        if self.options.when_busy == "wait" or not self._busy_anywhere(request.timeout):
-            self._settle(surplus)
-            return True
-        if self.options.when_busy == "skip":
+        is_busy, ended = self._look_around(request.timeout)
+        if is_busy and self.options.when_busy == "skip":
+            self._settle(ended)
             return False
-        for flight in self._flights:
-            flight.give_up()
-        self._settle(len(self._flights))
+        if is_busy and self.options.when_busy == "replace":
+            for flight in self._flights:
+                flight.give_up()
+            ended = len(self._flights)
+        self._settle(max(ended, len(self._flights) - self.options.max_in_flight + 1))
         return True
 
-    def _busy_anywhere(self, timeout: float) -> bool:
-        """Whether `max_in_flight` saves are under way on some rank."""
-        here = sum(not flight.done for flight in self._flights) >= self.options.max_in_flight
-        answer = self._own_control("busy").meet(
-            "save: busy", b"1" if here else b"", lambda all: b"1" if any(all) else b"", timeout
+    def _look_around(self, timeout: float) -> tuple[bool, int]:
+        """Whether `max_in_flight` saves are under way on some rank; and how many of the oldest saves end with the newest
+        one that failed on some rank, since all ranks are to raise that."""
+        if self.options.when_busy == "wait" and self.options.max_in_flight == 1:
+            return True, 0  # nothing to agree upon: it waits for the only one
+        first = self._saves - len(self._flights)
+        failed = [n for n, each in enumerate(self._flights, first + 1) if each.done and each.error]
+        is_busy = sum(not each.done for each in self._flights) >= self.options.max_in_flight
+        answer = meet_json(
+            self._own_control("busy"),
+            "save: busy",
+            [is_busy, max(failed, default=0)],
+            lambda ranks: [any(busy for busy, _ in ranks), max(number for _, number in ranks)],
+            timeout,
         )
-        return bool(answer)
+        return bool(answer[0]), max(0, answer[1] - first)
 
     def _own_control(self, name: str) -> ControlPlane:
         """A control plane on which this engine meets its counterparts on other ranks, and no other engine."""
@@ -230,12 +239,13 @@ class AsyncEngine(SyncEngine):
             flight.told()
         notices = [text for flight in settled for text in flight.notices]
         given_up = [str(flight.error) for flight in untold if flight.is_given_up]
-        warn_on_first(self.control.rank, [*notices, *given_up])
+        failed = [flight for flight in untold if not flight.is_given_up]
+        others = [f"{flight.path} was not saved, either: {flight.error}" for flight in failed[1:]]
+        warn_on_first(self.control.rank, [*notices, *given_up, *others])
         for text in (text for flight in settled for text in flight.mishaps):
             warn_user(text)
-        for flight in untold:
-            if flight.error is not None and not flight.is_given_up:
-                raise flight.error
+        if failed:
+            failed[0].wait()
 
     def _staging_pool(self, captured: Captured, shards: list[ShardPlan]) -> StagingPool:
         nbytes, ceiling = sum(s.layout.nbytes for s in shards), self._find_ceiling()

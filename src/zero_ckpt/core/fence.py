@@ -1,4 +1,4 @@
-"""Steps of optimizers that wait until a save has copied what they are about to change.
+"""Steps of optimizers, and loads, that wait until a save has copied what they are about to change.
 
 Owns the hook that torch calls before every step of every optimizer. Knows no saves: it is told how to wait.
 """
@@ -10,12 +10,25 @@ from typing import Any, Protocol
 
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-__all__ = ["StepFence"]
+__all__ = ["StepFence", "await_staged"]
 
 
 class Fenced(Protocol):
     def fence(self) -> None:
         """Return when live tensors may change."""
+
+
+_FENCED: weakref.WeakSet[Any] = weakref.WeakSet()
+"""All owners of fences in this process."""
+
+
+def await_staged() -> None:
+    """Before a load fills live tensors, which leaves no trace in them: return when no save has to copy them any more.
+
+    It may be another `Checkpointer` that saves, or another door.
+    """
+    for owner in list(_FENCED):
+        owner.fence()
 
 
 class StepFence:
@@ -32,10 +45,13 @@ class StepFence:
             alive = owned()
             return None if alive is None else _wait(alive, optimizer, args, kwargs)
 
+        self._owned = owned
+        _FENCED.add(owner)
         self._hook = register_optimizer_step_pre_hook(before_step)
         weakref.finalize(owner, self._hook.remove)
 
     def remove(self) -> None:
+        _FENCED.discard(self._owned())
         self._hook.remove()
 
 

@@ -105,10 +105,20 @@ def _inspect(storage: Storage, directory: str, name: str) -> TagInfo | None:
     try:
         return TagInfo(name, summarize_tag(storage, folder))
     except CheckpointNotFoundError:
-        holds = holds_shards(names_in(storage, folder))
-        return TagInfo(name, None, NOT_COMMITTED) if holds else None
+        return _without_manifest(storage, folder, name)
     except (ZeroCkptError, OSError) as error:
         return TagInfo(name, None, str(error))
+
+
+def _without_manifest(storage: Storage, folder: str, name: str) -> TagInfo | None:
+    """A folder that cannot be listed may be a tag: 'repair' would pass it over, and move `latest` to an older one."""
+    try:
+        names = [entry.name for entry in storage.list(folder)]
+    except (FileNotFoundError, NotADirectoryError):  # it was removed meanwhile
+        return None
+    except OSError as error:
+        return TagInfo(name, None, f"{folder}: cannot be listed: {why_unread(error)}")
+    return TagInfo(name, None, NOT_COMMITTED) if holds_shards(names) else None
 
 
 def locate(storage: Storage, path: str, tag: str | None) -> tuple[str, str | None]:

@@ -21,9 +21,27 @@ _UNTOLD: dict[Flight, None] = {}
 """Failures that nobody has been told of, oldest first. What is left of them when the process ends is printed then."""
 
 
+_THREAD = "zero_ckpt-save"
+
+
+def _land() -> None:
+    """Return when no save of this process is under way."""
+    for thread in threading.enumerate():
+        if thread.name == _THREAD:
+            thread.join()
+
+
+# Python waits for the threads of saves by itself, but first closes all thread pools: without one, clients of object
+# stores look up no address. What is registered there is called in reverse order: this before what `start_thread`'s
+# module has imported. In an exit handler it is too late, and in other Pythons there may be no such thing.
+with suppress(AttributeError, RuntimeError):
+    threading._register_atexit(_land)  # type: ignore[attr-defined]
+
+
 @atexit.register
 def _tell_at_exit() -> None:
-    """Python waits for flights before it calls this."""
+    """Saves have ended by now, but for those that exit handlers have begun."""
+    _land()
     untold = [flight for flight in _UNTOLD if not flight.is_given_up]
     for flight in untold:
         print(f"zero_ckpt: {flight.path} was not saved: {flight.error}", file=sys.stderr)
@@ -66,7 +84,7 @@ class Flight(SaveHandle):
         transaction.staged = self._is_staged.set
         transaction.going_on = self._check_given_up
         transaction.before_vote = self._await_earlier
-        self._thread = threading.Thread(target=self._run, name="zero_ckpt-save", daemon=False)
+        self._thread = threading.Thread(target=self._run, name=_THREAD, daemon=False)
 
     def start(self) -> None:
         """Begin. Without room for a thread the save is made on this one, so that all ranks get the same outcome."""

@@ -81,11 +81,16 @@ class Lease:
         return silent
 
     def check(self) -> None:
-        """Call it before the commit. Raises `SaveError` when another job took this one for dead and has taken over."""
+        """Call it before the commit. Raises `SaveError` when another job took this one for dead and has taken over.
+
+        Somebody who removes all that is in the directory removes the lease, too.
+        """
         if self._read(self._path) is None:
             raise SaveError(
-                f"{self._directory}: this job did not run for more than {SILENCE:g} s, and another one that saves here "
-                "has taken over. Nothing was committed. Give each job a directory of its own, or stop one of them."
+                f"{self._directory}: what this job keeps there while it saves ({os.path.basename(self._path)}) was "
+                f"removed: by somebody who removed files of this directory, or this job did not run for more than "
+                f"{SILENCE:g} s, and another one that saves here has taken over. Nothing was committed. Save again, or "
+                "give each job a directory of its own."
             )
 
     def release(self) -> None:

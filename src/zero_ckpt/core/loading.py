@@ -21,6 +21,7 @@ from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.collector import collector_paused
 from zero_ckpt.core.consequences import TORN
 from zero_ckpt.core.control import ControlPlane, meet_json
+from zero_ckpt.core.fence import await_staged
 from zero_ckpt.core.finding import Candidates, Found, fallback_notice, find_checkpoint, locate
 from zero_ckpt.core.memory import free_share
 from zero_ckpt.core.notices import warn_on_first
@@ -141,6 +142,7 @@ class _Session:
                 failure = None
                 return None
             try:
+                await_staged()
                 live.fill(beat, shared_live, verified=verify_first)
                 plan.install()
             except Exception as error:

@@ -287,10 +287,13 @@ class _LocalReader:
             done += count
 
     def close(self) -> None:
-        for fd in (self._cached_fd, self._direct_fd):
-            if fd >= 0:
-                os.close(fd)
+        """Once, whatever the system says of it: a number that was given back may be another file's by now."""
+        opened = self._cached_fd, self._direct_fd
         self._cached_fd = self._direct_fd = -1
+        for fd in opened:
+            with contextlib.suppress(OSError):  # of what was read nothing is lost
+                if fd >= 0:
+                    os.close(fd)
 
     def __del__(self) -> None:
         """A lazy tensor may have opened the file again after its checkpoint was closed."""

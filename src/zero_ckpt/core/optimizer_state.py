@@ -38,7 +38,8 @@ class StateBuilder:
     State keeps its stored dtype, with one exception: state that was saved in its parameter's dtype takes that of the
     live parameter, since torch's optimizers do not mix them. `rounds`: whether values may lose precision by that.
 
-    `live`, `fresh`: the reads that `add` asked for, into existing and into new memory.
+    `live`, `fresh`: the reads that `add` asked for, into existing and into new memory. `begun`: state that the
+    checkpoint lacks, which begins at zero in the shape and dtype of a stored one, named beside it.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class StateBuilder:
         self.live: list[Request] = []
         self.fresh: list[Request] = []
         self.rounds = False
+        self.begun: Mapping[str, str] = {}
         self._saved_dtype = saved_dtype
         self._checkpoint, self._parameter, self._state = checkpoint, parameter, state
         self._rank, self._cpu_step, self._weights_only = rank, cpu_step, weights_only
@@ -103,7 +105,7 @@ class StateBuilder:
                 values[base] = self._decoded(tensor, base)
             else:
                 values[base] = python_value(kind, tensor)
-        return values
+        return values | {name: torch.zeros_like(values[like]) for name, like in self.begun.items()}
 
     def _decoded(self, tensor: torch.Tensor, name: str) -> Any:
         entry = self._entries.__getitem__

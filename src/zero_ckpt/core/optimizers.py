@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from zero_ckpt.core.begun_state import begun_notice, begun_state
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.dtensors import TORCH_DTYPES
 from zero_ckpt.core.groups import check_same_parameters, matched_options, take_options
@@ -38,8 +39,8 @@ def plan_optimizer(
     """Create the state of every parameter that this rank holds state for, and take over the groups' options.
 
     `record` is what `capture_optimizer` recorded, `prefix` and `names` as there. `keep_options`: every group keeps its
-    own options. Raises `StateMismatchError` when the parameters of the groups, or the kind of optimizer, are not those
-    of the checkpoint.
+    own options; state that only these take begins at zero, with a notice. Raises `StateMismatchError` when the
+    parameters of the groups, or the kind of optimizer, are not those of the checkpoint.
     """
     fqn_of = names_in_groups(optimizer, names)
     groups = group_names(optimizer, names, fqn_of)
@@ -52,6 +53,7 @@ def plan_optimizer(
     plan = Restoration()
     states: dict[torch.Tensor, StateBuilder | None] = {}
     holder = holder_of(optimizer)
+    begun: set[str] = set()
     alike = len(holder.param_groups) == len(options)
     for index, group in enumerate(holder.param_groups):
         final = {**group, **options[index]} if alike else group
@@ -66,12 +68,16 @@ def plan_optimizer(
             builder = StateBuilder(checkpoint, parameter, saved, live, rank, cpu_step, weights_only)
             for name, key in found.items():
                 builder.add(name, key)
+            if keep_options:
+                builder.begun = begun_state(holder, final, found)
+                begun |= builder.begun.keys()
             if builder.rounds and not plan.notices:
                 plan.notices.append(_rounding_notice(checkpoint.path, saved, parameter.dtype))
             plan.live += builder.live
             plan.fresh += builder.fresh
             plan.checks.append(builder.state)
             states[parameter] = builder
+    plan.notices += filter(None, [begun_notice(checkpoint.path, begun)])
     plan.installs.append(lambda: _install(optimizer, holder, states, options))
     return plan
 

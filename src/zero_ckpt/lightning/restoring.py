@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from zero_ckpt.core.checkpoint import Checkpoint
+from zero_ckpt.core.fence import await_staged
 from zero_ckpt.core.naming import parameter_names
 from zero_ckpt.core.outcome import log_report
 from zero_ckpt.core.reader import Request
@@ -109,6 +110,7 @@ class RestoreMixin(OpenMixin):
 
     def _read(self, source: Checkpoint, requests: list[Request]) -> None:
         try:
+            await_staged()
             source.plan_reads(requests).fill(self.control.beat, self.replicated)
         finally:
             source.close()  # files are opened again when they are needed again
