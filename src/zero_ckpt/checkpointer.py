@@ -27,6 +27,7 @@ from zero_ckpt.core.bound import Wanted, plan_training, plan_weights
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.custom import CustomLoad
 from zero_ckpt.core.decoupled import AsyncSave, async_save_of, make_engine
+from zero_ckpt.core.frameworks import unwrapped_model, unwrapped_optimizer
 from zero_ckpt.core.handle import SaveHandle
 from zero_ckpt.core.loading import load_together
 from zero_ckpt.core.notices import alone_notice, warn_on_first, warn_user
@@ -55,9 +56,9 @@ class Checkpointer:
     storage: where files go; None: the local disk, or the object store of a path's URL. Another one follows
         `zero_ckpt.core.storage.Storage`.
 
-    `models`, `optimizers`, `lr_schedulers`: what was given, by name. `global_step`: steps that the first optimizer has
-    made, going on from those of the checkpoint that was loaded. Raises `ConfigurationError` for arguments that cannot
-    work.
+    `models`, `optimizers`, `lr_schedulers`: what was given, by name, without Fabric's or Accelerate's wrappers.
+    `global_step`: steps that the first optimizer has made, going on from those of the checkpoint that was loaded.
+    Raises `ConfigurationError` for arguments that cannot work.
     """
 
     def __init__(
@@ -74,8 +75,11 @@ class Checkpointer:
         engine: str | AsyncSave = "sync",
         storage: Storage | None = None,
     ) -> None:
-        self.models: dict[str, nn.Module] = named(model, "models")
-        self.optimizers: dict[str, torch.optim.Optimizer] = named(optimizer, "optimizers")
+        models, optimizers = named(model, "models"), named(optimizer, "optimizers")
+        self.models: dict[str, nn.Module] = {k: unwrapped_model(m) for k, m in models.items()}
+        self.optimizers: dict[str, torch.optim.Optimizer] = {
+            name: unwrapped_optimizer(each) for name, each in optimizers.items()
+        }
         self.lr_schedulers: dict[str, Any] = named(lr_scheduler, "schedulers")
         check_kinds(self.models, self.optimizers, self.lr_schedulers)
         check_keep_last(keep_last)

@@ -277,3 +277,26 @@ def forgotten(case: Case) -> list[bool]:
 @pytest.mark.parametrize("case", [Case(), Case(dispatch=True), Case(stateful=True)], ids=str)
 def test_a_forgotten_loader_is_freed_at_once(case: Case) -> None:
     assert run_ranks(forgotten, 1, case) == [[True] * 6]
+
+
+def _gathered(case: Case) -> Any:
+    accelerator, loader = jobs.prepared(case, 1)
+    whole = [len(accelerator.gather_for_metrics(batch)) for batch in loader]
+    rest = skip_first_batches(loader, 1)
+    again = skip_first_batches(rest, 1)
+    return (
+        whole,
+        [len(accelerator.gather_for_metrics(batch)) for batch in rest],
+        [len(accelerator.gather_for_metrics(batch)) for batch in again],
+    )
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Case(samples=21), Case(samples=21, dispatch=True), Case(samples=21, split=True)],
+    ids=str,
+)
+def test_metrics_of_the_rest_of_an_epoch_count_no_sample_twice(case: Case) -> None:
+    for whole, rest, again in run_ranks(_gathered, 2, case):
+        assert sum(whole) == case.samples
+        assert (rest, again) == (whole[1:], whole[2:])

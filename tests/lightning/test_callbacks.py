@@ -9,6 +9,7 @@ import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
     BaseFinetuning,
     EMAWeightAveraging,
     ModelCheckpoint,
@@ -100,6 +101,54 @@ def test_callback_works_and_resumes_at_every_stage(tmp_path: Path, kind: str) ->
             assert resumed[0] == full[0][6:]  # two epochs of three steps
             assert_same(resumed[1], full[1])
             assert all(full[2]) == (stage >= 2) or not full[2]
+
+
+class Backbone(Head):
+    """What Lightning's own callback freezes and unfreezes."""
+
+    @property
+    def backbone(self) -> Any:
+        return self.blocks
+
+
+class Epochs(L.Callback):
+    """The epochs whose beginning was told."""
+
+    def __init__(self) -> None:
+        self.begun: list[int] = []
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.begun.append(trainer.current_epoch)
+
+
+def _finetune(root: Path, stage: int, start: str | None, end: int = 12) -> Any:
+    L.seed_everything(4 if start is None else 55)
+    folder = root / f"backbone{stage}"
+    saver = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+    epochs = Epochs()
+    callbacks = [BackboneFinetuning(1, lambda epoch: 1.5, verbose=False), epochs, saver]
+    run = trainer(root, stage, max_epochs=4, max_steps=end, callbacks=callbacks)
+    model = Backbone(dropout=0.2)
+    ckpt_path = None if start is None else folder / start
+    run.fit(model, loader(24), loader(8), ckpt_path=ckpt_path)
+    return model.losses, epochs.begun
+
+
+def _finetune_in_parts(root: Path, stage: int) -> Any:
+    full = _finetune(root, stage, None)
+    starts = {4: "step=4.ckpt", 6: "step=6.ckpt"}  # within epoch 1, after its last batch
+    resumed = {at: _finetune(root, stage, start) for at, start in starts.items()}
+    between = _finetune(root, stage, "step=6.ckpt", 7)  # saves within the epoch after that
+    return full, resumed, between, _finetune(root, stage, "step=7-v2.ckpt")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_a_callback_has_unfrozen_trains_on_after_a_resume(tmp_path: Path, stage: int) -> None:
+    for full, resumed, between, last in on_ranks(_finetune_in_parts, 2, tmp_path, stage):
+        assert full[1] == [0, 1, 2, 3]
+        assert resumed == {4: (full[0][4:], [2, 3]), 6: (full[0][6:], [2, 3])}
+        assert between == (full[0][6:7], [2])
+        assert last == (full[0][7:], [3])
 
 
 class Watching(Model):

@@ -29,7 +29,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from accelerate.data_loader import DataLoaderDispatcher
+from accelerate.data_loader import DataLoaderDispatcher, SkipBatchSampler
 from accelerate.data_loader import skip_first_batches as accelerate_skip_first_batches
 
 from zero_ckpt.accelerate import data_states
@@ -123,6 +123,13 @@ def _keep_settings(loader: Any, skipping: Any) -> None:
     skipping._drop_last, skipping._non_blocking = loader._drop_last, loader._non_blocking
     if isinstance(loader, DataLoaderDispatcher):
         skipping.slice_fn, skipping.submesh_tp = loader.slice_fn, loader.submesh_tp
+    sampler = data_states.index_sampler(skipping)
+    if isinstance(
+        sampler, SkipBatchSampler
+    ):  # without these `gather_for_metrics` keeps what was added to even batches
+        for name in ("batch_size", "num_processes", "split_batches"):
+            if hasattr(sampler.batch_sampler, name):
+                setattr(sampler, name, getattr(sampler.batch_sampler, name))
 
 
 def _entry(loader: Any) -> dict[str, Any]:

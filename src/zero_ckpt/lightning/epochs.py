@@ -9,7 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["batches_given", "batches_trained", "is_within", "scaled", "settle", "within"]
+__all__ = [
+    "batches_given",
+    "batches_trained",
+    "begin_next",
+    "is_within",
+    "scaled",
+    "settle",
+    "within",
+]
 
 
 def batches_given(counters: Mapping[str, int]) -> int:
@@ -60,3 +68,15 @@ def settle(epoch_loop: Any, place: int, *, within_epoch: bool) -> None:
     current.ready = current.started = current.processed = place
     current.completed = place - epoch_loop.restarted_on_train_batch_end
     progress.is_last_batch = not within_epoch
+
+
+def begin_next(fit_loop: Any) -> None:
+    """Let the loop begin its next epoch like any other, where the save came after the last batch of one.
+
+    Lightning closes that epoch when it resumes, and then takes the next for the rest of it: no `on_train_epoch_start`,
+    and counters of epochs by which a later save in that epoch would seem to lie after its end. Call it in the
+    strategy's `on_train_start`.
+    """
+    epoch = fit_loop.epoch_progress.current
+    if fit_loop.restarted_mid_epoch and epoch.processed == epoch.ready:
+        fit_loop.reset_restart_stage()

@@ -19,6 +19,7 @@ from zero_ckpt.core.reader import Request
 from zero_ckpt.errors import StateMismatchError
 from zero_ckpt.lightning.opening import OpenMixin
 from zero_ckpt.lightning.optimizers import Pristine, plan_state
+from zero_ckpt.lightning.unfreezing import unfreeze_as_saved
 from zero_ckpt.lightning.wanted import follow_schedules
 from zero_ckpt.lightning.weights import load_weights
 
@@ -118,6 +119,7 @@ class RestoreMixin(OpenMixin):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Restore every optimizer; all of them, or none. Lightning restores the schedulers next."""
         self._ready_schedules(cast("dict[str, Any]", checkpoint))  # with which Lightning goes on
+        self._unfreeze()
         states = checkpoint["optimizer_states"]
         if not states:
             return
@@ -149,6 +151,11 @@ class RestoreMixin(OpenMixin):
             plan.install()
             self._tell(plan.notices)
         self._zero_pristine = ()
+
+    def _unfreeze(self) -> None:
+        if self._zero_source is not None and self._callbacks("BaseFinetuning"):
+            assert self.lightning_module is not None
+            unfreeze_as_saved(self.lightning_module, self._zero_source)
 
     def _ready_schedules(self, content: dict[str, Any]) -> None:
         schedulers = [config.scheduler for config in self.lr_scheduler_configs]

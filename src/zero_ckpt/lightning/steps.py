@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from zero_ckpt import zero
+from zero_ckpt.lightning import epochs
 from zero_ckpt.lightning.base import StrategyBase
 from zero_ckpt.lightning.data import can_resume, make_resumable
 from zero_ckpt.zero.experts import attach_experts, shared_buffers
@@ -136,7 +137,9 @@ class StepMixin(StrategyBase):
     def on_train_start(self) -> None:
         super().on_train_start()
         if self._zero_resumption is not None:
-            self._zero_resumption.settle(self._current_trainer().fit_loop)
+            fit_loop = self._current_trainer().fit_loop
+            epochs.begin_next(fit_loop)
+            self._zero_resumption.settle(fit_loop)
             self._zero_resumption.pending.at_train_start()
             self._zero_resumption = None
 
