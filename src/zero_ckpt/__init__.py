@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from zero_ckpt.calls import load_checkpoint, save_checkpoint
     from zero_ckpt.checkpointer import Checkpointer
-    from zero_ckpt.core.decoupled import AsyncSave
+    from zero_ckpt.core.async_save import AsyncSave
     from zero_ckpt.core.handle import SaveHandle
     from zero_ckpt.core.outcome import LoadResult
     from zero_ckpt.fp32 import export_fp32, get_fp32_state_dict_from_zero_checkpoint
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AsyncSave": "zero_ckpt.core.decoupled",
+    "AsyncSave": "zero_ckpt.core.async_save",
     "Checkpointer": "zero_ckpt.checkpointer",
     "export_fp32": "zero_ckpt.fp32",
     "get_fp32_state_dict_from_zero_checkpoint": "zero_ckpt.fp32",

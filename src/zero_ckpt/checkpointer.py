@@ -22,11 +22,12 @@ from zero_ckpt.core import rng
 from zero_ckpt.core.agreement import check_tag_validation
 from zero_ckpt.core.alone import check_all_save
 from zero_ckpt.core.arguments import check_keep_last, check_timeout, check_zero_stage
+from zero_ckpt.core.async_save import AsyncSave, async_save_of
 from zero_ckpt.core.binding import Some, bound_names, check_kinds, named, snapshot_of
 from zero_ckpt.core.bound import Wanted, plan_training, plan_weights
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.custom import CustomLoad
-from zero_ckpt.core.decoupled import AsyncSave, async_save_of, make_engine
+from zero_ckpt.core.decoupled import make_engine
 from zero_ckpt.core.frameworks import unwrapped_model, unwrapped_optimizer
 from zero_ckpt.core.handle import SaveHandle
 from zero_ckpt.core.loading import load_together

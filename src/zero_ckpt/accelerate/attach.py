@@ -18,7 +18,7 @@ from zero_ckpt.accelerate.ending import EndMixin
 from zero_ckpt.accelerate.loading import LoadMixin
 from zero_ckpt.accelerate.options import Options
 from zero_ckpt.accelerate.prepare import PrepareMixin
-from zero_ckpt.core.decoupled import AsyncSave
+from zero_ckpt.core.async_save import AsyncSave
 from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.zero import WrapPolicy
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from zero_ckpt.core.agreement import check_tag_validation
 from zero_ckpt.core.arguments import check_keep_last, check_timeout, is_count
-from zero_ckpt.core.decoupled import AsyncSave
+from zero_ckpt.core.async_save import AsyncSave
 from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.fp32.layout import parse_size
 from zero_ckpt.fp32.publishing import output_of

@@ -14,13 +14,13 @@ import logging
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from zero_ckpt.core.async_save import AsyncSave
 from zero_ckpt.core.control import ControlPlane, meet_json, process_group_store
 from zero_ckpt.core.detach import Copies
 from zero_ckpt.core.dtensors import local_tensor
@@ -38,58 +38,10 @@ from zero_ckpt.core.storage import Storage
 from zero_ckpt.core.termination import TerminationGuard
 from zero_ckpt.core.threads import start_thread
 from zero_ckpt.core.transaction import SaveRequest
-from zero_ckpt.errors import ConfigurationError
 
-__all__ = ["AsyncEngine", "AsyncSave", "async_save_of", "make_engine"]
+__all__ = ["AsyncEngine", "make_engine"]
 
 _logger = logging.getLogger("zero_ckpt")
-
-WHEN_BUSY = ("wait", "skip", "replace")
-
-
-@dataclass(frozen=True, slots=True)
-class AsyncSave:
-    """How saves run beside the training. Raises `ConfigurationError` for values that cannot work.
-
-    staging_bytes: host memory of this rank for copies of its state, at least 24 MiB. None: as much as it writes, at
-        most a quarter of what is free when it is first needed, shared by the ranks of this host. A larger state is
-        staged in pieces, and the next optimizer step waits for the disk to take what has no room.
-    when_busy: what a save does while `max_in_flight` earlier ones are under way: "wait" for the oldest, "skip" this
-        one, or "replace" those by this one.
-    max_in_flight: saves under way at a time, at least 1.
-    check_staging: checksum all weights and optimizer state when the save begins, and once more when they are staged:
-        finds code that changes them in ways that leave no other trace (`tensor.data`). For debugging: the save call
-        waits for the checksums.
-    grace: seconds that SIGTERM waits for a commit before it ends the process.
-    """
-
-    staging_bytes: int | None = None
-    when_busy: str = "wait"
-    max_in_flight: int = 1
-    check_staging: bool = False
-    grace: float = 30.0
-
-    def __post_init__(self) -> None:
-        if self.when_busy not in WHEN_BUSY:
-            raise ConfigurationError(
-                f"when_busy={self.when_busy!r}: expected one of {', '.join(WHEN_BUSY)}."
-            )
-        if self.max_in_flight < 1:
-            raise ConfigurationError(f"max_in_flight={self.max_in_flight}: expected at least 1.")
-        if self.staging_bytes is not None and self.staging_bytes < 6 * BLOCK:
-            raise ConfigurationError(
-                f"staging_bytes={self.staging_bytes}: expected at least {6 * BLOCK}, or None."
-            )
-
-
-def async_save_of(engine: str | AsyncSave) -> bool | AsyncSave:
-    """The `async_save` of `make_engine` that the argument `engine` of `Checkpointer` stands for.
-
-    Raises `ConfigurationError` for an unknown name.
-    """
-    if isinstance(engine, AsyncSave) or engine in ("sync", "async"):
-        return engine if isinstance(engine, AsyncSave) else engine == "async"
-    raise ConfigurationError(f"engine={engine!r}: expected 'sync', 'async' or an AsyncSave.")
 
 
 def make_engine(async_save: bool | AsyncSave, storage: Storage | None = None) -> SyncEngine:
@@ -205,8 +157,10 @@ class AsyncEngine(SyncEngine):
         return True
 
     def _look_around(self, timeout: float) -> tuple[bool, int]:
-        """Whether `max_in_flight` saves are under way on some rank; and how many of the oldest saves end with the newest
-        one that failed on some rank, since all ranks are to raise that."""
+        """Whether `max_in_flight` saves are under way on some rank; and how many saves to settle, oldest first.
+
+        That is up to the newest that failed on some rank, since all ranks are to raise the same.
+        """
         if self.options.when_busy == "wait" and self.options.max_in_flight == 1:
             return True, 0  # nothing to agree upon: it waits for the only one
         first = self._saves - len(self._flights)

@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 
 from zero_ckpt.core.agreement import check_tag_validation
 from zero_ckpt.core.arguments import check_timeout
+from zero_ckpt.core.async_save import AsyncSave
 from zero_ckpt.core.bound import Wanted
 from zero_ckpt.core.control import ControlPlane, meet_json
-from zero_ckpt.core.decoupled import AsyncSave, make_engine
+from zero_ckpt.core.decoupled import make_engine
 from zero_ckpt.core.engine import SyncEngine
 from zero_ckpt.core.outcome import LoadReport
 from zero_ckpt.errors import ConfigurationError, ZeroCkptError, first_told, raise_for, to_record
