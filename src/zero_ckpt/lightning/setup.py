@@ -19,6 +19,7 @@ from zero_ckpt.lightning.export import attach_export, detach_export, run_export
 from zero_ckpt.lightning.restoring import RestoreMixin
 from zero_ckpt.lightning.steps import StepMixin
 from zero_ckpt.zero.copies import allow_copies
+from zero_ckpt.zero.dropped import parameter_groups
 from zero_ckpt.zero.experts import expert_lists
 from zero_ckpt.zero.generic import users_class
 from zero_ckpt.zero.initial import materialize
@@ -241,8 +242,9 @@ def users_mesh(model: nn.Module) -> DeviceMesh | None:
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
-            for group in module._get_fsdp_state()._fsdp_param_groups:
-                return group.mesh_info.mesh
+            for group in parameter_groups(module._get_fsdp_state()):
+                mesh: DeviceMesh = group.mesh_info.mesh
+                return mesh
     for parameter in model.parameters():
         if isinstance(parameter, DTensor):
             return _other_dimensions(parameter.device_mesh)

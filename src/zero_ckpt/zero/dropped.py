@@ -22,14 +22,20 @@ from torch.optim import Optimizer
 
 from zero_ckpt.zero.gathered import reshard
 
-__all__ = ["drop_gradients", "drop_with_zero_grad", "recover_from_failures", "sharded_records"]
+__all__ = [
+    "drop_gradients",
+    "drop_with_zero_grad",
+    "parameter_groups",
+    "recover_from_failures",
+    "sharded_records",
+]
 
 
 def sharded_records(module: nn.Module) -> Iterator[Any]:
     """FSDP2's record of every parameter under `module` that it shards."""
     for submodule in module.modules():
         if isinstance(submodule, FSDPModule):
-            for group in _groups(submodule._get_fsdp_state()):
+            for group in parameter_groups(submodule._get_fsdp_state()):
                 yield from group.fsdp_params
 
 
@@ -90,15 +96,16 @@ def _reset(context: Any) -> None:
     for state in context.all_states:
         state._training_state = type(state._training_state).IDLE
         state._comm_ctx.post_forward_order.clear()
-        for group in _groups(state):
+        for group in parameter_groups(state):
             group._training_state = type(group._training_state).IDLE
             group.finalize_backward()
     context.iter_forward_root = None
     context.post_backward_final_callback_queued = False
 
 
-def _groups(state: Any) -> list[Any]:
-    groups = getattr(state, "_fsdp_param_groups", None)  # newer torch has several for a module
+def parameter_groups(state: Any) -> list[Any]:
+    """What FSDP2 keeps of a unit's parameters, of the unit's `_get_fsdp_state()`: several groups in newer torch."""
+    groups = getattr(state, "_fsdp_param_groups", None)
     if groups is None:
         groups = [] if state._fsdp_param_group is None else [state._fsdp_param_group]
     return list(groups)
