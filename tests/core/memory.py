@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 
 from zero_ckpt.core.storage import Entry
@@ -10,11 +11,13 @@ from zero_ckpt.core.storage import Entry
 class _Writer:
     def __init__(self, files: dict[str, bytes], path: str) -> None:
         self._files, self._path, self._data = files, path, bytearray()
+        self._lock = threading.Lock()
 
     def write(self, offset: int, data: memoryview) -> None:
         assert offset % 4096 == len(data) % 4096 == 0
-        assert offset == len(self._data), "parts arrive in order"
-        self._data += data
+        with self._lock:  # from several threads, in any order
+            self._data.extend(bytes(max(0, offset + len(data) - len(self._data))))
+            self._data[offset : offset + len(data)] = data
 
     def finish(self, nbytes: int) -> None:
         assert nbytes <= len(self._data)
