@@ -121,6 +121,7 @@ def skip_first_batches(loader: Any, num_batches: int = 0) -> Any:
 def _keep_settings(loader: Any, skipping: Any) -> None:
     """Hand on what Accelerate's function forgets."""
     skipping._drop_last, skipping._non_blocking = loader._drop_last, loader._non_blocking
+    skipping.iteration = loader.iteration  # Accelerate before 1.15 begins with epoch 0 again
     if isinstance(loader, DataLoaderDispatcher):
         skipping.slice_fn, skipping.submesh_tp = loader.slice_fn, loader.submesh_tp
     sampler = data_states.index_sampler(skipping)

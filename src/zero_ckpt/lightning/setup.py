@@ -19,7 +19,7 @@ from zero_ckpt.lightning.export import attach_export, detach_export, run_export
 from zero_ckpt.lightning.restoring import RestoreMixin
 from zero_ckpt.lightning.steps import StepMixin
 from zero_ckpt.zero.copies import allow_copies
-from zero_ckpt.zero.dropped import parameter_groups
+from zero_ckpt.zero.dropped import parameter_groups, reset_passes
 from zero_ckpt.zero.experts import expert_lists
 from zero_ckpt.zero.generic import users_class
 from zero_ckpt.zero.initial import materialize
@@ -219,19 +219,13 @@ def recover(module: nn.Module) -> None:
     """Make a sharded model fit to run again after an exception in its forward or backward pass.
 
     FSDP2 would take the next pass for the rest of the interrupted one, and train on wrong
-    gradients. Raises `ConfigurationError` where this torch cannot put that right.
+    gradients.
     """
-    if not isinstance(module, FSDPModule):
-        for child in module.children():
-            recover(child)
-    elif hasattr(module, "reset_iter_state"):
-        module.reset_iter_state()
-    elif module._get_fsdp_state()._state_ctx.iter_forward_root is not None:
-        raise ConfigurationError(
-            "the last run of this model ended within a forward or backward pass, from which "
-            f"torch {torch.__version__} cannot recover a sharded model. Train a fresh model, from "
-            "a checkpoint."
-        )
+    if isinstance(module, FSDPModule):
+        reset_passes(module)
+        return
+    for child in module.children():
+        recover(child)
 
 
 def users_mesh(model: nn.Module) -> DeviceMesh | None:

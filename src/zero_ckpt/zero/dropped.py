@@ -27,6 +27,7 @@ __all__ = [
     "drop_with_zero_grad",
     "parameter_groups",
     "recover_from_failures",
+    "reset_passes",
     "sharded_records",
 ]
 
@@ -81,18 +82,19 @@ def _recover(unit: nn.Module, args: Any) -> None:
     is_within = torch._C._current_graph_task_id() != -1  # checkpointed activations, computed again
     if is_within or not context.post_backward_final_callback_queued:
         return
-    reset: Any = getattr(unit, "reset_iter_state", None)  # torch 2.6 has none
-    if reset is None:
-        _reset(context)
-    else:
-        reset()
+    reset_passes(unit)
     assert isinstance(unit, nn.Module)
     drop_gradients(unit)
     reshard(unit)
 
 
-def _reset(context: Any) -> None:
-    """What `reset_iter_state` does in newer versions of torch."""
+def reset_passes(outermost: FSDPModule) -> None:
+    """Let this unit begin its next forward pass afresh, whatever became of the last passes through it."""
+    reset: Any = getattr(outermost, "reset_iter_state", None)  # older torch has none
+    if reset is not None:
+        reset()
+        return
+    context: Any = outermost._get_fsdp_state()._state_ctx
     for state in context.all_states:
         state._training_state = type(state._training_state).IDLE
         state._comm_ctx.post_forward_order.clear()

@@ -215,10 +215,8 @@ def _shard_unit(
     with _tracking(members, replaced):
         parameters = _start(root, members, options["mesh"])
         whole = _unshardable(parameters)
-        # torch 2.6 knows no ignored parameters, so they are named only when there are any.
-        ignored: dict[str, Any] = {"ignored_params": whole} if whole else {}
         allow_generic(unit)
-        fully_shard(unit, reshard_after_forward=not kept_gathered, **options, **ignored)
+        fully_shard(unit, reshard_after_forward=not kept_gathered, ignored_params=whole, **options)
     if kept_gathered:
         keep_gathered(unit)
     return whole
