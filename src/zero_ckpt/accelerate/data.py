@@ -125,9 +125,8 @@ def _keep_settings(loader: Any, skipping: Any) -> None:
     if isinstance(loader, DataLoaderDispatcher):
         skipping.slice_fn, skipping.submesh_tp = loader.slice_fn, loader.submesh_tp
     sampler = data_states.index_sampler(skipping)
-    if isinstance(
-        sampler, SkipBatchSampler
-    ):  # without these `gather_for_metrics` keeps what was added to even batches
+    if isinstance(sampler, SkipBatchSampler):
+        # Without these `gather_for_metrics` keeps what was added to even out the last batch.
         for name in ("batch_size", "num_processes", "split_batches"):
             if hasattr(sampler.batch_sampler, name):
                 setattr(sampler, name, getattr(sampler.batch_sampler, name))
