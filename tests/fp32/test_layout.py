@@ -21,9 +21,9 @@ from zero_ckpt.fp32.layout import (
     FileLayout,
     divide,
     in_shards,
+    in_stored_order,
     layout_safetensors,
     parse_size,
-    widest_first,
 )
 from zero_ckpt.fp32.selection import OutTensor
 from zero_ckpt.fp32.torch_file import layout_torch_file, stand_ins
@@ -193,11 +193,12 @@ def test_shares_are_about_equal() -> None:
     assert [sum(end - begin for _, begin, end in share) for share in shares] == [1000] * 4
 
 
-def test_wide_elements_come_first_and_else_the_order_stays() -> None:
+def test_wide_elements_come_first_and_else_the_order_of_the_source_files() -> None:
     items = [
         tensor("a", (1,), "U8"),
         tensor("b", (1,)),
         tensor("c", (1,), "I64"),
         tensor("d", (1,)),
+        tensor("e", (2,)),
     ]
-    assert [t.key for t in widest_first(items)] == ["c", "b", "d", "a"]
+    assert [t.key for t in in_stored_order(items)] == ["c", "e", "b", "d", "a"]

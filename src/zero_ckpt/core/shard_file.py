@@ -2,7 +2,7 @@
 
     8 bytes   length N of the header, little-endian
     N bytes   JSON header, padded with spaces so that the data section starts on a 4096-byte boundary
-    data      the chunks, widest dtype first, without holes; then up to 7 bytes of padding (`__zero_ckpt_pad__`)
+    data      the chunks, without holes, in `stored_order`; then up to 7 bytes of padding (`__zero_ckpt_pad__`)
     table     `__zero_ckpt_blocks__`, U64: XXH3-64 of every 4 MiB block of the data, padding included
 
 The header's `__metadata__` names the role, rank and world size, and in `chunks` the global place of every chunk that is
@@ -39,10 +39,14 @@ __all__ = [
     "ShardLayout",
     "file_checksum",
     "layout_shard",
+    "stored_order",
 ]
 
 BLOCK = 4 << 20
 """Bytes that one checksum covers, and the size of one read or write."""
+
+_MOST_EVEN = 16 * BLOCK
+"""Bytes. Of chunks that it divides, none gains from standing before another."""
 
 REMEDY = "Run 'zero-ckpt verify' on the folder to list all damage; other tags are not affected."
 """The last sentence of errors about a damaged file."""
@@ -92,16 +96,27 @@ def file_checksum(header: bytes | memoryview, table: bytes | memoryview) -> str:
     return hasher.hexdigest()
 
 
+def stored_order(nbytes: int, is_whole: bool) -> tuple[int, bool]:
+    """The sort key of a chunk of `nbytes`, `is_whole` if it is a whole tensor. Of equals the given order stays.
+
+    The larger the power of two that divides a chunk's length, the earlier it stands. So each begins at a multiple of
+    its own power: it is aligned to its elements, and the halves of a large one, which twice as many ranks will read,
+    begin where blocks begin. (A block that belongs to two ranks is read and verified twice.) Among equals whole tensors
+    come before parts of tensors: other ranks will read whole ones from here, such as an optimizer's `step` for each
+    parameter, and should find them in few blocks.
+    """
+    power = min(nbytes & -nbytes, _MOST_EVEN) if nbytes else _MOST_EVEN
+    return -power, not is_whole
+
+
 def layout_shard(
     chunks: Iterable[tuple[str, str, tuple[int, ...], Box]], metadata: Mapping[str, str]
 ) -> ShardLayout:
-    """Lay out (key, dtype, global shape, box) chunks.
-
-    The widest dtype comes first, so that every chunk is aligned to its elements. Within one width, whole tensors come
-    before parts of tensors: other ranks will read whole ones from here, such as an optimizer's `step` for each
-    parameter, and should find them in few blocks. Otherwise the given order stays.
-    """
-    items = sorted(chunks, key=lambda item: (-itemsize(item[1]), item[3].shape != item[2]))
+    """Lay out (key, dtype, global shape, box) chunks, in `stored_order`."""
+    items = sorted(
+        chunks,
+        key=lambda item: stored_order(item[3].numel * itemsize(item[1]), item[3].shape == item[2]),
+    )
     counts: dict[str, int] = {}
     for key, *_ in items:
         counts[key] = counts.get(key, 0) + 1

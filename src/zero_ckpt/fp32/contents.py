@@ -13,7 +13,6 @@ from zero_ckpt.fp32.layout import (
     in_shards,
     layout_safetensors,
     parse_size,
-    widest_first,
 )
 from zero_ckpt.fp32.publishing import Output
 from zero_ckpt.fp32.selection import OutTensor, select
@@ -125,9 +124,7 @@ class Contents:
             raise ConfigurationError(
                 "Lightning loads a .ckpt as one file: leave out max_shard_size, or use another format"
             )
-        shards = in_shards(
-            widest_first(chosen), parse_size(limit), copies=self._format == "safetensors"
-        )
+        shards = in_shards(chosen, parse_size(limit), copies=self._format == "safetensors")
         return shards or [[]]
 
     def _make_layout(self, file: int) -> FileLayout:

@@ -10,9 +10,12 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 from zero_ckpt.core.dtypes import NATIVE, itemsize
 from zero_ckpt.core.memory import ALIGNMENT, round_up
+from zero_ckpt.core.planner import Placed
+from zero_ckpt.core.shard_file import stored_order
 from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.fp32.selection import OutTensor
 
@@ -23,9 +26,9 @@ __all__ = [
     "Slot",
     "divide",
     "in_shards",
+    "in_stored_order",
     "layout_safetensors",
     "parse_size",
-    "widest_first",
 ]
 
 
@@ -68,9 +71,18 @@ class FileLayout:
     checksums: tuple[Checksum, ...] = ()
 
 
-def widest_first(tensors: Sequence[OutTensor]) -> list[OutTensor]:
-    """An order in which every tensor is aligned to its elements and source files are read front to back."""
-    return sorted(tensors, key=lambda t: (-itemsize(t.dtype), -itemsize(t.placed.dtype)))
+def in_stored_order(tensors: Sequence[OutTensor]) -> list[OutTensor]:
+    """An order in which every tensor is aligned to its elements and source files are read front to back.
+
+    It is the order of the first file that a tensor has a chunk in. Where ranks have parts of unequal lengths others may
+    be read with steps back, which costs a block that is read again.
+    """
+    return sorted(tensors, key=lambda t: (-itemsize(t.dtype), _stored_order(t.placed)))
+
+
+def _stored_order(placed: Placed) -> tuple[int, bool]:
+    shape = placed.runs[0].shape if placed.runs else placed.shape
+    return stored_order(prod(shape) * itemsize(placed.dtype), shape == placed.shape)
 
 
 def layout_safetensors(tensors: Sequence[OutTensor]) -> FileLayout:
@@ -81,7 +93,7 @@ def layout_safetensors(tensors: Sequence[OutTensor]) -> FileLayout:
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     relative: list[Slot] = []
     at = 0
-    for tensor in widest_first(tensors):
+    for tensor in in_stored_order(tensors):
         if tensor.dtype not in NATIVE:
             raise ConfigurationError(
                 f"tensor '{tensor.key}' has dtype {tensor.dtype}, which safetensors cannot hold; "

@@ -21,7 +21,7 @@ from zero_ckpt.core.dtensors import DTYPE_NAMES, TORCH_DTYPES
 from zero_ckpt.core.lazy import LazyTensor
 from zero_ckpt.core.planner import Placed
 from zero_ckpt.fp32.archive import Archive
-from zero_ckpt.fp32.layout import FileLayout, widest_first
+from zero_ckpt.fp32.layout import FileLayout, in_stored_order
 from zero_ckpt.fp32.selection import OutTensor, stored_tensor
 
 __all__ = ["layout_torch_file", "stand_ins"]
@@ -81,7 +81,7 @@ def layout_torch_file(tree: Any, placed: Callable[[str, str], Placed]) -> FileLa
     archive.add_bytes("data.pkl", stream.getvalue())
     archive.add_bytes("byteorder", b"little")
     stored = {id(s): n for n, s in enumerate(pickler.sources) if isinstance(s, OutTensor)}
-    for tensor in widest_first([s for s in pickler.sources if isinstance(s, OutTensor)]):
+    for tensor in in_stored_order([s for s in pickler.sources if isinstance(s, OutTensor)]):
         archive.add_tensor(f"data/{stored[id(tensor)]}", tensor)
     for number, source in enumerate(pickler.sources):
         if isinstance(source, torch.Tensor):
