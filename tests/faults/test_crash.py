@@ -33,7 +33,9 @@ from tests.faults.jobs import (
 from tests.faults.team import ENGINES
 from tests.workers import Outcome, Ranks, run_ranks, start_ranks
 from zero_ckpt.core.control import Decide
+from zero_ckpt.core.leftovers import remove_leftovers
 from zero_ckpt.core.local_storage import LocalStorage
+from zero_ckpt.core.recovery import rebuild
 from zero_ckpt.core.state import Snapshot
 from zero_ckpt.core.store_control import StoreControl
 from zero_ckpt.errors import RankTimeoutError
@@ -109,6 +111,7 @@ def test_a_kill_at_any_operation_of_a_save_leaves_whole_checkpoints(
         committed = 0 in victims and number > scenario.commit
         _check_survivors(outcomes, victims, committed)
         _check_disk(scenario, directories[number], committed)
+        _check_cleaned(scenario, directories[number], committed)
     run_ranks(save_again, WORLD, [str(directory) for directory in directories], scenario.tag)
     for directory in directories:
         assert unlisted(directory, scenario.tag) == []
@@ -140,6 +143,21 @@ def _check_disk(scenario: Scenario, directory: Path, committed: bool) -> None:
     if scenario.tag != "step1":
         assert contents(directory, "step1") == scenario.old
     assert contents(directory) in (scenario.old, scenario.new)
+
+
+def _check_cleaned(scenario: Scenario, directory: Path, committed: bool) -> None:
+    """`zero-ckpt clean` takes nothing that is whole, and leaves nothing else."""
+    cleaned = directory.with_name(f"{directory.name} cleaned")
+    shutil.copytree(directory, cleaned)
+    found = remove_leftovers(LocalStorage(), str(cleaned), lambda: None)
+    _check_disk(scenario, cleaned, committed)
+    for tag in (path.name for path in cleaned.iterdir() if path.is_dir()):
+        if not (cleaned / tag / "manifest.json").exists():
+            assert [leftover.tag for leftover in found if leftover.kept] == [tag]
+            rebuild(LocalStorage(), str(cleaned / tag))
+        else:
+            assert unlisted(cleaned, tag) == []
+    assert not [name for name in files(cleaned) if name.startswith(".saving-")]
 
 
 def die_before_save(directory: str) -> Raised:

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 
 from zero_ckpt import __version__
-from zero_ckpt.cli import convert, export, inspect, ls, repair, verify
+from zero_ckpt.cli import clean, convert, export, inspect, ls, repair, verify
 from zero_ckpt.cli.text import printable
 from zero_ckpt.errors import CorruptCheckpointError, ZeroCkptError
 
@@ -27,19 +27,19 @@ _COMMANDS = {
     "inspect": inspect,
     "verify": verify,
     "repair": repair,
+    "clean": clean,
     "export": export,
     "convert": convert,
 }
 
-_DESCRIPTION = (
-    "Look at, verify, repair, export and convert sharded training checkpoints, DeepSpeed's too."
-)
+_DESCRIPTION = "Look at, verify, repair, clean up, export and convert sharded training checkpoints, DeepSpeed's too."
 _EPILOG = """\
 examples:
   zero-ckpt ls checkpoints                                which checkpoints there are
   zero-ckpt inspect checkpoints/global_step100            what one holds, and who wrote it
   zero-ckpt verify checkpoints                            read every byte of every tag
   zero-ckpt repair checkpoints                            rebuild a lost manifest.json
+  zero-ckpt clean checkpoints                             what killed saves have left there
   zero-ckpt export checkpoints model.safetensors          full fp32 weights of the latest
   zero-ckpt convert deepspeed_run checkpoints             DeepSpeed's latest as one of ours
 

@@ -36,6 +36,11 @@ RENEWAL = 5.0
 SILENCE = 60.0
 """Seconds without a change after which the job of a lease counts as dead, where its process cannot be looked up."""
 
+_REMEDY = (
+    "Nothing was written; what that job has saved is intact. Give each job a directory of its own, or stop one of "
+    "them."
+)
+
 _LOOK = 0.25
 _TRIES = 4
 _LIMIT = 4096
@@ -50,17 +55,18 @@ class Lease:
         self._storage = storage
         self._path = ""
         self._directory = ""
-        self._since = ""
+        self._since = self._remedy = ""
         self._renewals = 0
         self._released = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def acquire(self, directory: str, waiting: Callable[[], None]) -> bool:
-        """Hold `directory`, or raise `SaveError` naming the job that does. Release it in both cases.
+    def acquire(self, directory: str, waiting: Callable[[], None], remedy: str = _REMEDY) -> bool:
+        """Hold `directory`, or raise `SaveError` naming the job that does, and `remedy`. Release it in both cases.
 
         Waits while another job may be dead, and calls `waiting` several times a second meanwhile. Returns whether one
         is taken for dead only because it was silent: should it wake up, it writes on where it stopped.
         """
+        self._remedy = remedy
         self._directory = directory
         self._path = f"{directory}/{_own_prefix()}{next(_numbers)}"
         self._since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
@@ -144,7 +150,7 @@ class Lease:
         while unknown and time.monotonic() - begin < SILENCE:
             for path, content in unknown.items():
                 if self._read(path) != content:
-                    raise _held(self._directory, path, content)
+                    raise _held(self._directory, path, content, self._remedy)
             waiting()
             time.sleep(_LOOK)
         return bool(unknown)
@@ -186,10 +192,9 @@ def _is_dead(content: bytes) -> bool:
     return bool(process) and has_died(process)
 
 
-def _held(directory: str, path: str, content: bytes) -> SaveError:
+def _held(directory: str, path: str, content: bytes, remedy: str) -> SaveError:
     holder, process = _holder(content), _process(content)
     return SaveError(
         f"{directory}: another job is saving here: process {process[2] if process else '?'} on host "
-        f"'{holder.get('host', '?')}', since {holder.get('since', '?')} ({os.path.basename(path)}). Nothing was "
-        "written; what that job has saved is intact. Give each job a directory of its own, or stop one of them."
+        f"'{holder.get('host', '?')}', since {holder.get('since', '?')} ({os.path.basename(path)}). {remedy}"
     )

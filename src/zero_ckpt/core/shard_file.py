@@ -31,6 +31,7 @@ from zero_ckpt.core.memory import round_up
 
 __all__ = [
     "BLOCK",
+    "FIRST_BYTES",
     "MAX_HEADER",
     "PAD",
     "REMEDY",
@@ -50,6 +51,9 @@ _MOST_EVEN = 16 * BLOCK
 
 REMEDY = "Run 'zero-ckpt verify' on the folder to list all damage; other tags are not affected."
 """The last sentence of errors about a damaged file."""
+
+FIRST_BYTES = b'{"__metadata__":{"format":"zero_ckpt",'
+"""How every header begins, behind its length."""
 
 MAX_HEADER = 100_000_000
 """Bytes; the limit that safetensors readers have."""

@@ -1,0 +1,138 @@
+"""What saves that never committed have left in a checkpoint directory, and its removal. Imports no torch.
+
+Owns what counts as left over: shard files that no manifest lists, and manifests that were not put in place. Promises:
+what a manifest lists, what `repair` can make a checkpoint of, and what no save of ours wrote is never removed, and
+nothing is while another job saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from zero_ckpt.core.finding import TagInfo, list_tags
+from zero_ckpt.core.foreign import format_of
+from zero_ckpt.core.lease import Lease
+from zero_ckpt.core.manifest import MANIFEST_NAME, parse_shard_name
+from zero_ckpt.core.memory import ALIGNMENT, aligned_buffer
+from zero_ckpt.core.recovery import DAMAGED_NAME, rebuild
+from zero_ckpt.core.shard_file import FIRST_BYTES
+from zero_ckpt.core.storage import Entry, Storage
+from zero_ckpt.errors import CorruptCheckpointError
+
+__all__ = ["Leftover", "find_leftovers", "remove_leftovers"]
+
+_HALF_WRITTEN = f"{MANIFEST_NAME}.tmp"
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """Files in the folder of `tag` that belong to no checkpoint. `kept`: why they must stay, or "".
+
+    `is_committed`: the folder holds a checkpoint beside them.
+    """
+
+    tag: str
+    files: tuple[str, ...]
+    nbytes: int
+    is_committed: bool
+    kept: str = ""
+
+
+def find_leftovers(storage: Storage, directory: str) -> list[Leftover]:
+    """What is left over in every tag folder. A save that is under way looks as if it was left over, too.
+
+    Reads all of what may be a whole save. Raises `CheckpointNotFoundError` without a directory, and OSErrors.
+    """
+    found = (_in_tag(storage, directory, info) for info in list_tags(storage, directory))
+    return [leftover for leftover in found if leftover is not None]
+
+
+def remove_leftovers(
+    storage: Storage, directory: str, waiting: Callable[[], None]
+) -> list[Leftover]:
+    """Remove what is left over, and folders that are empty then; returns what was found, and what had to stay.
+
+    While it runs no save may begin there. Calls `waiting` while it waits to see whether a job is dead. Raises
+    `SaveError` when another job saves there, and what `find_leftovers` raises.
+    """
+    lease = Lease(storage)
+    try:
+        lease.acquire(directory, waiting, "Nothing was removed. Run it when no job saves there.")
+        found = find_leftovers(storage, directory)
+        for leftover in found:
+            if not leftover.kept:
+                _remove(storage, directory, leftover)
+        storage.sync(directory)
+    finally:
+        lease.release()
+    return found
+
+
+def _remove(storage: Storage, directory: str, leftover: Leftover) -> None:
+    folder = f"{directory}/{leftover.tag}"
+    for name in leftover.files:
+        storage.remove(f"{folder}/{name}")
+    with suppress(FileNotFoundError):  # an object store has no empty folders
+        if storage.list(folder):
+            storage.sync(folder)
+        else:
+            storage.remove(folder)
+
+
+def _in_tag(storage: Storage, directory: str, info: TagInfo) -> Leftover | None:
+    folder = f"{directory}/{info.name}"
+    try:
+        entries = [entry for entry in storage.list(folder) if not entry.is_dir]
+    except FileNotFoundError:  # it was removed meanwhile
+        return None
+    names = [entry.name for entry in entries]
+    if format_of(names) is not None:
+        return None
+    is_committed = MANIFEST_NAME in names
+    if is_committed and info.summary is None:  # damaged: nothing tells what belongs to it
+        return None
+    listed = info.summary.files if info.summary is not None else {}
+    loose = [entry for entry in entries if _is_of_a_save(entry.name) and entry.name not in listed]
+    if not loose:
+        return None
+    kept = "" if is_committed else _reason_to_keep(storage, folder, names, loose)
+    return Leftover(
+        info.name,
+        tuple(entry.name for entry in loose),
+        sum(entry.nbytes for entry in loose),
+        is_committed,
+        kept,
+    )
+
+
+def _is_of_a_save(name: str) -> bool:
+    return name == _HALF_WRITTEN or parse_shard_name(name) is not None
+
+
+def _reason_to_keep(storage: Storage, folder: str, names: list[str], loose: list[Entry]) -> str:
+    """Why the files of a folder without a manifest must stay; "" when nothing speaks for them."""
+    if DAMAGED_NAME in names:
+        return "its manifest was put aside by 'zero-ckpt repair --quarantine'"
+    shards = [entry for entry in loose if entry.name != _HALF_WRITTEN]
+    if not all(_began_here(storage, folder, entry) for entry in shards):
+        return "it holds files that no save of zero_ckpt has written"
+    try:
+        rebuild(storage, folder)
+    except CorruptCheckpointError:
+        return ""
+    return f"all its files are whole, 'zero-ckpt repair {folder}' makes it a checkpoint"
+
+
+def _began_here(storage: Storage, folder: str, entry: Entry) -> bool:
+    """Whether a shard file begins as ours do, or, of a save that was cut off early, holds nothing yet."""
+    nbytes = min(entry.nbytes, ALIGNMENT)
+    file = storage.open(f"{folder}/{entry.name}")
+    try:
+        with aligned_buffer(ALIGNMENT) as buffer:
+            file.read_into(0, nbytes, buffer)
+            start = bytes(buffer[8:nbytes])
+    finally:
+        file.close()
+    return start.startswith(FIRST_BYTES) or not any(start)
