@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from zero_ckpt.accelerate.base import ZeroBase
 from zero_ckpt.core.binding import bound_names
-from zero_ckpt.zero.dropped import sharded_records
+from zero_ckpt.zero.inside import sharded_records
 
 __all__ = ["capture_gradients", "gradients_fit", "restore_gradients"]
 

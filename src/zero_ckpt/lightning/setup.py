@@ -19,10 +19,10 @@ from zero_ckpt.lightning.export import attach_export, detach_export, run_export
 from zero_ckpt.lightning.restoring import RestoreMixin
 from zero_ckpt.lightning.steps import StepMixin
 from zero_ckpt.zero.copies import allow_copies
-from zero_ckpt.zero.dropped import parameter_groups, reset_passes
 from zero_ckpt.zero.experts import expert_lists
 from zero_ckpt.zero.generic import users_class
 from zero_ckpt.zero.initial import materialize
+from zero_ckpt.zero.inside import mesh_of_units, outermost_units, reset_passes
 
 __all__ = ["SetupMixin"]
 
@@ -221,11 +221,8 @@ def recover(module: nn.Module) -> None:
     FSDP2 would take the next pass for the rest of the interrupted one, and train on wrong
     gradients.
     """
-    if isinstance(module, FSDPModule):
-        reset_passes(module)
-        return
-    for child in module.children():
-        recover(child)
+    for unit in outermost_units(module):
+        reset_passes(unit)
 
 
 def users_mesh(model: nn.Module) -> DeviceMesh | None:
@@ -234,11 +231,9 @@ def users_mesh(model: nn.Module) -> DeviceMesh | None:
     With `fully_shard` that is the mesh given to it; with tensor parallelism alone, the other
     dimensions of the mesh that the tensor-parallel one was taken from.
     """
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            for group in parameter_groups(module._get_fsdp_state()):
-                mesh: DeviceMesh = group.mesh_info.mesh
-                return mesh
+    mesh = mesh_of_units(model)
+    if mesh is not None:
+        return mesh
     for parameter in model.parameters():
         if isinstance(parameter, DTensor):
             return _other_dimensions(parameter.device_mesh)

@@ -11,7 +11,7 @@ DistributedDataParallel refuses to go on after such an error; here only the grad
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 from weakref import WeakSet
 
@@ -21,23 +21,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from zero_ckpt.zero.gathered import reshard
+from zero_ckpt.zero.inside import reset_passes, sharded_records
 
-__all__ = [
-    "drop_gradients",
-    "drop_with_zero_grad",
-    "parameter_groups",
-    "recover_from_failures",
-    "reset_passes",
-    "sharded_records",
-]
-
-
-def sharded_records(module: nn.Module) -> Iterator[Any]:
-    """FSDP2's record of every parameter under `module` that it shards."""
-    for submodule in module.modules():
-        if isinstance(submodule, FSDPModule):
-            for group in parameter_groups(submodule._get_fsdp_state()):
-                yield from group.fsdp_params
+__all__ = ["drop_gradients", "drop_with_zero_grad", "recover_from_failures"]
 
 
 def drop_gradients(module: nn.Module, parameters: Collection[int] | None = None) -> None:
@@ -70,8 +56,9 @@ def drop_with_zero_grad(optimizer: Optimizer, module: nn.Module) -> None:
     given.zero_grad.modules = modules
 
 
-def recover_from_failures(outermost: nn.Module) -> None:
+def recover_from_failures(outermost: FSDPModule) -> None:
     """From now on, a forward pass of this unit starts afresh when the last backward pass has raised."""
+    assert isinstance(outermost, nn.Module)
     eager: Any = torch.compiler.disable  # untyped in torch
     outermost.register_forward_pre_hook(eager(_recover), prepend=True)
 
@@ -86,28 +73,3 @@ def _recover(unit: nn.Module, args: Any) -> None:
     assert isinstance(unit, nn.Module)
     drop_gradients(unit)
     reshard(unit)
-
-
-def reset_passes(outermost: FSDPModule) -> None:
-    """Let this unit begin its next forward pass afresh, whatever became of the last passes through it."""
-    reset: Any = getattr(outermost, "reset_iter_state", None)  # older torch has none
-    if reset is not None:
-        reset()
-        return
-    context: Any = outermost._get_fsdp_state()._state_ctx
-    for state in context.all_states:
-        state._training_state = type(state._training_state).IDLE
-        state._comm_ctx.post_forward_order.clear()
-        for group in parameter_groups(state):
-            group._training_state = type(group._training_state).IDLE
-            group.finalize_backward()
-    context.iter_forward_root = None
-    context.post_backward_final_callback_queued = False
-
-
-def parameter_groups(state: Any) -> list[Any]:
-    """What FSDP2 keeps of a unit's parameters, of the unit's `_get_fsdp_state()`: several groups in newer torch."""
-    groups = getattr(state, "_fsdp_param_groups", None)
-    if groups is None:
-        groups = [] if state._fsdp_param_group is None else [state._fsdp_param_group]
-    return list(groups)

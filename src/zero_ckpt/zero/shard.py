@@ -42,6 +42,7 @@ from zero_ckpt.zero.initial import (
     mesh_device,
     require_initializers,
 )
+from zero_ckpt.zero.inside import outermost_units, settle
 from zero_ckpt.zero.sync import average_gradients_of
 from zero_ckpt.zero.wrap import Root, WrapPolicy, resolve_units
 
@@ -199,7 +200,9 @@ def _shard(
     attach_experts(module)
     names = {p: name for name, p in module.named_parameters() if p in whole}
     average_gradients_of(module, list(names), mesh)
-    _settle(module)
+    for outermost in outermost_units(module):
+        settle(outermost)
+        recover_from_failures(outermost)
     return Sharding(stage, root, tuple(units), tuple(names.values()), replaced)
 
 
@@ -220,19 +223,6 @@ def _shard_unit(
     if kept_gathered:
         keep_gathered(unit)
     return whole
-
-
-def _settle(module: nn.Module) -> None:
-    """Let every outermost unit know the units in it, which the first forward pass would do, and recover.
-
-    Otherwise the first to be called takes itself for the outermost, and those around it fail later.
-    """
-    if isinstance(module, FSDPModule):
-        module._get_fsdp_state()._lazy_init()
-        recover_from_failures(module)
-    else:
-        for child in module.children():
-            _settle(child)
 
 
 def _members(unit: nn.Module) -> list[nn.Module]:
