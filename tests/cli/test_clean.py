@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +16,12 @@ from safetensors.torch import save_file
 
 from tests.cli.conftest import Command, flip
 from tests.faults.jobs import contents, files
+from zero_ckpt.cli import clean
 from zero_ckpt.core import lease
 from zero_ckpt.core.lease import PREFIX, Lease
 from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.core.watch import identity
+from zero_ckpt.testing import FaultyStorage, Operation
 
 
 def kill(folder: Path) -> int:
@@ -100,6 +105,28 @@ def test_what_may_still_be_of_use_stays(harm: str, sharded: Path, command: Comma
     assert why in first
     assert summary == f"{sharded}: nothing to remove"
     assert files(sharded) == before
+
+
+@pytest.mark.parametrize("first", [0, 1], ids=["at once", "later"])
+def test_what_cannot_be_read_just_now_stays(
+    first: int, sharded: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be whole: here only the manifest is lost."""
+    folder = sharded / "global_step100"
+    (folder / "manifest.json").unlink()
+    before, reads = files(sharded), itertools.count()
+
+    def fail(operation: Operation) -> None:
+        if operation.path.startswith(f"{folder}/optim-00001") and next(reads) >= first:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), operation.path)
+
+    storage = FaultyStorage(LocalStorage(), fail, names={"read"})
+    with monkeypatch.context() as patch:
+        patch.setattr(clean, "AnyStorage", lambda: storage)
+        told, _ = command("clean", sharded, "--yes").lines
+    assert told.endswith("; stays: it cannot be read: Input/output error")
+    assert files(sharded) == before
+    assert command("repair", folder).status == 0
 
 
 def test_a_damaged_manifest_is_no_reason_to_remove_its_files(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -10,8 +11,11 @@ from pathlib import Path
 import pytest
 
 from tests.cli.conftest import Command, flip
-from tests.faults.jobs import contents
+from tests.faults.jobs import contents, files
 from tests.faults.lies import read_manifest
+from zero_ckpt.cli import repair
+from zero_ckpt.core.local_storage import LocalStorage
+from zero_ckpt.testing import FaultyStorage, Operation
 
 
 def lose(folder: Path) -> None:
@@ -152,6 +156,32 @@ def test_a_directory_is_repaired_tag_by_tag_and_latest_last(
     assert contents(sharded) == before
     assert not (second / "manifest.json").exists()
     assert command("verify", sharded).status == 0
+
+
+def test_what_cannot_be_read_just_now_is_not_put_aside(
+    sharded: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does `latest` move to an older checkpoint: an hour later the file system may answer again."""
+    folder = sharded / "global_step200"
+    before = files(sharded)
+
+    def fail(operation: Operation) -> None:
+        if operation.path.startswith(f"{folder}/model-00001"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), operation.path)
+
+    storage = FaultyStorage(LocalStorage(), fail, names={"read"})
+    with monkeypatch.context() as patch:
+        patch.setattr(repair, "AnyStorage", lambda: storage)
+        result = command("repair", sharded, "--quarantine")
+    assert result.status == 1
+    whole, damaged = result.lines
+    assert whole == f"{sharded / 'global_step100'}: whole"
+    assert damaged.startswith(f"{folder}: damaged: model-00001")
+    assert "Input/output error" in damaged
+    assert damaged.endswith("; not put aside, since what could not be read may be whole")
+    assert files(sharded) == before
+    assert (sharded / "latest").read_text() == "global_step200\n"
+    assert command("repair", sharded).lines[1] == f"{folder}: whole"
 
 
 def test_nothing_is_done_where_nothing_is_wrong(sharded: Path, command: Command) -> None:

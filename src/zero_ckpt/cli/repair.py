@@ -16,7 +16,7 @@ from zero_ckpt.core.recovery import DAMAGED_NAME, quarantine, rebuild
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.core.tag_folder import read_tag
 from zero_ckpt.core.tags import LATEST_NAME, read_latest
-from zero_ckpt.core.verification import Verifier
+from zero_ckpt.core.verification import Verifier, cause_unread
 from zero_ckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, ZeroCkptError
 
 SUMMARY = "rebuild lost manifests, put aside what cannot be saved"
@@ -24,7 +24,8 @@ DESCRIPTION = """\
 Rebuilds a lost or damaged manifest.json from shard files that are whole. Every byte is read; what is not all of one
 save, bit for bit, is refused. For a checkpoint directory: every tag in it, and then 'latest', if it names none that
 is whole. Changes nothing else. Data that is damaged cannot be repaired: with --quarantine its manifest is renamed, so
-that no load tries it any more. Run it when no job saves there."""
+that no load tries it any more. A file that cannot be read, which may pass, is no reason for either. Run it when no
+job saves there."""
 EXAMPLES = """\
   zero-ckpt repair checkpoints/global_step100
   zero-ckpt repair checkpoints --quarantine"""
@@ -32,11 +33,15 @@ EXAMPLES = """\
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one tag: `whole`, `rebuilt`, `quarantined` or `damaged`."""
+    """What became of one tag: `whole`, `rebuilt`, `quarantined` or `damaged`.
+
+    `may_pass`: it was not whole because something could not be read.
+    """
 
     tag: str
     kind: str
     detail: str = ""
+    may_pass: bool = False
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -81,16 +86,18 @@ def _choose(storage: Storage, path: str) -> tuple[str, list[str], bool]:
 
 def _repair(storage: Storage, directory: str, tag: str, may_quarantine: bool) -> Outcome:
     folder = f"{directory}/{tag}"
-    problem = _problem(storage, folder)
-    if problem is None:
+    problem, may_pass = _problem(storage, folder)
+    if not problem:
         return Outcome(tag, "whole")
     has_manifest = any(entry.name == MANIFEST_NAME for entry in storage.list(folder))
     try:
         manifest = rebuild(storage, folder)
     except CorruptCheckpointError as error:
         detail = f"{problem}; {str(error).removeprefix(f'{folder}: ')}"
-        if not (may_quarantine and has_manifest):
-            return Outcome(tag, "damaged", detail)
+        if may_pass and may_quarantine:
+            detail += "; not put aside, since what could not be read may be whole"
+        if may_pass or not (may_quarantine and has_manifest):
+            return Outcome(tag, "damaged", detail, may_pass)
         quarantine(storage, folder)
         return Outcome(tag, "quarantined", detail)
     if has_manifest:
@@ -99,25 +106,29 @@ def _repair(storage: Storage, directory: str, tag: str, may_quarantine: bool) ->
     return Outcome(tag, "rebuilt", f"step {manifest.step}, {len(manifest.files)} files")
 
 
-def _problem(storage: Storage, folder: str) -> str | None:
-    """Why the checkpoint in `folder` is not whole; None when it is, and for another system's."""
+def _problem(storage: Storage, folder: str) -> tuple[str, bool]:
+    """Why the checkpoint in `folder` is not whole, and whether that may pass.
+
+    "" when it is whole, and for another system's.
+    """
     try:
         manifest = read_tag(storage, folder)
     except CheckpointNotFoundError:
-        return f"no {MANIFEST_NAME}"
+        return f"no {MANIFEST_NAME}", False
     except CorruptCheckpointError as error:
-        return str(error).removeprefix(f"{folder}/")
+        return str(error).removeprefix(f"{folder}/"), cause_unread(error) is not None
     if isinstance(manifest, ForeignManifest):
-        return None
+        return "", False
     with Verifier(storage) as verifier:
-        return "; ".join(verifier.damage(folder, manifest)) or None
+        return "; ".join(verifier.damage(folder, manifest)), verifier.unread is not None
 
 
 def _repair_latest(storage: Storage, directory: str, outcomes: list[Outcome]) -> str:
     """Let `latest` name the newest whole checkpoint, if what it names is none. Returns that tag, or ""."""
     whole = {outcome.tag for outcome in outcomes if outcome.kind in ("whole", "rebuilt")}
+    spared = whole.union(outcome.tag for outcome in outcomes if outcome.may_pass)
     newest = [info.name for info in list_tags(storage, directory) if info.name in whole]
-    if not newest or read_latest(storage, directory) in whole:
+    if not newest or read_latest(storage, directory) in spared:
         return ""
     try:
         move_latest(storage, directory, newest[-1])

@@ -19,6 +19,7 @@ from zero_ckpt.core.memory import ALIGNMENT, aligned_buffer
 from zero_ckpt.core.recovery import DAMAGED_NAME, rebuild
 from zero_ckpt.core.shard_file import FIRST_BYTES
 from zero_ckpt.core.storage import Entry, Storage
+from zero_ckpt.core.verification import cause_unread
 from zero_ckpt.errors import CorruptCheckpointError
 
 __all__ = ["Leftover", "find_leftovers", "remove_leftovers"]
@@ -116,12 +117,13 @@ def _reason_to_keep(storage: Storage, folder: str, names: list[str], loose: list
     if DAMAGED_NAME in names:
         return "its manifest was put aside by 'zero-ckpt repair --quarantine'"
     shards = [entry for entry in loose if entry.name != _HALF_WRITTEN]
-    if not all(_began_here(storage, folder, entry) for entry in shards):
-        return "it holds files that no save of zero_ckpt has written"
     try:
+        if not all(_began_here(storage, folder, entry) for entry in shards):
+            return "it holds files that no save of zero_ckpt has written"
         rebuild(storage, folder)
-    except CorruptCheckpointError:
-        return ""
+    except (CorruptCheckpointError, OSError) as error:
+        unread = cause_unread(error)
+        return f"it cannot be read: {unread.strerror or unread}" if unread else ""
     return f"all its files are whole, 'zero-ckpt repair {folder}' makes it a checkpoint"
 
 

@@ -23,7 +23,7 @@ from zero_ckpt.core.planner import Placed
 from zero_ckpt.core.runs import encode_runs, runs_coverage_error
 from zero_ckpt.core.shard_reader import ShardReader, open_shard
 from zero_ckpt.core.storage import Storage
-from zero_ckpt.core.verification import Verifier
+from zero_ckpt.core.verification import Verifier, cause_unread
 from zero_ckpt.errors import CorruptCheckpointError, CorruptManifestError, CorruptShardError
 
 __all__ = ["DAMAGED_NAME", "content_digest", "quarantine", "rebuild"]
@@ -53,17 +53,20 @@ def content_digest(header: Mapping[str, Any], tensors: _Tensors) -> str:
 def rebuild(storage: Storage, folder: str) -> Manifest:
     """The manifest of the newest save in `folder` whose files are all there and whole; every byte is verified.
 
-    Raises `CorruptCheckpointError` with what is wrong of each save that left files there.
+    Raises `CorruptCheckpointError` with what is wrong of each save that left files there; its cause is an OSError if
+    one of them could not be read.
     """
     names = [entry.name for entry in storage.list(folder)]
-    problems = []
+    problems: list[str] = []
+    unread: OSError | None = None
     for (generation, world_size), files in sorted(_saves(names).items(), reverse=True):
         try:
             return _rebuild(storage, folder, generation, world_size, files)
         except CorruptCheckpointError as error:
             problems.append(str(error))
+            unread = unread or cause_unread(error)
     found = "; ".join(problem.rstrip(".") for problem in problems) or "no shard files there"
-    raise CorruptCheckpointError(f"{folder}: the manifest cannot be rebuilt: {found}")
+    raise CorruptCheckpointError(f"{folder}: the manifest cannot be rebuilt: {found}") from unread
 
 
 def quarantine(storage: Storage, folder: str) -> None:
@@ -193,7 +196,7 @@ def _check(storage: Storage, folder: str, manifest: Manifest) -> None:
     with Verifier(storage) as verifier:
         damage = list(verifier.damage(folder, manifest))
     if damage:
-        raise CorruptShardError("; ".join(damage))
+        raise CorruptShardError("; ".join(damage)) from verifier.unread
     try:
         Manifest.from_bytes(manifest.to_bytes())
     except CorruptManifestError as error:

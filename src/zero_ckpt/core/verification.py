@@ -19,7 +19,7 @@ from zero_ckpt.core.storage import Storage
 from zero_ckpt.core.threads import thread_pool
 from zero_ckpt.errors import CorruptShardError
 
-__all__ = ["Verifier"]
+__all__ = ["Verifier", "cause_unread"]
 
 READ_THREADS = 4
 """Blocks in flight."""
@@ -29,12 +29,14 @@ class Verifier:
     """Verifies checkpoints one after the other with a few threads. Use it in a `with` statement.
 
     `progress` is called with the number of bytes that were read or passed over, from any thread; `bytes_read` counts
-    the bytes of the files that were read.
+    the bytes of the files that were read. `unread`: why something could not be read, which may be otherwise another
+    time.
     """
 
     def __init__(self, storage: Storage, progress: Callable[[int], None] = lambda _: None) -> None:
         self._storage, self._progress = storage, progress
         self.bytes_read = 0
+        self.unread: OSError | None = None
         self._stop = threading.Event()
         self._buffers: queue.SimpleQueue[memoryview] = queue.SimpleQueue()
         for _ in range(READ_THREADS):
@@ -67,6 +69,7 @@ class Verifier:
             reader = open_shard(self._storage, f"{folder}/{name}", record, name)
         except (OSError, CorruptShardError) as error:
             self._progress(record.nbytes)
+            self.unread = self.unread or cause_unread(error)
             yield _describe(name, error)
             return
         try:
@@ -95,11 +98,20 @@ class Verifier:
                 try:
                     reader.read_block(index, buffer)
                 except (OSError, CorruptShardError) as error:
+                    self.unread = self.unread or cause_unread(error)
                     found.append((index, _describe(reader.name, error, f"block {index}: ")))
                 self._progress(reader.block_bytes(index))
         finally:
             self._buffers.put(buffer)
         return found
+
+
+def cause_unread(error: Exception) -> OSError | None:
+    """What the system failed with, so that nothing is known of what is there; None when it is known to be damaged."""
+    cause = error if isinstance(error, OSError) else error.__cause__
+    return (
+        cause if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError) else None
+    )
 
 
 def _describe(name: str, error: Exception, where: str = "") -> str:
