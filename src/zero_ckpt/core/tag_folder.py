@@ -25,6 +25,7 @@ from zero_ckpt.errors import (
 
 __all__ = [
     "ANOTHER_TAG",
+    "DAMAGED_NAME",
     "check_files",
     "committed_in",
     "contents",
@@ -42,6 +43,9 @@ __all__ = [
 ]
 
 ANOTHER_TAG = "Restore the file, or load another tag."
+
+DAMAGED_NAME = f"{MANIFEST_NAME}.damaged"
+"""The name of a manifest that `zero-ckpt repair` has put aside."""
 
 MAX_MANIFEST = 1 << 30
 """Bytes. Larger manifests are refused: nothing that reads one may be made to fill the memory."""
@@ -158,6 +162,11 @@ def nothing_at(storage: Storage, folder: str) -> CheckpointNotFoundError:
         )
     except OSError as error:
         return CheckpointNotFoundError(f"{folder}: cannot be opened: {why_unread(error)}")
+    if holds_shards(names) and DAMAGED_NAME in names:
+        return CheckpointNotFoundError(
+            f"{folder}: not committed: 'zero-ckpt repair --quarantine' has put its manifest aside, as {DAMAGED_NAME}, "
+            "because shard files of it are damaged. Use another tag"
+        )
     if holds_shards(names):
         return CheckpointNotFoundError(
             f"{folder}: not committed: it holds shard files, but no {MANIFEST_NAME}. Its save did not finish, or "
