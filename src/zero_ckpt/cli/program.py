@@ -43,7 +43,8 @@ examples:
   zero-ckpt export checkpoints model.safetensors          full fp32 weights of the latest
   zero-ckpt convert deepspeed_run checkpoints             DeepSpeed's latest as one of ours
 
-exit status: 0 all is well, 1 damage was found, 2 it could not be done (no checkpoint there, wrong usage, full disk)"""
+exit status: 0 all is well, 1 damage was found, 2 it could not be done (no checkpoint there, wrong usage, full disk)
+an error is one line on the error stream, with --json too: then there is no document"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
