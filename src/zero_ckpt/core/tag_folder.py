@@ -219,13 +219,18 @@ def shown_tags(tags: Sequence[str]) -> str:
 def contents(storage: Storage, folder: str) -> str:
     """A few words on what is in a folder."""
     try:
-        names = [entry.name for entry in storage.list(folder)]
+        entries = storage.list(folder)
     except OSError:
         return "does not exist"
+    names = [entry.name for entry in entries]
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     shown = ", ".join(f"'{name}'" for name in names[:4]) + more
-    dcp = "" if ".metadata" not in names else ", a checkpoint of torch.distributed.checkpoint"
-    return f"holds {shown}{dcp}" if names else "is empty"
+    kind = ""
+    if ".metadata" in names:
+        kind = ", a checkpoint of torch.distributed.checkpoint"
+    elif any(entry.name.endswith(".ckpt") and not entry.is_dir for entry in entries):
+        kind = ", with plain files of Lightning's, of which ckpt_path and torch.load take one"
+    return f"holds {shown}{kind}" if names else "is empty"
 
 
 def why_unread(error: Exception) -> str:
