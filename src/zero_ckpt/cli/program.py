@@ -54,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help(sys.stderr)
         return FAILURE
+    if "" in (options.path, getattr(options, "output", None)):
+        parser.error("a path is empty: '.' is the folder you are in")
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A name that the terminal's encoding lacks is shown escaped, not an error.
         sys.stdout.reconfigure(errors="backslashreplace")
