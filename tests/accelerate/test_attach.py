@@ -185,6 +185,8 @@ def left_out(out: str) -> None:
     for wrong in ({"epoch": 3}, "global_step5"):
         with pytest.raises(ConfigurationError, match="Give client_state and tag by name"):
             accelerator.save_state(out, wrong)
+    with pytest.raises(ConfigurationError, match=r"as output_dir\. Give client_state by name"):
+        accelerator.save_state({"epoch": 3})  # automatic naming would not look at it
     assert sorted(os.listdir(out)) == ["early", "latest"]
     accelerator.save_state(out, tag="prepared")
     with pytest.raises(StateMismatchError, match=r"Call load_state after prepare\(\)\.$"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import pytest
 from tests.cli.checkpoints import save_pickled, save_replicated, save_sharded
 from tests.workers import run_ranks
 from zero_ckpt.cli import main
+from zero_ckpt.core.local_storage import LocalStorage
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,3 +91,20 @@ def flip(path: Path, offset: int) -> None:
     data = bytearray(path.read_bytes())
     data[offset] ^= 0x10
     path.write_bytes(data)
+
+
+@pytest.fixture
+def forbid(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, str], None]:
+    """Makes a call of the local storage (`open`, `list`, `put`) fail on a path, as without permission."""
+
+    def forbid(path: Path, call: str) -> None:
+        allowed = getattr(LocalStorage, call)
+
+        def refuse(self: LocalStorage, at: str, *arguments: Any) -> Any:
+            if at == str(path):
+                raise PermissionError(errno.EACCES, "Permission denied", at)
+            return allowed(self, at, *arguments)
+
+        monkeypatch.setattr(LocalStorage, call, refuse)
+
+    return forbid

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -147,3 +148,14 @@ def test_a_wrong_path_is_told_with_what_to_give(
     result = command(what, root / name)
     assert (result.status, result.out, result.err.count("\n")) == (2, "", 1)
     assert remedy in result.err
+
+
+def test_a_tag_that_cannot_be_listed_does_not_hide_the_others(
+    sharded: Path, command: Command, forbid: Callable[[Path, str], None]
+) -> None:
+    (sharded / "global_step100" / "manifest.json").unlink()
+    forbid(sharded / "global_step100", "list")
+    result = command("ls", sharded)
+    assert (result.status, result.err) == (0, "")
+    assert [line.split("  ")[-1] for line in result.lines[1:3]] == ["damaged", "committed, latest"]
+    assert "global_step100: cannot be listed: Permission denied" in result.lines[-1]

@@ -11,7 +11,7 @@ import pytest
 import zero_ckpt
 from zero_ckpt.cli import main
 
-COMMANDS = ["ls", "inspect", "verify", "export"]
+COMMANDS = ["ls", "inspect", "verify", "repair", "export", "convert"]
 
 RUN = [sys.executable, "-m", "zero_ckpt"]
 
@@ -36,7 +36,9 @@ def test_help_gives_examples_and_fits_a_terminal(
     assert command or all(name in text for name in COMMANDS)
 
 
-@pytest.mark.parametrize("arguments", [["frobnicate"], ["ls"], ["verify", "a", "b"]])
+@pytest.mark.parametrize(
+    "arguments", [["frobnicate"], ["ls"], ["verify", "a", "b"], ["repair", ""], ["export", "a", ""]]
+)
 def test_wrong_usage_is_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(arguments)

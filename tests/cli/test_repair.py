@@ -173,12 +173,11 @@ def test_what_cannot_be_read_just_now_is_not_put_aside(
     with monkeypatch.context() as patch:
         patch.setattr(repair, "AnyStorage", lambda: storage)
         result = command("repair", sharded, "--quarantine")
-    assert result.status == 1
-    whole, damaged = result.lines
+    assert result.status == 2
+    whole, failed = result.lines
     assert whole == f"{sharded / 'global_step100'}: whole"
-    assert damaged.startswith(f"{folder}: damaged: model-00001")
-    assert "Input/output error" in damaged
-    assert damaged.endswith("; not put aside, since what could not be read may be whole")
+    assert failed.startswith(f"{folder}: failed: model-00001")
+    assert failed.endswith("cannot be read: Input/output error")
     assert files(sharded) == before
     assert (sharded / "latest").read_text() == "global_step200\n"
     assert command("repair", sharded).lines[1] == f"{folder}: whole"
@@ -194,3 +193,61 @@ def test_a_place_without_checkpoints_says_so(tmp_path: Path, command: Command) -
     result = command("repair", tmp_path)
     assert result.status == 2
     assert "no committed checkpoint here" in result.err
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "manifest.json"])
+def test_what_cannot_be_opened_is_no_damage_and_keeps_manifest_and_latest(
+    name: str, sharded: Path, command: Command, forbid: Callable[[Path, str], None]
+) -> None:
+    folder = sharded / "global_step200"
+    before = {p: p.read_bytes() for p in sharded.rglob("*") if p.is_file()}
+    forbid(folder / name, "get")
+    forbid(folder / name, "open")
+    result = command("repair", sharded, "--quarantine")
+    assert (result.status, result.err) == (2, "")
+    assert sorted(result.lines) == [
+        f"{sharded}/global_step100: whole",
+        f"{folder}: failed: {name}: cannot be read: Permission denied",
+    ]
+    assert command("repair", folder).status == 2
+    assert {p: p.read_bytes() for p in sharded.rglob("*") if p.is_file()} == before
+
+
+def test_a_manifest_that_cannot_be_written_fails_that_tag_and_not_the_rest(
+    sharded: Path, command: Command, forbid: Callable[[Path, str], None]
+) -> None:
+    first, second = (sharded / f"global_step{step}" for step in (100, 200))
+    lose(first)
+    lose(second)
+    forbid(first / "manifest.json", "put")
+    result = command("repair", sharded)
+    assert result.status == 2
+    assert result.lines[0] == f"{first}: failed: manifest.json: Permission denied"
+    assert result.lines[1].startswith(f"{second}: rebuilt")
+
+
+def test_a_second_run_finds_what_the_first_has_put_aside(sharded: Path, command: Command) -> None:
+    folder = sharded / "global_step200"
+    flip(next(iter(folder.glob("model-00000-*"))), 4096 + 8)
+    assert command("repair", sharded, "--quarantine").status == 0
+    again = command("repair", sharded)
+    assert again.status == 0
+    assert any(line.startswith(f"{folder}: quarantined: ") for line in again.lines)
+    listed = command("ls", sharded)
+    assert any(line.endswith("not committed, quarantined") for line in listed.lines)
+    assert command("ls", sharded, "--json").document["tags"][0]["quarantined"] is True
+    error = command("inspect", folder).err
+    assert "put its manifest aside, as manifest.json.damaged" in error
+    assert "did not finish" not in error
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("gone", "no such checkpoint directory"), ("latest", "a file, where")]
+)
+def test_a_path_that_is_no_folder_says_so(
+    name: str, text: str, sharded: Path, command: Command
+) -> None:
+    result = command("repair", sharded / name)
+    assert result.status == 2
+    assert text in result.err
+    assert "Errno" not in result.err

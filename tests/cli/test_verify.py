@@ -269,3 +269,10 @@ def test_a_tag_that_a_running_job_overwrites_is_verified_as_it_is_now(
     assert command("verify", sharded).status == 0
     flip(folder / "model-00000-of-00002.safetensors", -1)
     assert command("verify", sharded).status == 1
+
+
+def test_damage_of_latest_alone_is_told_as_that(sharded: Path, command: Command) -> None:
+    (sharded / "latest").write_text("gone\n")
+    result = command("verify", sharded)
+    assert result.status == 1
+    assert result.lines[-1].startswith("DAMAGE: 1 line above, in 'latest' (")

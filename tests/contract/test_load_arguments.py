@@ -197,6 +197,20 @@ def test_what_the_function_raises_on_one_rank_is_raised_on_all(tmp_path: Path) -
     assert "LIVE TENSORS MAY BE OVERWRITTEN IN PART" in told[0]
 
 
+def test_its_error_is_told_as_sentences(tmp_path: Path) -> None:
+    """What `load_state_dict` raises ends in a line break and a full stop."""
+    save_checkpoint(tmp_path, Net(0), step=1)
+
+    def load(src: Any, dst: torch.nn.Module) -> None:
+        dst.load_state_dict({})
+
+    with pytest.raises(
+        ZeroCkptError, match=r"Missing key\(s\).*[^. ]\. LIVE TENSORS MAY"
+    ) as caught:
+        load_checkpoint(tmp_path, Net(1), custom_load_fn=load)
+    assert ". ." not in str(caught.value)
+
+
 def test_the_function_is_called_for_each_model_with_its_own_names(tmp_path: Path) -> None:
     nets = {"a": Net(0), "b": Net(1)}
     save_checkpoint(tmp_path, nets, step=1)

@@ -471,7 +471,7 @@ FOUND = {
     "dcp": "it holds '.metadata', '__0_0.distcp', a checkpoint of torch.distributed.checkpoint. Give",
     "deepspeed": "mp_rank_00_model_states.pt: a file written by torch.save expected, 2 bytes found",
     "huggingface": "it holds 'model-00001-of-00002.safetensors', 'model.safetensors.index.json'. Give",
-    "lightning": "no committed checkpoint here, it holds 'last.ckpt'. Give",
+    "lightning": "it holds 'last.ckpt', with plain files of Lightning's, of which ckpt_path and torch.load take one",
     "missing": "no such checkpoint directory",
     "file": "a file, where a checkpoint directory or a tag's folder was expected",
 }

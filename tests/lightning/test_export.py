@@ -125,6 +125,40 @@ def test_a_failed_export_is_a_warning_and_training_ends_well(tmp_path: Path) -> 
     assert "NotADirectoryError" in told[0]
 
 
+class Tells(Fp32Export):  # type: ignore[misc,valid-type]
+    """Keeps what it tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[str] = []
+
+    def _say(self, text: str) -> None:
+        self.told.append(text)
+
+
+def moved_over(root: Path) -> list[str]:
+    def keeper() -> dict[str, Any]:
+        return {"callbacks": [ModelCheckpoint(root / "old", monitor="val_loss")]}
+
+    first = trainer(root, 0, strategy="ddp", max_epochs=1, **keeper())
+    first.fit(Worsens(), loader(16), loader(8))
+    old = first.checkpoint_callback.best_model_path  # type: ignore[union-attr]
+    export = Tells()
+    run = trainer(root, 2, strategy=ZeroStrategy(2, export=export), max_epochs=2, **keeper())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run.fit(Worsens(), loader(16), loader(8), ckpt_path=old)
+    assert run.checkpoint_callback.best_model_path == old  # type: ignore[union-attr]
+    assert not (root / "old" / "fp32").exists()
+    [told] = export.told
+    assert told.startswith(f"no fp32 export: the best checkpoint is {old}, a file from before")
+    return [str(w.message) for w in caught if "fp32" in str(w.message)]
+
+
+def test_a_best_checkpoint_that_is_a_file_from_before_is_left_and_told(tmp_path: Path) -> None:
+    assert on_ranks(moved_over, 2, tmp_path) == [[], []]
+
+
 class Fails(Model):
     def on_train_epoch_end(self) -> None:
         raise RuntimeError("as a test")

@@ -131,3 +131,18 @@ def test_launchers_that_start_processes_hand_the_weights_back(tmp_path: Path, me
                 os.killpg(program.pid, signal.SIGKILL)
     assert program.returncode == 0, output
     assert output.endswith("the weights are back\n")
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        ({"async_save": "async"}, "async_save='async': expected True, False or an AsyncSave"),
+        ({"wrap": "blocks"}, "wrap='blocks': expected 'auto', module classes"),
+        ({"export": "out"}, r"export='out': expected True, False or an Fp32Export"),
+    ],
+)
+def test_an_option_that_cannot_work_is_refused_before_the_fit(
+    option: dict[str, Any], text: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=text):
+        ZeroStrategy(**option)

@@ -8,7 +8,7 @@ from typing import Any
 
 from zero_ckpt.core.agreement import check_tag_validation
 from zero_ckpt.core.arguments import check_keep_last, check_timeout, is_count
-from zero_ckpt.core.async_save import AsyncSave
+from zero_ckpt.core.async_save import AsyncSave, check_async_save
 from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.fp32.layout import parse_size
 from zero_ckpt.fp32.publishing import output_of
@@ -48,10 +48,7 @@ class Options:
         check_tag_validation(self.tag_validation)
         check_keep_last(self.keep_last)
         check_timeout(self.timeout)
-        if not isinstance(self.async_save, (bool, AsyncSave)):
-            raise ConfigurationError(
-                f"async_save={self.async_save!r}: expected True, False or an AsyncSave."
-            )
+        check_async_save(self.async_save)
 
     def _check_sharding(self) -> None:
         if isinstance(self.stage, bool) or self.stage not in (None, 0, 1, 2, 3):

@@ -70,7 +70,7 @@ class SaveMixin(ZeroBase):
             saved: Path = super().save_state(output_dir, safe_serialization, **kwargs)
             return saved
         self.zero_check_group("save_state")
-        _check_second_argument(safe_serialization)
+        _check_places(output_dir, safe_serialization)
         name = f"global_step{self._zero_step}" if tag is None else str(tag)
         place = self._zero_save_place(output_dir, name)
         directory = place.directory
@@ -190,8 +190,12 @@ class SaveMixin(ZeroBase):
             warn_on_first(self.process_index, [text])
 
 
-def _check_second_argument(safe_serialization: Any) -> None:
+def _check_places(output_dir: Any, safe_serialization: Any) -> None:
     """Raises `ConfigurationError` for a client state or a tag that was given by place."""
+    if isinstance(output_dir, Mapping):
+        raise ConfigurationError(
+            f"save_state: {output_dir!r} was given as output_dir. Give client_state by name."
+        )
     if isinstance(safe_serialization, (Mapping, str)):
         raise ConfigurationError(
             f"save_state: {safe_serialization!r} was given as safe_serialization, which is Accelerate's second "

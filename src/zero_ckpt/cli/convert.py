@@ -10,11 +10,11 @@ from zero_ckpt.cli.text import duration_text, json_text, printable, size_text
 from zero_ckpt.core.places import AnyStorage
 from zero_ckpt.core.storage import Storage
 
-SUMMARY = "write a DeepSpeed checkpoint as one of ours, or the reverse"
+SUMMARY = "copy a checkpoint, DeepSpeed's too, as one of ours or for DeepSpeed"
 DESCRIPTION = """\
 Writes a checkpoint with everything in it (weights, optimizer state, scheduler, client state) as a tag of another
 checkpoint directory, committed and with checksums, in one process and with little memory. Values are taken over
-bitwise. Of a checkpoint directory: its latest. DeepSpeed itself is not needed."""
+bitwise. A tag of that name is replaced. Of a checkpoint directory: its latest. DeepSpeed itself is not needed."""
 EXAMPLES = """\
   zero-ckpt convert deepspeed_run checkpoints
   zero-ckpt convert deepspeed_run/global_step100 checkpoints --tag step100

@@ -19,7 +19,7 @@ several, if the checkpoint and the options are the same, and starts anew otherwi
 
 OUT is a file when its suffix is .safetensors, .bin, .pt or .pth (both as .bin), or .ckpt, and else a folder, such as
 run.v1. What exists as a folder, or ends in a slash, is a folder in any case. Suffixes of other kinds of files, such as
-.onnx or .h5, are refused, and so are folders that hold a checkpoint."""
+.onnx or .h5, are refused, and so is the folder of a checkpoint."""
 EXAMPLES = """\
   zero-ckpt export checkpoints fp32                              a folder: fp32/model.safetensors
   zero-ckpt export checkpoints weights.pt                        one file, its format by the suffix: for torch.load

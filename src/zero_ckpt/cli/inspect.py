@@ -98,7 +98,8 @@ def _open(storage: Storage, path: str) -> tuple[str, Manifest]:
         return folder, read_tag(storage, folder)
     found = find_checkpoint(storage, place)
     if found.problems:
-        print(printable(fallback_notice(found.problems, found.folder)), file=sys.stderr)
+        notice = printable(fallback_notice(found.problems, found.folder))
+        print(f"zero-ckpt inspect: {notice}", file=sys.stderr)
     return found.folder, found.manifest
 
 

@@ -11,16 +11,17 @@ from typing import Any
 from zero_ckpt.cli.text import age_text, iso_time, json_text, printable, size_text, table
 from zero_ckpt.core.finding import NOT_COMMITTED, TagInfo, list_tags, no_checkpoint
 from zero_ckpt.core.places import AnyStorage, absolute, is_url
-from zero_ckpt.core.storage import Storage
-from zero_ckpt.core.tag_folder import check_files, is_tag_folder, summarize_tag
+from zero_ckpt.core.storage import Entry, Storage
+from zero_ckpt.core.tag_folder import DAMAGED_NAME, check_files, is_tag_folder, summarize_tag
 from zero_ckpt.core.tags import read_latest
 from zero_ckpt.errors import CheckpointNotFoundError, CorruptCheckpointError
 
 SUMMARY = "list the checkpoints of a directory"
 DESCRIPTION = """\
-Lists every tag of a checkpoint directory, oldest first. Reads manifests and file lengths, no data: 'verify' does that.
-A tag that is 'not committed' is a save that crashed or still runs; it is never loaded. In the JSON, of 'verify', too,
-a tag is 'committed' when it has a manifest, also a damaged one: what is wrong with it is its 'problem'."""
+Lists every tag of a checkpoint directory: those without a readable manifest, then the others, oldest first. Reads
+manifests and file lengths, no data: 'verify' does that. A tag that is 'not committed' is a save that crashed or still
+runs; it is never loaded, nor is one that 'repair' has 'quarantined'. In the JSON, of 'verify', too, a tag is
+'committed' when it has a manifest, also a damaged one: what is wrong with it is its 'problem'."""
 EXAMPLES = """\
   zero-ckpt ls checkpoints
   zero-ckpt ls checkpoints --json | jq -r '.tags[] | select(.committed and .problem == null) | .tag'"""
@@ -35,6 +36,7 @@ class Row:
     problem: str
     is_latest: bool
     links: list[str] = field(default_factory=list)
+    is_quarantined: bool = False
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -80,9 +82,11 @@ def _row(
 ) -> Row:
     """Raises `FileNotFoundError` for a tag that has been removed meanwhile."""
     folder = f"{directory}/{info.name}"
-    problem = info.problem
+    problem, is_quarantined = info.problem, False
     if info.summary is None:
-        nbytes = sum(e.nbytes for e in storage.list(folder) if e.name.endswith(".safetensors"))
+        entries = _entries(storage, folder)
+        nbytes = sum(e.nbytes for e in entries if e.name.endswith(".safetensors"))
+        is_quarantined = problem == NOT_COMMITTED and DAMAGED_NAME in {e.name for e in entries}
     else:
         nbytes = info.summary.nbytes
         try:
@@ -92,7 +96,18 @@ def _row(
             if again != info.summary:  # overwritten meanwhile
                 return _row(storage, directory, TagInfo(info.name, again), latest, links)
             problem = str(error).removeprefix(f"{folder}/")
-    return Row(info, nbytes, problem, info.name == latest, links.get(info.name, []))
+    is_latest = info.name == latest
+    return Row(info, nbytes, problem, is_latest, links.get(info.name, []), is_quarantined)
+
+
+def _entries(storage: Storage, folder: str) -> list[Entry]:
+    """What is in a folder; nothing where it cannot be listed. Raises `FileNotFoundError`."""
+    try:
+        return storage.list(folder)
+    except FileNotFoundError:
+        raise
+    except OSError:  # the tag's problem says so
+        return []
 
 
 def _links(directory: str) -> dict[str, list[str]]:
@@ -124,6 +139,7 @@ def _cells(row: Row) -> list[str]:
 
 def _status(row: Row) -> str:
     words = ["damaged" if _is_damaged(row) else row.problem or "committed"]
+    words += ["quarantined"] if row.is_quarantined else []
     words += ["latest"] if row.is_latest else []
     words += [f"linked as {printable(name)}" for name in sorted(row.links)]
     return ", ".join(words)
@@ -148,4 +164,5 @@ def _record(directory: str, row: Row) -> dict[str, Any]:
         "generation": m and m.generation,
         "links": sorted(row.links),
         "problem": row.problem or None,
+        "quarantined": row.is_quarantined,
     }

@@ -43,7 +43,8 @@ examples:
   zero-ckpt export checkpoints model.safetensors          full fp32 weights of the latest
   zero-ckpt convert deepspeed_run checkpoints             DeepSpeed's latest as one of ours
 
-exit status: 0 all is well, 1 damage was found, 2 it could not be done (no checkpoint there, wrong usage, full disk)"""
+exit status: 0 all is well, 1 damage was found, 2 it could not be done (no checkpoint there, wrong usage, full disk)
+an error is one line on the error stream, with --json too: then there is no document"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help(sys.stderr)
         return FAILURE
+    if "" in (options.path, getattr(options, "output", None)):
+        parser.error("a path is empty: '.' is the folder you are in")
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A name that the terminal's encoding lacks is shown escaped, not an error.
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -12,9 +12,9 @@ from zero_ckpt.core.foreign import ForeignManifest
 from zero_ckpt.core.latest import move_latest
 from zero_ckpt.core.manifest import MANIFEST_NAME
 from zero_ckpt.core.places import AnyStorage, absolute
-from zero_ckpt.core.recovery import DAMAGED_NAME, quarantine, rebuild
+from zero_ckpt.core.recovery import quarantine, rebuild
 from zero_ckpt.core.storage import Storage
-from zero_ckpt.core.tag_folder import read_tag
+from zero_ckpt.core.tag_folder import DAMAGED_NAME, read_tag
 from zero_ckpt.core.tags import LATEST_NAME, read_latest
 from zero_ckpt.core.verification import Verifier, cause_unread
 from zero_ckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, ZeroCkptError
@@ -24,8 +24,8 @@ DESCRIPTION = """\
 Rebuilds a lost or damaged manifest.json from shard files that are whole. Every byte is read; what is not all of one
 save, bit for bit, is refused. For a checkpoint directory: every tag in it, and then 'latest', if it names none that
 is whole. Changes nothing else. Data that is damaged cannot be repaired: with --quarantine its manifest is renamed, so
-that no load tries it any more. A file that cannot be read, which may pass, is no reason for either. Run it when no
-job saves there."""
+that no load tries it any more. A file that cannot be read or written, for want of permission for example, is no
+damage: that tag has 'failed', 'latest' stays as it is, and the exit status is 2. Run it when no job saves there."""
 EXAMPLES = """\
   zero-ckpt repair checkpoints/global_step100
   zero-ckpt repair checkpoints --quarantine"""
@@ -33,15 +33,11 @@ EXAMPLES = """\
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of one tag: `whole`, `rebuilt`, `quarantined` or `damaged`.
-
-    `may_pass`: it was not whole because something could not be read.
-    """
+    """What became of one tag: `whole`, `rebuilt`, `quarantined`, `damaged`, or `failed` (not read, not written)."""
 
     tag: str
     kind: str
     detail: str = ""
-    may_pass: bool = False
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -69,12 +65,16 @@ def run(options: argparse.Namespace) -> int:
         if latest:
             shown = os.path.join(options.path, LATEST_NAME)
             print(printable(f"{shown}: names '{latest}' now"))
-    return int(any(outcome.kind == "damaged" for outcome in outcomes))
+    kinds = {outcome.kind for outcome in outcomes}
+    return 2 if "failed" in kinds else int("damaged" in kinds)
 
 
 def _choose(storage: Storage, path: str) -> tuple[str, list[str], bool]:
     """(checkpoint directory, tags in it, whether the directory itself was meant)."""
-    names = [entry.name for entry in storage.list(path) if not entry.is_dir]
+    try:
+        names = [entry.name for entry in storage.list(path) if not entry.is_dir]
+    except OSError:
+        names = []  # `list_tags` says why
     if any(name.endswith(".safetensors") or name == MANIFEST_NAME for name in names):
         directory, _, tag = path.rpartition("/")
         return directory, [tag], False
@@ -85,20 +85,32 @@ def _choose(storage: Storage, path: str) -> tuple[str, list[str], bool]:
 
 
 def _repair(storage: Storage, directory: str, tag: str, may_quarantine: bool) -> Outcome:
-    folder = f"{directory}/{tag}"
-    problem, may_pass = _problem(storage, folder)
+    try:
+        return _repair_reachable(storage, f"{directory}/{tag}", tag, may_quarantine)
+    except OSError as error:
+        where = f"{os.path.basename(error.filename)}: " if error.filename else ""
+        return Outcome(tag, "failed", f"{where}{error.strerror or error}")
+
+
+def _repair_reachable(storage: Storage, folder: str, tag: str, may_quarantine: bool) -> Outcome:
+    """Raises `OSError` when the folder cannot be listed, or the manifest not written."""
+    problem, is_unread = _problem(storage, folder)
     if not problem:
         return Outcome(tag, "whole")
-    has_manifest = any(entry.name == MANIFEST_NAME for entry in storage.list(folder))
+    if is_unread:
+        return Outcome(tag, "failed", problem)
+    names = [entry.name for entry in storage.list(folder) if not entry.is_dir]
+    has_manifest = MANIFEST_NAME in names
     try:
         manifest = rebuild(storage, folder)
     except CorruptCheckpointError as error:
         detail = f"{problem}; {str(error).removeprefix(f'{folder}: ')}"
-        if may_pass and may_quarantine:
-            detail += "; not put aside, since what could not be read may be whole"
-        if may_pass or not (may_quarantine and has_manifest):
-            return Outcome(tag, "damaged", detail, may_pass)
-        quarantine(storage, folder)
+        if cause_unread(error) is not None:
+            return Outcome(tag, "failed", detail)
+        if has_manifest and may_quarantine:
+            quarantine(storage, folder)
+        elif has_manifest or DAMAGED_NAME not in names:
+            return Outcome(tag, "damaged", detail)
         return Outcome(tag, "quarantined", detail)
     if has_manifest:
         quarantine(storage, folder)
@@ -107,7 +119,7 @@ def _repair(storage: Storage, directory: str, tag: str, may_quarantine: bool) ->
 
 
 def _problem(storage: Storage, folder: str) -> tuple[str, bool]:
-    """Why the checkpoint in `folder` is not whole, and whether that may pass.
+    """Why the checkpoint in `folder` is not whole, and whether something could not be read, which may be whole.
 
     "" when it is whole, and for another system's.
     """
@@ -124,11 +136,15 @@ def _problem(storage: Storage, folder: str) -> tuple[str, bool]:
 
 
 def _repair_latest(storage: Storage, directory: str, outcomes: list[Outcome]) -> str:
-    """Let `latest` name the newest whole checkpoint, if what it names is none. Returns that tag, or ""."""
+    """Let `latest` name the newest whole checkpoint, if what it names is none. Returns that tag, or "".
+
+    It stays while a tag is out of reach, which may be the one that it names.
+    """
+    if any(outcome.kind == "failed" for outcome in outcomes):
+        return ""
     whole = {outcome.tag for outcome in outcomes if outcome.kind in ("whole", "rebuilt")}
-    spared = whole.union(outcome.tag for outcome in outcomes if outcome.may_pass)
     newest = [info.name for info in list_tags(storage, directory) if info.name in whole]
-    if not newest or read_latest(storage, directory) in spared:
+    if not newest or read_latest(storage, directory) in whole:
         return ""
     try:
         move_latest(storage, directory, newest[-1])

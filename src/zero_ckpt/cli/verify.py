@@ -145,7 +145,9 @@ def _summary(reports: Sequence[Report], faults: Sequence[str], nbytes: int, seco
         return f"no damage ({speed})"
     lines = sum(len(report.damage) for report in reports) + len(faults)
     committed = plural(sum(report.is_committed for report in reports), "checkpoint")
-    return f"DAMAGE: {plural(lines, 'line')} above, in {bad} of {committed} ({speed})"
+    places = [f"{bad} of {committed}"] if bad else []
+    places += [f"'{LATEST_NAME}'"] if faults else []
+    return f"DAMAGE: {plural(lines, 'line')} above, in {' and '.join(places)} ({speed})"
 
 
 def _document(chosen: Chosen, reports: Sequence[Report]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from zero_ckpt.core.shard_file import BLOCK
 from zero_ckpt.errors import ConfigurationError
 
-__all__ = ["AsyncSave", "async_save_of"]
+__all__ = ["AsyncSave", "async_save_of", "check_async_save"]
 
 WHEN_BUSY = ("wait", "skip", "replace")
 
@@ -45,6 +45,14 @@ class AsyncSave:
             raise ConfigurationError(
                 f"staging_bytes={self.staging_bytes}: expected at least {6 * BLOCK}, or None."
             )
+
+
+def check_async_save(async_save: object) -> None:
+    """Raise `ConfigurationError` for what the argument `async_save` of a strategy or an accelerator cannot be."""
+    if not isinstance(async_save, (bool, AsyncSave)):
+        raise ConfigurationError(
+            f"async_save={async_save!r}: expected True, False or an AsyncSave."
+        )
 
 
 def async_save_of(engine: str | AsyncSave) -> bool | AsyncSave:

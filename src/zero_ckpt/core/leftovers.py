@@ -16,9 +16,10 @@ from zero_ckpt.core.foreign import format_of
 from zero_ckpt.core.lease import Lease
 from zero_ckpt.core.manifest import MANIFEST_NAME, parse_shard_name
 from zero_ckpt.core.memory import ALIGNMENT, aligned_buffer
-from zero_ckpt.core.recovery import DAMAGED_NAME, rebuild
+from zero_ckpt.core.recovery import rebuild
 from zero_ckpt.core.shard_file import FIRST_BYTES
 from zero_ckpt.core.storage import Entry, Storage
+from zero_ckpt.core.tag_folder import DAMAGED_NAME
 from zero_ckpt.core.verification import cause_unread
 from zero_ckpt.errors import CorruptCheckpointError
 

@@ -210,7 +210,7 @@ class _Session:
             return {"next": False}
         kinds = {name for name, _ in filter(None, problems)}
         if "" in kinds:
-            raise type(error)(f"{str(error).rstrip('.')}. Nothing was loaded.")
+            raise type(error)(f"{str(error).rstrip('. ')}. Nothing was loaded.")
         if kinds - _DAMAGE - _GONE:
             raise error
         assert self._found is not None
@@ -252,5 +252,5 @@ def _problem(failure: Exception | None) -> list[str]:
 def _raise_torn(problems: list[Any]) -> dict[str, Any]:
     """Raise the first problem of the step that overwrites."""
     if (error := first_told(problems, ZeroCkptError)) is not None:
-        raise type(error)(f"{str(error).rstrip('.')}. {TORN}")
+        raise type(error)(f"{str(error).rstrip('. ')}. {TORN}")
     return {}

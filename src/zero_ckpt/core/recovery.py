@@ -23,13 +23,11 @@ from zero_ckpt.core.planner import Placed
 from zero_ckpt.core.runs import encode_runs, runs_coverage_error
 from zero_ckpt.core.shard_reader import ShardReader, open_shard
 from zero_ckpt.core.storage import Storage
+from zero_ckpt.core.tag_folder import DAMAGED_NAME
 from zero_ckpt.core.verification import Verifier, cause_unread
 from zero_ckpt.errors import CorruptCheckpointError, CorruptManifestError, CorruptShardError
 
-__all__ = ["DAMAGED_NAME", "content_digest", "quarantine", "rebuild"]
-
-DAMAGED_NAME = "manifest.json.damaged"
-"""The name of a manifest that was put aside."""
+__all__ = ["content_digest", "quarantine", "rebuild"]
 
 _Tensors = Mapping[str, Mapping[str, Placed]]
 
@@ -101,7 +99,7 @@ def _rebuild(
     told = header.pop("content", None)
     if told != content_digest(header, tensors):
         raise CorruptShardError(
-            f"{len(names)} shard files of {world_size} ranks: they do not hold all tensors of the save, or not under "
+            f"world size {world_size}: its {len(names)} shard files do not hold all tensors of the save, or not under "
             "their names: a file is missing, or a header is damaged"
         )
     manifest = Manifest(

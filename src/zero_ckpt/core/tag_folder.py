@@ -25,6 +25,7 @@ from zero_ckpt.errors import (
 
 __all__ = [
     "ANOTHER_TAG",
+    "DAMAGED_NAME",
     "check_files",
     "committed_in",
     "contents",
@@ -42,6 +43,9 @@ __all__ = [
 ]
 
 ANOTHER_TAG = "Restore the file, or load another tag."
+
+DAMAGED_NAME = f"{MANIFEST_NAME}.damaged"
+"""The name of a manifest that `zero-ckpt repair` has put aside."""
 
 MAX_MANIFEST = 1 << 30
 """Bytes. Larger manifests are refused: nothing that reads one may be made to fill the memory."""
@@ -158,6 +162,11 @@ def nothing_at(storage: Storage, folder: str) -> CheckpointNotFoundError:
         )
     except OSError as error:
         return CheckpointNotFoundError(f"{folder}: cannot be opened: {why_unread(error)}")
+    if holds_shards(names) and DAMAGED_NAME in names:
+        return CheckpointNotFoundError(
+            f"{folder}: not committed: 'zero-ckpt repair --quarantine' has put its manifest aside, as {DAMAGED_NAME}, "
+            "because shard files of it are damaged. Use another tag"
+        )
     if holds_shards(names):
         return CheckpointNotFoundError(
             f"{folder}: not committed: it holds shard files, but no {MANIFEST_NAME}. Its save did not finish, or "
@@ -210,13 +219,18 @@ def shown_tags(tags: Sequence[str]) -> str:
 def contents(storage: Storage, folder: str) -> str:
     """A few words on what is in a folder."""
     try:
-        names = [entry.name for entry in storage.list(folder)]
+        entries = storage.list(folder)
     except OSError:
         return "does not exist"
+    names = [entry.name for entry in entries]
     more = f" and {len(names) - 4} more" if len(names) > 4 else ""
     shown = ", ".join(f"'{name}'" for name in names[:4]) + more
-    dcp = "" if ".metadata" not in names else ", a checkpoint of torch.distributed.checkpoint"
-    return f"holds {shown}{dcp}" if names else "is empty"
+    kind = ""
+    if ".metadata" in names:
+        kind = ", a checkpoint of torch.distributed.checkpoint"
+    elif any(entry.name.endswith(".ckpt") and not entry.is_dir for entry in entries):
+        kind = ", with plain files of Lightning's, of which ckpt_path and torch.load take one"
+    return f"holds {shown}{kind}" if names else "is empty"
 
 
 def why_unread(error: Exception) -> str:

@@ -14,16 +14,18 @@ from torch.optim import Optimizer
 
 from zero_ckpt.core.agreement import check_tag_validation
 from zero_ckpt.core.arguments import check_timeout
-from zero_ckpt.core.async_save import AsyncSave
+from zero_ckpt.core.async_save import AsyncSave, check_async_save
 from zero_ckpt.core.bound import Wanted
 from zero_ckpt.core.control import ControlPlane, meet_json
 from zero_ckpt.core.decoupled import make_engine
 from zero_ckpt.core.engine import SyncEngine
 from zero_ckpt.core.outcome import LoadReport
 from zero_ckpt.errors import ConfigurationError, ZeroCkptError, first_told, raise_for, to_record
+from zero_ckpt.lightning.export import Fp32ExportMixin
 from zero_ckpt.lightning.namespaces import Namespace
 from zero_ckpt.lightning.ranks import Resumption
 from zero_ckpt.zero import Sharding, WrapPolicy
+from zero_ckpt.zero.wrap import check_wrap
 
 if TYPE_CHECKING:
     from lightning.pytorch.strategies import DDPStrategy as Host
@@ -68,6 +70,8 @@ class StrategyBase(Host):
         **ddp_options: Any,
     ) -> None:
         _check_sharding(stage, cpu_offload, sharding_size)
+        check_wrap(wrap)
+        _check_export(export)
         _check_async_save(async_save)
         check_timeout(save_timeout, "save_timeout")
         _check_ddp_options(ddp_options)
@@ -182,7 +186,15 @@ def _check_sharding(stage: int, cpu_offload: bool, sharding_size: int | None) ->
         )
 
 
+def _check_export(export: object) -> None:
+    if not isinstance(export, (bool, Fp32ExportMixin)):
+        raise ConfigurationError(
+            f"export={export!r}: expected True, False or an Fp32Export, as Fp32Export('a/folder')."
+        )
+
+
 def _check_async_save(async_save: bool | AsyncSave) -> None:
+    check_async_save(async_save)
     if isinstance(async_save, AsyncSave) and async_save.when_busy != "wait":
         raise ConfigurationError(
             f"async_save: when_busy={async_save.when_busy!r}, but ModelCheckpoint counts on every save that it "

@@ -40,8 +40,9 @@ class Fp32ExportMixin(Host):
     """Writes the weights of the best checkpoint as fp32, all ranks sharing the work, when fit ends.
 
     Best is what `ModelCheckpoint` monitors; without a monitor it is the last checkpoint, and the weights as they are
-    when none was saved. The result is in `fp32/` beside the checkpoint, or in the log directory, else in
-    `default_root_dir`, and takes the place of an earlier one. An export that fails is a warning: the training is done,
+    when none was saved. A plain `.ckpt` file from before holds its weights whole: nothing is written of it.
+    The result is in `fp32/` beside the checkpoint, or in the log directory, else in `default_root_dir`, and takes the
+    place of an earlier one. An export that fails is a warning: the training is done,
     and its checkpoints are intact. Nothing is written after an exception, nor in a `fast_dev_run`, nor by
     `Trainer(barebones=True)`.
 
@@ -116,7 +117,11 @@ class Fp32ExportMixin(Host):
     def _export(self, trainer: Any) -> None:
         strategy = trainer.strategy
         source = strategy.broadcast(best_checkpoint(trainer))
-        if source:
+        if os.path.isfile(source) and _control_of(strategy) is not None:
+            self._say(
+                f"no fp32 export: the best checkpoint is {source}, a file from before, which holds its weights whole"
+            )
+        elif source:
             where = self._collapse(trainer, source, os.path.join(os.path.dirname(source), FOLDER))
             self._say(f"fp32 weights of {source} are in {where}")
         elif self._has_trained and (self.is_asked_for or trainer.checkpoint_callbacks):
@@ -139,12 +144,17 @@ class Fp32ExportMixin(Host):
             raise ConfigurationError(
                 f"{source} is no sharded checkpoint: use strategy='zero_ckpt' or ZeroCheckpointIO"
             )
-        control = getattr(trainer.strategy, "control", None) or control_for_process_group()
+        control = _control_of(trainer.strategy) or control_for_process_group()
         written = export_fp32(source, self.dirpath or folder, control=control, **self.options)
         return written[-1]
 
     def _say(self, text: str) -> None:
         self.namespace.module("utilities.rank_zero").rank_zero_info(text)
+
+
+def _control_of(strategy: Any) -> Any:
+    """What the ranks of a `ZeroStrategy` meet by; None of Lightning's own strategies."""
+    return getattr(strategy, "control", None)
 
 
 @cache
