@@ -103,13 +103,13 @@ def _loaders(kind: str) -> Any:
         return DataLoader(Stream(), batch_size=4)
     if kind == "stateful":
         return Counter()
-    if kind == "generator":
+    if kind in ("generator", "reloaded_generator"):
         own = torch.Generator().manual_seed(11)
         return DataLoader(Noisy(24), batch_size=4, shuffle=True, generator=own)
     if kind == "workers":
         whole = torch.utils.data.TensorDataset(torch.rand(24, FEATURES), torch.rand(24, 3))
         return DataLoader(whole, 4, shuffle=True, num_workers=2, persistent_workers=True)
-    if kind == "several":
+    if kind in ("several", "reloaded_several"):
         short = DataLoader(Noisy(8), batch_size=4, shuffle=True)
         return CombinedLoader([DataLoader(Noisy(24), 4, shuffle=True), short], "max_size_cycle")
     return DataLoader(Noisy(24), batch_size=4, shuffle=True)
@@ -130,6 +130,10 @@ def _options(kind: str) -> dict[str, Any]:
         "accumulate": {"accumulate_grad_batches": 2},
         "epochs": {"max_epochs": 3, "max_steps": -1},
         "limited": {"limit_train_batches": 4},
+        "reloaded": {"reload_dataloaders_every_n_epochs": 1},
+        "reloaded_generator": {"reload_dataloaders_every_n_epochs": 1},
+        "reloaded_several": {"reload_dataloaders_every_n_epochs": 1},
+        "reloaded_seldom": {"reload_dataloaders_every_n_epochs": 2, "max_steps": 20},
     }.get(kind, {})
 
 
@@ -142,7 +146,10 @@ def _continue(root: Path, kind: str, ckpt_path: str | None) -> Any:
     after = ModelCheckpoint(
         dirpath=root, save_top_k=-1, filename="validated-{step}", save_on_train_epoch_end=False
     )
-    callbacks = [during, after] if ckpt_path is None else []
+    ended = ModelCheckpoint(
+        root, "ended-{step}", "train_loss", save_top_k=-1, save_on_train_epoch_end=True
+    )
+    callbacks = [during, after, ended] if ckpt_path is None else []
     options = {"max_steps": 14, "use_distributed_sampler": False, **_options(kind)}
     run = trainer(root, 2, callbacks=callbacks, enable_checkpointing=bool(callbacks), **options)
     run.fit(model, data, loader(8), ckpt_path=ckpt_path)
@@ -166,6 +173,10 @@ def _continue_from(root: Path, kind: str, names: list[str]) -> list[Any]:
         ("generator", ["step=4", "step=6", "step=9"]),
         ("workers", ["step=9"]),
         ("stream", ["step=4", "step=6", "step=9"]),
+        ("reloaded", ["step=4", "step=6", "validated-step=6", "ended-step=6"]),
+        ("reloaded_several", ["step=6", "validated-step=6", "ended-step=6"]),
+        ("reloaded_generator", ["step=6", "validated-step=6", "ended-step=6"]),
+        ("reloaded_seldom", ["ended-step=6", "step=8", "validated-step=12", "ended-step=12"]),
         ("several", ["step=3", "step=5", "step=9"]),
         ("stateful", ["step=4", "step=9"]),
     ],

@@ -100,7 +100,8 @@ class ZeroBase(Host):  # type: ignore[misc]
             raise ConfigurationError(
                 f"this Accelerator takes its process for the only one, but {started} were started: each would train a "
                 "model of its own, and all would save to one place. Without GPUs make it with Accelerator(cpu=True), "
-                "and a transformers.Trainer with TrainingArguments(use_cpu=True)."
+                "and a transformers.Trainer with TrainingArguments(use_cpu=True). With debug_launcher make no "
+                "Accelerator before the processes were started: they would have a copy of its state."
             )
 
     @property

@@ -92,17 +92,26 @@ class ResumableLoader(DataLoader[Any]):
     _zero_in_epoch: bool
     _zero_reused: bool  # persistent workers' iterator of an earlier epoch
     _zero_skipper: _SkipFirst | None
+    _zero_given: Mapping[str, Any] | None  # the position that it was bound with
+    _zero_twice: bool
 
     def zero_bind(
-        self, pending: PendingRng | None, position: Mapping[str, Any] | None, *, in_epoch: bool
+        self,
+        pending: PendingRng | None,
+        position: Mapping[str, Any] | None,
+        *,
+        in_epoch: bool,
+        twice: bool = False,
     ) -> None:
         """Continue from `position` (an earlier `state_dict()`) when iterated next.
 
         in_epoch: its epoch was not finished; otherwise only the order of later epochs is continued.
+        twice: the original made two iterators where this loader makes one.
         """
         self._zero_pending = pending
-        self._zero_position = position
+        self._zero_position = self._zero_given = position
         self._zero_in_epoch = in_epoch
+        self._zero_twice = twice
         self._zero_start = {}
         self._zero_first = {}
         self._zero_counter = None
@@ -140,6 +149,9 @@ class ResumableLoader(DataLoader[Any]):
             self._zero_pending.before_iterator(self, in_epoch=in_epoch)
         if position is not None:
             self._zero_rewind(position, in_epoch)
+        if self._zero_twice:
+            self._zero_twice = False
+            super().__iter__()
         self._zero_reused = self.persistent_workers and self._iterator is not None
         self._zero_start = _generator_states(self)
         self._zero_first = {} if position is None or not in_epoch else position["first"]
@@ -204,6 +216,16 @@ def make_resumable(
     assert isinstance(loader, ResumableLoader)
     loader.zero_bind(pending, position, in_epoch=in_epoch)
     return loader
+
+
+def make_reloaded(loader: DataLoader[Any], pending: PendingRng, *, twice: bool) -> DataLoader[Any]:
+    """`loader` itself, made anew by Lightning for the first epoch of a resumed run (see `zero_bind`)."""
+    pending.reload()
+    position = loader._zero_given if isinstance(loader, ResumableLoader) else None
+    made = make_resumable(loader, pending)
+    assert isinstance(made, ResumableLoader)
+    made.zero_bind(pending, position, in_epoch=False, twice=twice)
+    return made
 
 
 _classes: dict[type, type] = {}

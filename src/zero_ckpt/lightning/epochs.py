@@ -14,6 +14,7 @@ __all__ = [
     "batches_trained",
     "begin_next",
     "is_within",
+    "keep_reloads",
     "scaled",
     "settle",
     "within",
@@ -80,3 +81,16 @@ def begin_next(fit_loop: Any) -> None:
     epoch = fit_loop.epoch_progress.current
     if fit_loop.restarted_mid_epoch and epoch.processed == epoch.ready:
         fit_loop.reset_restart_stage()
+
+
+def keep_reloads(fit_loop: Any, every: int) -> None:
+    """Let loaders be made anew when an uninterrupted run does it: in the first epoch and in each `every`-th after it.
+
+    every: `reload_dataloaders_every_n_epochs`; 0: never.
+
+    Lightning counts from the epoch in which it resumes. Call it in the strategy's `on_train_start`.
+    """
+    epoch = fit_loop.epoch_progress.current
+    begun = epoch.processed if fit_loop.restarted_on_epoch_start else epoch.ready - 1
+    if every:
+        fit_loop._last_train_dl_reload_epoch = max(0, begun) // every * every

@@ -28,12 +28,27 @@ class PendingRng:
         self._at_first_batch: Mapping[str, Any] | None = None
         self._in_epoch = False
         self._started = False
+        self._reloaded = False
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the state has not taken effect for good: no batch was asked for."""
+        return self._state is not None
+
+    def reload(self) -> None:
+        """All loaders are made anew for an epoch that is not begun, as in the uninterrupted run."""
+        if not self._reloaded:
+            self._reloaded, self._leader = True, None
 
     def before_iterator(self, loader: object, *, in_epoch: bool) -> None:
         """A training loader makes its iterator; `in_epoch`: to continue an unfinished epoch."""
-        self._leader = self._leader if self._leader is not None else loader
+        is_first = self._leader is None
+        self._leader = loader if is_first else self._leader
         self._in_epoch = self._in_epoch or in_epoch
-        if not self._in_epoch and loader is self._leader:
+        again = (
+            not self._reloaded
+        )  # of a loader that was made anew the original made two iterators, too
+        if not self._in_epoch and loader is self._leader and (is_first or again):
             self._apply(self._state)
 
     def after_iterator(self) -> None:

@@ -56,6 +56,7 @@ class RestoreMixin(OpenMixin):
         self._zero_is_alone = False
         self._zero_deferred = None
         self._zero_resumption = None
+        self._zero_pending = None
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load the weights, or keep them for the end of `setup` (see the module's docstring)."""

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from zero_ckpt import zero
 from zero_ckpt.lightning import epochs
 from zero_ckpt.lightning.base import StrategyBase
-from zero_ckpt.lightning.data import can_resume, make_resumable
+from zero_ckpt.lightning.data import can_resume, make_reloaded, make_resumable
 from zero_ckpt.zero.experts import attach_experts, shared_buffers
 from zero_ckpt.zero.initial import broadcast_from_first
 
@@ -130,17 +130,25 @@ class StepMixin(StrategyBase):
             return super().process_dataloader(dataloader)
         if self._zero_resumption is not None:
             return self._zero_resumption.bind(trainer, dataloader)
-        if isinstance(dataloader, DataLoader) and can_resume(dataloader):
-            return make_resumable(dataloader)
-        return dataloader
+        if not isinstance(dataloader, DataLoader) or not can_resume(dataloader):
+            return dataloader
+        pending = self._zero_pending
+        if pending is not None and pending.is_waiting:
+            # Lightning then makes one iterator of it, and two in any other epoch.
+            twice = bool(trainer.fit_loop.epoch_loop.restarting)
+            return make_reloaded(dataloader, pending, twice=twice)
+        return make_resumable(dataloader)
 
     def on_train_start(self) -> None:
         super().on_train_start()
+        self._zero_pending = None
         if self._zero_resumption is not None:
-            fit_loop = self._current_trainer().fit_loop
-            epochs.begin_next(fit_loop)
-            self._zero_resumption.settle(fit_loop)
-            self._zero_resumption.pending.at_train_start()
+            trainer = self._current_trainer()
+            epochs.begin_next(trainer.fit_loop)
+            epochs.keep_reloads(trainer.fit_loop, trainer.reload_dataloaders_every_n_epochs)
+            self._zero_resumption.settle(trainer.fit_loop)
+            self._zero_pending = self._zero_resumption.pending
+            self._zero_pending.at_train_start()
             self._zero_resumption = None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
