@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from tests.lightning.harness import (
@@ -22,6 +23,8 @@ from tests.lightning.harness import (
     trainer,
     whole_weights,
 )
+from zero_ckpt.lightning.pending_rng import PendingRng
+from zero_ckpt.lightning.ranks import Resumption
 
 STEPS = 14  # epochs have 6 steps on 2 ranks
 
@@ -188,6 +191,49 @@ def test_any_loader_continues_where_it_was(tmp_path: Path, kind: str, names: lis
         assert len(losses) > 1, name
         assert losses == full[0][-len(losses) :], name
         assert_same(weights, full[1], name)
+
+
+class SaveAfterEveryBatch(L.Callback):
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        trainer.save_checkpoint(f"{trainer.default_root_dir}/{len(args[0].losses)}.ckpt")
+
+
+WINDOWS = {"accumulate_grad_batches": 4, "max_epochs": 2}  # of 4 and of 2 batches in each epoch
+
+
+def _in_window(root: Path, stage: int, is_async: bool, ckpt_path: Path | None) -> Any:
+    L.seed_everything(7 if ckpt_path is None else 1234)
+    model = Model(dropout=0.4)
+    callbacks = [SaveAfterEveryBatch()] if ckpt_path is None else []
+    given = {"async_save": is_async}
+    run = trainer(root, stage, callbacks=callbacks, strategy_options=given, **WINDOWS)
+    run.fit(model, loader(shuffle=True), ckpt_path=ckpt_path)
+    return [loss for _, loss in model.losses], whole_weights(model)
+
+
+def _in_windows(root: Path, stage: int, is_async: bool) -> list[Any]:
+    paths = [None, *(root / f"{batches}.ckpt" for batches in (1, 3, 5, 8))]
+    return [_in_window(root, stage, is_async, path) for path in paths]
+
+
+@pytest.mark.parametrize(
+    ("stage", "is_async"), [(0, False), (1, False), (2, False), (3, False), (3, True)]
+)
+def test_an_accumulation_window_goes_on_with_the_gradients_that_it_had(
+    tmp_path: Path, stage: int, is_async: bool
+) -> None:
+    for full, *resumed in on_ranks(_in_windows, 2, tmp_path, stage, is_async):
+        for batches, (losses, weights) in zip((1, 3, 5, 8), resumed, strict=True):
+            assert losses == full[0][batches:], batches
+            assert_same(weights, full[1], str(batches))
+
+
+def test_gradients_without_a_place_are_told() -> None:
+    """A part of a reduced gradient, in a model that is whole on every rank."""
+    module, gradients = nn.Linear(2, 2), {"weight#part": torch.ones(1, 2)}
+    resumption = Resumption(PendingRng({}, torch.device("cpu")), True, gradients=gradients)
+    assert "sharded in another way" in resumption.reopen_window(module)
+    assert module.weight.grad is None
 
 
 class Looking(L.Callback):

@@ -13,6 +13,7 @@ __all__ = [
     "batches_given",
     "batches_trained",
     "begin_next",
+    "is_in_window",
     "is_within",
     "keep_reloads",
     "scaled",
@@ -36,8 +37,8 @@ def scaled(
 ) -> int:
     """The place after `done` batches of each of `saved` ranks, in batches of `world_size` ranks.
 
-    Always where a window of `window` batches (gradient accumulation) begins: gradients that wait in a window are not in
-    a checkpoint. So nothing is skipped, and less than one window of either job is repeated.
+    Always where a window of `window` batches (gradient accumulation) begins: gradients that wait in a window have no
+    place on other ranks. So nothing is skipped, and less than one window of either job is repeated.
 
     saved_window: the window of the job that saved.
     """
@@ -57,6 +58,21 @@ def is_within(trainer: Any) -> bool:
     given, done = progress.current.ready, progress.current.processed
     over = (progress.is_last_batch and given == done) or epoch.processed == epoch.ready
     return bool(given > 0 and done < trainer.num_training_batches and not over)
+
+
+def is_in_window(trainer: Any) -> bool:
+    """Whether gradients of whole batches wait for the rest of their accumulation window.
+
+    Under manual optimization only the user knows.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    current = loop.batch_progress.current
+    return bool(
+        trainer.lightning_module.automatic_optimization
+        and is_within(trainer)
+        and current.ready == current.processed
+        and loop._should_accumulate()
+    )
 
 
 def settle(epoch_loop: Any, place: int, *, within_epoch: bool) -> None:

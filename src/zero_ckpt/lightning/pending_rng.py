@@ -45,10 +45,9 @@ class PendingRng:
         is_first = self._leader is None
         self._leader = loader if is_first else self._leader
         self._in_epoch = self._in_epoch or in_epoch
-        again = (
-            not self._reloaded
-        )  # of a loader that was made anew the original made two iterators, too
-        if not self._in_epoch and loader is self._leader and (is_first or again):
+        # Of a loader that was made anew the original made two iterators, too: the second goes on from the first.
+        begins = is_first or not self._reloaded
+        if not self._in_epoch and loader is self._leader and begins:
             self._apply(self._state)
 
     def after_iterator(self) -> None:

@@ -1,4 +1,4 @@
-"""What each rank keeps for itself in a checkpoint: random generators and its place in the data.
+"""What each rank keeps for itself in a checkpoint: generators, its place in the data, gradients of an open window.
 
 Within an epoch, a rank's place is how many batches its loaders have handed out and how the
 generators stood when the epoch began (`data.py`). It is stored per rank, and restored exactly at
@@ -13,14 +13,17 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
 
 from zero_ckpt.core import rng
 from zero_ckpt.core.checkpoint import Checkpoint
+from zero_ckpt.core.naming import parameter_names
 from zero_ckpt.core.notices import warn_on_first
 from zero_ckpt.lightning import epochs
 from zero_ckpt.lightning.data import can_resume, make_resumable
 from zero_ckpt.lightning.pending_rng import PendingRng
+from zero_ckpt.zero.accumulated import accumulated_gradients, gradients_fit, put_gradients
 
 __all__ = ["Resumption", "capture_rank", "restore_rank"]
 
@@ -41,8 +44,16 @@ def capture_rank(trainer: Any, checkpoint: dict[str, Any], device: torch.device)
         "rng": _rng_after_validation(trainer, device),
         "in_epoch": epochs.is_within(trainer),
         "window": trainer.accumulate_grad_batches,
+        "gradients": _gradients(trainer),
         "loaders": loaders,
     }
+
+
+def _gradients(trainer: Any) -> dict[str, torch.Tensor]:
+    if not epochs.is_in_window(trainer):
+        return {}
+    module = trainer.lightning_module
+    return accumulated_gradients([module], parameter_names(module))
 
 
 def _rng_after_validation(trainer: Any, device: torch.device) -> dict[str, Any]:
@@ -91,6 +102,7 @@ class Resumption:
     positions: of its loaders, in their order.
     place: batches of the epoch that the loop has behind it; None: as Lightning has it.
     scaled: whether the place was that of another number of ranks.
+    gradients: what this rank had accumulated, of a window that is not complete.
     """
 
     pending: PendingRng
@@ -98,6 +110,7 @@ class Resumption:
     positions: list[Mapping[str, Any]] = field(default_factory=list)
     place: int | None = None
     scaled: bool = False
+    gradients: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     def bind(self, trainer: Any, loader: object) -> object:
         """Let `loader`, the run's next training loader, continue where it was; returns it."""
@@ -131,6 +144,19 @@ class Resumption:
         elif self.scaled and progress.is_last_batch and fit_loop.max_batches != float("inf"):
             epochs.settle(fit_loop.epoch_loop, fit_loop.max_batches, within_epoch=False)
 
+    def reopen_window(self, module: nn.Module) -> str:
+        """Give `module` the gradients of its window back. Returns a notice for the user, or ""."""
+        names = parameter_names(module)
+        if not gradients_fit([module], names, self.gradients):
+            return (
+                "the checkpoint was saved within a gradient accumulation window, whose gradients have no place in a "
+                "model that is sharded in another way: the step of that window is made of the batches that are left "
+                "of it"
+            )
+        if self.gradients:
+            put_gradients([module], names, self.gradients)
+        return ""
+
 
 def _batches(loader: DataLoader[Any], limit: float) -> int | None:
     """Batches of an epoch under `limit_train_batches`; None where the loader does not know."""
@@ -162,11 +188,12 @@ def restore_rank(
         return None
     loaders = state.get("loaders", [])
     in_epoch = bool(state.get("in_epoch", False))
-    place = None
+    place, gradients = None, {}
     if saved == world_size:
         _give_loaders(lightning_state, loaders)
         if in_epoch:
             place, loaders = _placed(lightning_state, loaders, lambda done: done)
+            gradients = state.get("gradients", {})
     else:
         _warn_derived(checkpoint, rank, world_size)
         if in_epoch:
@@ -175,7 +202,7 @@ def restore_rank(
             place, loaders = _placed(lightning_state, loaders, scale)
         state["rng"] = _derived(state["rng"], rank, device)
     pending = PendingRng(state["rng"], device)
-    return Resumption(pending, in_epoch, list(loaders), place, scaled=saved != world_size)
+    return Resumption(pending, in_epoch, list(loaders), place, saved != world_size, gradients)
 
 
 def _give_loaders(lightning_state: dict[str, Any], loaders: list[dict[str, Any]]) -> None:

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from zero_ckpt import zero
+from zero_ckpt.core.notices import warn_on_first
 from zero_ckpt.lightning import epochs
 from zero_ckpt.lightning.base import StrategyBase
 from zero_ckpt.lightning.data import can_resume, make_reloaded, make_resumable
@@ -149,6 +150,10 @@ class StepMixin(StrategyBase):
             self._zero_resumption.settle(trainer.fit_loop)
             self._zero_pending = self._zero_resumption.pending
             self._zero_pending.at_train_start()
+            assert self.lightning_module is not None
+            warn_on_first(
+                self.global_rank, [self._zero_resumption.reopen_window(self.lightning_module)]
+            )
             self._zero_resumption = None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
