@@ -21,9 +21,7 @@ from zero_ckpt.core.memory import available_bytes
 
 SETTLE_SECONDS = 0.3  # a mount with `discard` frees deleted blocks in the background
 COPY_BYTES = 8 << 20
-FREE_PER_PARAMETER = (
-    24  # bytes: twice its fp32 weight with Adam state, in fresh tensors and in the page cache
-)
+FREE_PER_PARAMETER = 24  # bytes: its weight and Adam state, in new tensors and in the page cache
 Item = TypeVar("Item")
 
 

@@ -149,7 +149,7 @@ def _check_cleaned(scenario: Scenario, directory: Path, committed: bool) -> None
     """`zero-ckpt clean` takes nothing that is whole, and leaves nothing else."""
     cleaned = directory.with_name(f"{directory.name} cleaned")
     shutil.copytree(directory, cleaned)
-    found = remove_leftovers(LocalStorage(), str(cleaned), lambda: None)
+    found = remove_leftovers(LocalStorage(), str(cleaned))
     _check_disk(scenario, cleaned, committed)
     for tag in (path.name for path in cleaned.iterdir() if path.is_dir()):
         if not (cleaned / tag / "manifest.json").exists():

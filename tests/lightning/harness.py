@@ -94,6 +94,14 @@ def loader(
     return DataLoader(TensorDataset(x, x[:, :3] * 2 - 1), batch_size=batch_size, shuffle=shuffle)
 
 
+class SaveAfterEveryBatch(L.Callback):
+    """Saves `<n>.ckpt` after the run's n-th batch."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        batches = trainer.fit_loop.total_batch_idx + 1
+        trainer.save_checkpoint(f"{trainer.default_root_dir}/{batches}.ckpt")
+
+
 def trainer(root: str | Path, stage: int, **options: Any) -> L.Trainer:
     """A quiet trainer on all ranks of the process group. `strategy_options`: of the strategy."""
     strategy = options.pop("strategy", None)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from tests.lightning.harness import FEATURES, Model, loader, on_ranks, trainer
+from tests.lightning.harness import FEATURES, Model, SaveAfterEveryBatch, loader, on_ranks, trainer
 from zero_ckpt.lightning.epochs import scaled, within
 
 SIZES = range(1, 5)
@@ -71,12 +71,6 @@ class Told(Model):
 
     def on_validation_epoch_end(self) -> None:
         self.events.append("validated")
-
-
-class SaveAfterEveryBatch(L.Callback):
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        batches = trainer.fit_loop.batch_idx + 1
-        trainer.save_checkpoint(f"{trainer.default_root_dir}/{batches}.ckpt")
 
 
 class SaveAtTheEnd(L.Callback):

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import pickle
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +14,7 @@ from torch import nn
 
 import zero_ckpt.lightning
 from tests.lightning.harness import FEATURES, loader, on_ranks, trainer, whole_weights
+from tests.programs import run_program
 from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.lightning import StandaloneZeroStrategy, ZeroStrategy
 from zero_ckpt.lightning.registry import NAMES, register
@@ -120,16 +116,7 @@ def test_the_standalone_package_trains_and_its_checkpoints_are_the_same(tmp_path
 
 @pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_launchers_that_start_processes_hand_the_weights_back(tmp_path: Path, method: str) -> None:
-    command = [sys.executable, "-m", "tests.lightning.launched", method, str(tmp_path)]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    ) as program:
-        try:
-            output, _ = program.communicate(timeout=90)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(program.pid, signal.SIGKILL)
-    assert program.returncode == 0, output
+    output = run_program("tests.lightning.launched", method, str(tmp_path))
     assert output.endswith("the weights are back\n")
 
 

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tests.lightning.harness import (
     FEATURES,
     Model,
+    SaveAfterEveryBatch,
     assert_same,
     loader,
     on_ranks,
@@ -191,11 +192,6 @@ def test_any_loader_continues_where_it_was(tmp_path: Path, kind: str, names: lis
         assert len(losses) > 1, name
         assert losses == full[0][-len(losses) :], name
         assert_same(weights, full[1], name)
-
-
-class SaveAfterEveryBatch(L.Callback):
-    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
-        trainer.save_checkpoint(f"{trainer.default_root_dir}/{len(args[0].losses)}.ckpt")
 
 
 WINDOWS = {"accumulate_grad_batches": 4, "max_epochs": 2}  # of 4 and of 2 batches in each epoch

@@ -37,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
         )
     found = find_leftovers(storage, directory)
     if options.yes and _removable(found):
-        found = remove_leftovers(storage, directory, lambda: None)
+        found = remove_leftovers(storage, directory)
     if options.json:
         print(json_text(_document(directory, found, options.yes)))
         return 0

@@ -55,7 +55,7 @@ class Lease:
         self._storage = storage
         self._path = ""
         self._directory = ""
-        self._since = self._remedy = ""
+        self._since = ""
         self._renewals = 0
         self._released = threading.Event()
         self._thread: threading.Thread | None = None
@@ -66,7 +66,6 @@ class Lease:
         Waits while another job may be dead, and calls `waiting` several times a second meanwhile. Returns whether one
         is taken for dead only because it was silent: should it wake up, it writes on where it stopped.
         """
-        self._remedy = remedy
         self._directory = directory
         self._path = f"{directory}/{_own_prefix()}{next(_numbers)}"
         self._since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
@@ -81,7 +80,8 @@ class Lease:
         start_thread(thread)
         self._thread = thread
         others = self._of_other_jobs()
-        silent = self._outlast([path for path in others if not path.endswith(".tmp")], waiting)
+        whole = [path for path in others if not path.endswith(".tmp")]
+        silent = self._outlast(whole, waiting, remedy)
         for path in others:
             self._storage.remove(path)
         return silent
@@ -142,7 +142,7 @@ class Lease:
             and not entry.is_dir
         ]
 
-    def _outlast(self, paths: Iterable[str], waiting: Callable[[], None]) -> bool:
+    def _outlast(self, paths: Iterable[str], waiting: Callable[[], None], remedy: str) -> bool:
         """Return when all other jobs are dead; the result is whether only its silence tells that of one of them."""
         found = {path: content for path in paths if (content := self._read(path)) is not None}
         unknown = {path: content for path, content in found.items() if not _is_dead(content)}
@@ -150,7 +150,7 @@ class Lease:
         while unknown and time.monotonic() - begin < SILENCE:
             for path, content in unknown.items():
                 if self._read(path) != content:
-                    raise _held(self._directory, path, content, self._remedy)
+                    raise _held(self._directory, path, content, remedy)
             waiting()
             time.sleep(_LOOK)
         return bool(unknown)

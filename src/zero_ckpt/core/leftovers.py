@@ -7,7 +7,6 @@ nothing is while another job saves.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -51,17 +50,17 @@ def find_leftovers(storage: Storage, directory: str) -> list[Leftover]:
     return [leftover for leftover in found if leftover is not None]
 
 
-def remove_leftovers(
-    storage: Storage, directory: str, waiting: Callable[[], None]
-) -> list[Leftover]:
+def remove_leftovers(storage: Storage, directory: str) -> list[Leftover]:
     """Remove what is left over, and folders that are empty then; returns what was found, and what had to stay.
 
-    While it runs no save may begin there. Calls `waiting` while it waits to see whether a job is dead. Raises
-    `SaveError` when another job saves there, and what `find_leftovers` raises.
+    While it runs no save may begin there. Raises `SaveError` when another job saves there, and what `find_leftovers`
+    raises.
     """
     lease = Lease(storage)
     try:
-        lease.acquire(directory, waiting, "Nothing was removed. Run it when no job saves there.")
+        lease.acquire(
+            directory, lambda: None, "Nothing was removed. Run it when no job saves there."
+        )
         found = find_leftovers(storage, directory)
         for leftover in found:
             if not leftover.kept:

@@ -146,6 +146,8 @@ class Resumption:
 
     def reopen_window(self, module: nn.Module) -> str:
         """Give `module` the gradients of its window back. Returns a notice for the user, or ""."""
+        if not self.gradients:
+            return ""
         names = parameter_names(module)
         if not gradients_fit([module], names, self.gradients):
             return (
@@ -153,8 +155,7 @@ class Resumption:
                 "model that is sharded in another way: the step of that window is made of the batches that are left "
                 "of it"
             )
-        if self.gradients:
-            put_gradients([module], names, self.gradients)
+        put_gradients([module], names, self.gradients)
         return ""
 
 
