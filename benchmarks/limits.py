@@ -72,10 +72,16 @@ class RawFiles:
         )
         sync(directory)
 
-    def read(self, file: Path, way: Way, size: int | None = None) -> None:
-        """Reads the first `size` bytes (default: all) of `file`, a part of it in each stream."""
+    def read(
+        self, file: Path, way: Way, size: int | None = None, into: memoryview | None = None
+    ) -> None:
+        """Reads the first `size` bytes (default: all) of `file`, a part of it in each stream.
+
+        `into`: memory for all of them, since whoever loads keeps what is read. Else each stream reads into one buffer,
+        over and over, which stays in the processor's cache: no load can do that.
+        """
         shares = _shares(size or self.size, way.streams)
-        self._each(way, lambda i: self._read_one(file, way, i, sum(shares[:i]), shares[i]))
+        self._each(way, lambda i: self._read_one(file, way, i, sum(shares[:i]), shares[i], into))
 
     def best_way_to_write(self, directory: Path) -> Way:
         """Collective: all ranks try and return the same way."""
@@ -117,11 +123,13 @@ class RawFiles:
         finally:
             os.close(descriptor)
 
-    def _read_one(self, file: Path, way: Way, stream: int, start: int, size: int) -> None:
+    def _read_one(
+        self, file: Path, way: Way, stream: int, start: int, size: int, into: memoryview | None
+    ) -> None:
         descriptor = os.open(file, os.O_RDONLY | (os.O_DIRECT if way.direct else 0))
-        buffer = self._buffers[stream]
         try:
             for offset in range(0, size, way.block):
+                buffer = self._buffers[stream] if into is None else into[start + offset :]
                 part = buffer[: min(way.block, size - offset)]
                 if os.preadv(descriptor, [part], start + offset) != len(part):
                     raise OSError(f"{file}: {len(part)} bytes expected at {start + offset}")
@@ -155,6 +163,14 @@ def _shares(size: int, streams: int) -> list[int]:
     blocks = size // BLOCK
     cuts = [blocks * i // streams * BLOCK for i in range(streams + 1)]
     return [end - start for start, end in pairwise(cuts)]
+
+
+def touched_buffer(size: int) -> memoryview:
+    """Memory that the system has given already, on huge pages where there are any."""
+    buffer = aligned_buffer(size)
+    for at in range(0, size, BLOCK):
+        buffer[at] = 1
+    return buffer
 
 
 def _filled_buffer(size: int) -> memoryview:

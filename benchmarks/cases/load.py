@@ -12,8 +12,8 @@ from statistics import median
 
 from benchmarks.bench import Bench
 from benchmarks.job import Act, Job
-from benchmarks.limits import RawFiles, Way
-from benchmarks.measure import interleave, make_cold, make_warm, remove_and_settle
+from benchmarks.limits import RawFiles, Way, touched_buffer
+from benchmarks.measure import Contestant, interleave, make_cold, make_warm, remove_and_settle
 from benchmarks.peers import dcp_load, dcp_save, torch_load, torch_save
 from benchmarks.ranks import Measured, Rank
 from benchmarks.table import Row, at_least, bounded, faster
@@ -35,6 +35,8 @@ def load(bench: Bench) -> list[Row]:
         row(f"{cold}, new job", "cold new", "cold raw", 0.9),
         row(f"{cold}, verify_first=False", "cold once", "cold raw", 0.9),
         row(f"{cold}, in place", "cold ours", "cold raw"),
+        row(f"{cold}, new job", "cold new", "cold kept"),
+        row(f"{cold}, verify_first=False", "cold once", "cold kept"),
         row(f"{cold}, in place", "cold ours", "cold dcp"),
         row(f"{cold}, in place", "cold ours", "cold torch"),
         row(f"{warm}, new job", "warm new", "warm dcp", 3),
@@ -72,6 +74,8 @@ def _measure(rank: Rank) -> Measured:
         for way in ways:
             act = partial(_read, raw, way)
             contestants.append(job.loading(_raw(kind, way), rank.scratch / "raw", act, bring))
+        if kind == "cold":
+            contestants.append(_keeping(job, raw, cold_ways[0]))
         measured.extend(interleave(rank, contestants, warm_up=0))
         _take_fastest(measured, kind, ways)
     measured.labels |= _labels(raw.size * rank.world_size)
@@ -81,6 +85,22 @@ def _measure(rank: Rank) -> Measured:
 
 def _read(raw: RawFiles, way: Way, directory: Path) -> None:
     raw.read(raw.file(directory), way)
+
+
+def _keeping(job: Job, raw: RawFiles, way: Way) -> Contestant:
+    """Raw reads that keep all they read, in memory that is there: closer to what a load can reach than one buffer."""
+    memory: list[memoryview] = []
+
+    def act(directory: Path) -> None:
+        raw.read(raw.file(directory), way, into=memory[0])
+
+    kept = job.loading("cold kept", job.rank.scratch / "raw", act, make_cold)
+
+    def prepare(turn: int) -> None:
+        kept.prepare(turn)
+        memory.append(touched_buffer(raw.size))
+
+    return Contestant(kept.name, kept.run, prepare=prepare, clean=lambda _turn: memory.clear())
 
 
 def _raw(kind: str, way: Way) -> str:
@@ -106,6 +126,7 @@ def _save(job: Job, raw: RawFiles) -> None:
 def _labels(size: int) -> dict[str, str]:
     return {
         "size": f"{size / 1e9:.2f} GB",
+        "cold kept": "raw reads that keep all",
         "cold dcp": "DCP",
         "cold torch": "torch.load",
         "warm dcp": "DCP",
