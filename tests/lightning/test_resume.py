@@ -24,6 +24,8 @@ from tests.lightning.harness import (
     trainer,
     whole_weights,
 )
+from zero_ckpt.core.checkpoint import Checkpoint
+from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.lightning.pending_rng import PendingRng
 from zero_ckpt.lightning.ranks import Resumption
 
@@ -222,6 +224,77 @@ def test_an_accumulation_window_goes_on_with_the_gradients_that_it_had(
         for batches, (losses, weights) in zip((1, 3, 5, 8), resumed, strict=True):
             assert losses == full[0][batches:], batches
             assert_same(weights, full[1], str(batches))
+
+
+class Manual(Model):
+    """Steps the blocks after each batch and the rest after every fourth, wherever an epoch ends."""
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0.4)
+        self.automatic_optimization = False
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def configure_optimizers(self) -> Any:
+        rest = [self.scale, *self.head.parameters(), *self.norm.parameters()]
+        return torch.optim.AdamW(self.blocks.parameters(), lr=0.05), torch.optim.SGD(rest, lr=0.1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        often, seldom = self.optimizers()
+        loss = self.loss(batch)
+        self.losses.append((self.global_step, loss.item()))
+        self.manual_backward(loss)
+        self.seen += 1
+        often.step()
+        if self.seen % 4 == 0:
+            seldom.step()
+            seldom.zero_grad()
+        often.zero_grad()
+
+
+def _by_hand(root: Path, stage: int, is_async: bool, ckpt_path: Path | None) -> Any:
+    L.seed_everything(7 if ckpt_path is None else 1234)
+    model = Manual()
+    callbacks = [SaveAfterEveryBatch()] if ckpt_path is None else []
+    given = {"async_save": is_async}
+    run = trainer(root, stage, callbacks=callbacks, strategy_options=given, max_epochs=2)
+    run.fit(model, loader(shuffle=True), ckpt_path=ckpt_path)
+    return model.losses, whole_weights(model)
+
+
+def _runs_by_hand(root: Path, stage: int, is_async: bool) -> list[Any]:
+    paths = [None, *(root / f"{batches}.ckpt" for batches in HAND_WINDOWS)]
+    return [_by_hand(root, stage, is_async, path) for path in paths]
+
+
+HAND_WINDOWS = (1, 4, 6, 7)  # epochs have 6 batches
+
+
+@pytest.mark.parametrize(
+    ("stage", "is_async"), [(0, False), (1, False), (2, False), (3, False), (3, True)]
+)
+def test_a_window_under_manual_optimization_goes_on_with_the_gradients_that_it_had(
+    tmp_path: Path, stage: int, is_async: bool
+) -> None:
+    # Only of rank 0: the others' batch norm statistics are theirs, since DDP does not exchange them here.
+    full, *resumed = on_ranks(_runs_by_hand, 2, tmp_path, stage, is_async)[0]
+    for batches, (losses, weights) in zip(HAND_WINDOWS, resumed, strict=True):
+        assert [loss for _, loss in losses] == [loss for _, loss in full[0]][batches:], batches
+        assert_same(weights, full[1], str(batches))
+
+
+def test_gradients_that_were_stepped_with_are_not_stored(tmp_path: Path) -> None:
+    """However they wait to be zeroed: only what an optimizer has not stepped with."""
+    on_ranks(_by_hand, 2, tmp_path, 2, False, None)
+    with Checkpoint(LocalStorage(), str(tmp_path / "3.ckpt")) as checkpoint:
+        kept = checkpoint.rank_objects(0)["gradients"]
+    assert {name.removesuffix("#part") for name in kept} == {
+        "scale",
+        "head.weight",
+        "norm.weight",
+        "norm.bias",
+    }
+    with Checkpoint(LocalStorage(), str(tmp_path / "4.ckpt")) as checkpoint:
+        assert not checkpoint.rank_objects(0)["gradients"]
 
 
 def test_gradients_without_a_place_are_told() -> None:

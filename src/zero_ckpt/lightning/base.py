@@ -25,6 +25,7 @@ from zero_ckpt.lightning.export import Fp32ExportMixin
 from zero_ckpt.lightning.namespaces import Namespace
 from zero_ckpt.lightning.pending_rng import PendingRng
 from zero_ckpt.lightning.ranks import Resumption
+from zero_ckpt.lightning.windows import Windows
 from zero_ckpt.zero import Sharding, WrapPolicy
 from zero_ckpt.zero.wrap import check_wrap
 
@@ -108,6 +109,7 @@ class StrategyBase(Host):
         self._zero_mesh: DeviceMesh | None = None
         self._zero_resumption: Resumption | None = None
         self._zero_pending: PendingRng | None = None
+        self._zero_windows = Windows()
         # Stage 1: the parts -> the user's optimizer, and the groups that the parts were made for.
         self._zero_partitions: dict[Optimizer, tuple[Optimizer, list[Any]]] = {}
         # Whether other ranks did not come to a save after an exception.

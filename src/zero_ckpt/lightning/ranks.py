@@ -23,12 +23,15 @@ from zero_ckpt.core.notices import warn_on_first
 from zero_ckpt.lightning import epochs
 from zero_ckpt.lightning.data import can_resume, make_resumable
 from zero_ckpt.lightning.pending_rng import PendingRng
-from zero_ckpt.zero.accumulated import accumulated_gradients, gradients_fit, put_gradients
+from zero_ckpt.lightning.windows import Windows
+from zero_ckpt.zero.accumulated import gradients_fit, put_gradients
 
 __all__ = ["Resumption", "capture_rank", "restore_rank"]
 
 
-def capture_rank(trainer: Any, checkpoint: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def capture_rank(
+    trainer: Any, checkpoint: dict[str, Any], device: torch.device, windows: Windows
+) -> dict[str, Any]:
     """This rank's own state; none without a trainer. Takes the loaders' states out of Lightning's `checkpoint`.
 
     (Lightning keeps those of rank 0 only, and would refuse ours where loaders are ordinary ones.)
@@ -44,16 +47,9 @@ def capture_rank(trainer: Any, checkpoint: dict[str, Any], device: torch.device)
         "rng": _rng_after_validation(trainer, device),
         "in_epoch": epochs.is_within(trainer),
         "window": trainer.accumulate_grad_batches,
-        "gradients": _gradients(trainer),
+        "gradients": windows.gradients(trainer),
         "loaders": loaders,
     }
-
-
-def _gradients(trainer: Any) -> dict[str, torch.Tensor]:
-    if not epochs.is_in_window(trainer):
-        return {}
-    module = trainer.lightning_module
-    return accumulated_gradients([module], parameter_names(module))
 
 
 def _rng_after_validation(trainer: Any, device: torch.device) -> dict[str, Any]:
@@ -191,10 +187,10 @@ def restore_rank(
     in_epoch = bool(state.get("in_epoch", False))
     place, gradients = None, {}
     if saved == world_size:
+        gradients = state.get("gradients", {})
         _give_loaders(lightning_state, loaders)
         if in_epoch:
             place, loaders = _placed(lightning_state, loaders, lambda done: done)
-            gradients = state.get("gradients", {})
     else:
         _warn_derived(checkpoint, rank, world_size)
         if in_epoch:

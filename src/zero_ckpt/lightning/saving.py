@@ -120,7 +120,7 @@ class SaveMixin(StrategyBase):
                 "the model has declared experts, which live on different ranks, and "
                 f"{type(self.checkpoint_io).__name__} writes from one process. Leave that plugin out."
             )
-        capture_rank(self._current_trainer(), checkpoint, self.root_device)
+        capture_rank(self._current_trainer(), checkpoint, self.root_device, self._zero_windows)
         content = gather_content(checkpoint, self.global_rank, self.world_size)
         if self.is_global_zero:
             self.checkpoint_io.save_checkpoint(content, filepath, storage_options=options)
@@ -151,7 +151,9 @@ class SaveMixin(StrategyBase):
 
     def _snapshot(self, checkpoint: dict[str, Any]) -> Snapshot:
         assert self.lightning_module is not None
-        own = capture_rank(self._current_trainer(), checkpoint, self.root_device)
+        own = capture_rank(
+            self._current_trainer(), checkpoint, self.root_device, self._zero_windows
+        )
         if PER_RANK in checkpoint:
             own[CLIENT_STATE] = checkpoint.pop(PER_RANK)
         names, exclude = ModuleNames.of(self.lightning_module), self.exclude_frozen_parameters

@@ -15,6 +15,7 @@ from zero_ckpt.core.notices import warn_on_first
 from zero_ckpt.lightning import epochs
 from zero_ckpt.lightning.base import StrategyBase
 from zero_ckpt.lightning.data import can_resume, make_reloaded, make_resumable
+from zero_ckpt.lightning.windows import Windows
 from zero_ckpt.zero.experts import attach_experts, shared_buffers
 from zero_ckpt.zero.initial import broadcast_from_first
 
@@ -63,6 +64,16 @@ class StepMixin(StrategyBase):
         assert self.model is not None
         assert self.lightning_module is not None
         return self._forward_redirection(self.model, self.lightning_module, name, *args, **kwargs)
+
+    def backward(self, closure_loss: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().backward(closure_loss, *args, **kwargs)
+        self._zero_windows.after_backward(self.optimizers)
+        return loss
+
+    def optimizer_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        result = super().optimizer_step(optimizer, *args, **kwargs)
+        self._zero_windows.after_step(optimizer)
+        return result
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
@@ -143,6 +154,7 @@ class StepMixin(StrategyBase):
     def on_train_start(self) -> None:
         super().on_train_start()
         self._zero_pending = None
+        self._zero_windows = Windows()
         if self._zero_resumption is not None:
             trainer = self._current_trainer()
             epochs.begin_next(trainer.fit_loop)
@@ -154,6 +166,7 @@ class StepMixin(StrategyBase):
             warn_on_first(
                 self.global_rank, [self._zero_resumption.reopen_window(self.lightning_module)]
             )
+            self._zero_windows.after_backward(self.optimizers)
             self._zero_resumption = None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:

@@ -35,7 +35,9 @@ class _Place:
 def accumulated_gradients(
     models: Iterable[nn.Module], names: Mapping[int, str]
 ) -> dict[str, torch.Tensor]:
-    """Name -> what this rank has accumulated. References, not copies. `names`: those of the parameters, by id.
+    """Name -> what this rank has accumulated. References, not copies.
+
+    names: of the parameters that are asked for, by id.
 
     Sharded models must be in their sharded state, as `state_dict` leaves them.
     """
@@ -97,7 +99,8 @@ def _places(models: Iterable[nn.Module], names: Mapping[int, str]) -> Iterator[_
     for model in models:
         records = {id(record.sharded_param): record for record in sharded_records(model)}
         for parameter in model.parameters():
-            yield _Place(names[id(parameter)], parameter, records.get(id(parameter)))
+            if id(parameter) in names:
+                yield _Place(names[id(parameter)], parameter, records.get(id(parameter)))
 
 
 def _accumulated(record: Any) -> torch.Tensor | None:
