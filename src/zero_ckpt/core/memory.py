@@ -8,7 +8,9 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from zero_ckpt.core.cgroups import bytes_to_limit
@@ -73,11 +75,19 @@ def prefer_huge_pages(address: int, nbytes: int) -> None:
 
 def advise(address: int, nbytes: int, advice: int) -> bool:
     """madvise(2) of memory that is known by its address; whether the system took the advice."""
+    madvise = _madvise()
+    return madvise is not None and madvise(address, nbytes, advice) == 0
+
+
+@cache
+def _madvise() -> Callable[[int, int, int], int] | None:
     try:
-        madvise = ctypes.CDLL(None).madvise
+        found = ctypes.CDLL(None).madvise
     except (OSError, AttributeError):  # no such call on this system
-        return False
-    return bool(madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), advice) == 0)
+        return None
+    found.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    typed: Callable[[int, int, int], int] = found
+    return typed
 
 
 def copy_bytes(target: int, source: int, nbytes: int) -> None:
