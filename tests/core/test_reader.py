@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tests.core.memory import MemoryStorage
 from tests.core.strategies import boxes_in, held_boxes, layouts
 from zero_ckpt.core import pipeline
+from zero_ckpt.core.buffers import StagingPool
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.chunks import Box, full_box
 from zero_ckpt.core.dtensors import TORCH_DTYPES
@@ -24,7 +25,6 @@ from zero_ckpt.core.manifest import Manifest
 from zero_ckpt.core.planner import plan_save
 from zero_ckpt.core.reader import Request
 from zero_ckpt.core.saving import Captured, plan_shards, write_shards
-from zero_ckpt.core.staging import StagingPool
 from zero_ckpt.errors import CorruptShardError
 
 RANKS = 8

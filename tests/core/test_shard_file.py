@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from tests.core.strategies import boxes_in, shapes
+from zero_ckpt.core.buffers import StagingPool
 from zero_ckpt.core.chunks import Box, full_box
 from zero_ckpt.core.dtensors import TORCH_DTYPES
 from zero_ckpt.core.dtypes import ITEMSIZE, itemsize
@@ -25,7 +26,7 @@ from zero_ckpt.core.memory import aligned_buffer
 from zero_ckpt.core.shard_file import BLOCK, layout_shard
 from zero_ckpt.core.shard_reader import ShardReader, open_shard
 from zero_ckpt.core.sources import Source
-from zero_ckpt.core.staging import ShardWrite, StagingPool
+from zero_ckpt.core.staging import ShardWrite
 from zero_ckpt.errors import CorruptShardError
 
 NAME = "model-00000-of-00001.safetensors"

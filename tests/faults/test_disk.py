@@ -372,7 +372,7 @@ def test_failing_copies_do_not_use_up_the_staging_buffers(
     job.save(tmp_path)
     before = resources()
 
-    def broken(*_: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("CUDA error: device-side assert triggered")
 
     with monkeypatch.context() as patch:

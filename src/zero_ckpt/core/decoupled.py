@@ -21,6 +21,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from zero_ckpt.core.async_save import AsyncSave
+from zero_ckpt.core.buffers import StagingPool
 from zero_ckpt.core.control import ControlPlane, meet_json, process_group_store
 from zero_ckpt.core.detach import Copies
 from zero_ckpt.core.dtensors import local_tensor
@@ -32,7 +33,6 @@ from zero_ckpt.core.memory import free_share
 from zero_ckpt.core.notices import warn_on_first, warn_user
 from zero_ckpt.core.saving import Captured, ShardPlan
 from zero_ckpt.core.shard_file import BLOCK
-from zero_ckpt.core.staging import StagingPool
 from zero_ckpt.core.state import Snapshot
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.core.termination import TerminationGuard

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from zero_ckpt.core.alone import group_gone
+from zero_ckpt.core.buffers import StagingPool
 from zero_ckpt.core.collector import collector_paused
 from zero_ckpt.core.control import (
     DEFAULT_TIMEOUT,
@@ -22,7 +23,6 @@ from zero_ckpt.core.handle import Committed, SaveHandle
 from zero_ckpt.core.notices import warn_on_first
 from zero_ckpt.core.places import AnyStorage, absolute
 from zero_ckpt.core.saving import Captured, ShardPlan
-from zero_ckpt.core.staging import StagingPool
 from zero_ckpt.core.state import Snapshot
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.core.transaction import Plans, SaveRequest, Transaction

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import xxhash
 
+from zero_ckpt.core.buffers import StagingPool
 from zero_ckpt.core.chunks import Box, full_box
 from zero_ckpt.core.dtensors import layout_of, local_part
 from zero_ckpt.core.experts import ExpertNotes
@@ -27,7 +28,7 @@ from zero_ckpt.core.planner import SavePlan
 from zero_ckpt.core.recovery import content_digest
 from zero_ckpt.core.shard_file import ShardLayout, layout_shard
 from zero_ckpt.core.sources import Slab, Source, source_of, view_of
-from zero_ckpt.core.staging import ShardWrite, StagingPool
+from zero_ckpt.core.staging import ShardWrite
 from zero_ckpt.core.state import Snapshot
 from zero_ckpt.core.state_values import pickled_values
 from zero_ckpt.core.storage import FileWriter, Storage

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 import xxhash
@@ -19,24 +20,36 @@ __all__ = ["Slab", "Source", "digest_of", "source_of", "view_of"]
 class Source:
     """The bytes of one chunk in live memory: a tensor of the chunk's shape, any strides, any device.
 
-    `is_far`: whether the tensor lies outside of host memory.
+    `device`: where the tensor lies. `is_far`: whether that is outside of host memory.
     """
 
-    __slots__ = ("_address", "_tensor", "is_far")
+    __slots__ = ("_address", "_tensor", "device", "is_far")
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self._tensor = tensor
+        self._tensor, self.device = tensor, tensor.device
         self.is_far = not tensor.is_cpu
         self._address = address_of(tensor)
 
-    def copy_to(self, address: int, start: int, stop: int) -> None:
-        """Copy bytes `start .. stop` of the chunk, in row-major order, to `address`."""
+    def copy_to(self, address: int, start: int, stop: int, *, wait: bool = True) -> None:
+        """Copy bytes `start .. stop` of the chunk, in row-major order, to `address`.
+
+        Without `wait` a CUDA device may still be copying when this returns, on the stream that is current for it:
+        until `copied()` has come.
+        """
         if self._address:
             copy_bytes(address, self._address + start, stop - start)
         else:
-            self._gather(address, start, stop)
+            self._gather(address, start, stop, wait or self.device.type != "cuda")
 
-    def _gather(self, address: int, start: int, stop: int) -> None:
+    def copied(self) -> Any:
+        """An event that comes when all that was begun on the tensor's CUDA device is copied; None for other devices."""
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def _gather(self, address: int, start: int, stop: int, wait: bool) -> None:
         """Copy through torch, for strided tensors and those on an accelerator."""
         tensor, size = self._tensor.detach(), self._tensor.element_size()
         memory = (ctypes.c_char * (stop - start)).from_address(address)
@@ -45,7 +58,7 @@ class Source:
         for box in flat_range_boxes(tuple(tensor.shape), start // size, stop // size):
             part = tensor[box.slices()].resolve_conj().resolve_neg().contiguous()
             part = part.view(-1).view(torch.uint8)
-            target[at : at + part.numel()].copy_(part)
+            target[at : at + part.numel()].copy_(part, non_blocking=not wait)
             at += part.numel()
 
 
@@ -75,9 +88,9 @@ class LazySource(Source):
 
     def __init__(self, tensor: LazyTensor, slab: Slab) -> None:
         self._lazy, self._slab = tensor, slab
-        self.is_far = False
+        self.device, self.is_far = torch.device("cpu"), False
 
-    def copy_to(self, address: int, start: int, stop: int) -> None:
+    def copy_to(self, address: int, start: int, stop: int, *, wait: bool = True) -> None:
         slab = self._slab
         while start < stop:
             if not slab.holds(self, start):

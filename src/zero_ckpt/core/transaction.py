@@ -16,13 +16,14 @@ from typing import Any
 
 from zero_ckpt.core import commit
 from zero_ckpt.core.agreement import Agreement, Proposal, agree, merged_tables, parse_tables
+from zero_ckpt.core.buffers import StagingPool
 from zero_ckpt.core.control import ControlPlane
 from zero_ckpt.core.detach import Copies, Detached, detach
 from zero_ckpt.core.experts import ExpertNotes, merged_notes
 from zero_ckpt.core.lease import Lease
 from zero_ckpt.core.planner import SavePlan, plan_save
 from zero_ckpt.core.saving import Captured, ShardPlan, capture, plan_shards, write_shards
-from zero_ckpt.core.staging import StagingPool, reading_after
+from zero_ckpt.core.staging import reading_after
 from zero_ckpt.core.state import Snapshot
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.errors import ConfigurationError, ZeroCkptError, raise_for, to_record

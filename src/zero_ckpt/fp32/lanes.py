@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from concurrent.futures import as_completed
 
+from zero_ckpt.core.buffers import StagingPool
 from zero_ckpt.core.shard_file import BLOCK
-from zero_ckpt.core.staging import StagingPool
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.core.threads import thread_pool
 from zero_ckpt.fp32.assembly import Assembler, BlockCache

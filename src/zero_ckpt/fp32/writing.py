@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from zero_ckpt.core.staging import StagingPool, WriteThreads
+from zero_ckpt.core.buffers import StagingPool, WriteThreads
 from zero_ckpt.core.storage import FileWriter
 from zero_ckpt.fp32.assembly import Assembler
 from zero_ckpt.fp32.checksums import Checksums

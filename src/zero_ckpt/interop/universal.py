@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from zero_ckpt.core.binding import prefix_of
+from zero_ckpt.core.buffers import StagingPool
 from zero_ckpt.core.checkpoint import Checkpoint, open_checkpoint
 from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.core.places import local
-from zero_ckpt.core.staging import StagingPool
 from zero_ckpt.core.state import by_parameter
 from zero_ckpt.core.state_values import split_state_name
 from zero_ckpt.errors import ConfigurationError, StateMismatchError
