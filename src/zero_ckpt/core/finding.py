@@ -190,10 +190,16 @@ class Candidates:
             return self.next()
         if self._damaged:
             raise CorruptCheckpointError(
-                f"{self._directory}: no checkpoint here is whole: {_joined(self._problems)}. "
-                f"'zero-ckpt repair {self._directory}' rebuilds lost manifests; else restore files from a copy."
+                f"{self._directory}: no checkpoint here is whole: {_joined(self._problems)}. {self._advice()}"
             )
         raise no_checkpoint(self._storage, self._directory, self._problems)
+
+    def _advice(self) -> str:
+        if any(MANIFEST_NAME in problem for problem in self._problems):
+            return (
+                f"'zero-ckpt repair {self._directory}' rebuilds manifests where all else is whole."
+            )
+        return "Restore the files from a copy."
 
     def _is_overtaken(self) -> bool:
         """Whether a save has moved `latest` since, and may have retired what was there: then all begins anew."""
