@@ -88,6 +88,15 @@ def test_what_cannot_be_done_is_one_line_and_status_2(
     assert words in result.err
 
 
+def test_advice_names_the_options_of_the_command_line(
+    sharded: Path, tmp_path: Path, command: Command
+) -> None:
+    result = command("export", sharded, tmp_path / "a.ckpt")
+    assert "use --format bin or --format safetensors" in result.err
+    result = command("export", sharded, tmp_path / "b", "--max-shard-size", "many")
+    assert "--max-shard-size is a number" in result.err
+
+
 @pytest.mark.parametrize("output", ["", "model-00000-of-00002.safetensors"])
 def test_a_checkpoint_is_never_overwritten_by_its_own_export(
     output: str, sharded: Path, command: Command

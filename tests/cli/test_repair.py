@@ -53,6 +53,17 @@ def test_a_manifest_is_rebuilt_from_whole_shard_files(
     assert command("repair", folder).lines == [f"{folder}: whole"]
 
 
+def test_what_cannot_be_rebuilt_is_told_without_the_advice_to_rebuild_it(
+    sharded: Path, command: Command
+) -> None:
+    folder = sharded / "global_step100"
+    damage(folder)
+    flip(folder / "model-00000-of-00002.safetensors", -1)
+    [line] = command("repair", folder).lines
+    assert "the manifest cannot be rebuilt" in line
+    assert "zero-ckpt" not in line
+
+
 def test_an_overwritten_tag_is_rebuilt_from_its_newest_whole_save(
     sharded: Path, command: Command
 ) -> None:

@@ -430,7 +430,8 @@ def test_a_handler_of_the_users_keeps_the_signal(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"when_busy": "never"}, {"max_in_flight": 0}, {"staging_bytes": 1 << 20}]
+    "wrong",
+    [{"when_busy": "never"}, {"max_in_flight": 0}, {"grace": -1}, {"staging_bytes": 1 << 20}],
 )
 def test_senseless_options_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match=next(iter(wrong))):

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from tests.decoupled.jobs import Gate, same, saved_behind, storage
 from tests.workers import run_ranks
@@ -116,6 +117,35 @@ def test_memory_that_is_taken_from_a_parameter_stays_until_it_is_staged(
     gate.open()
     handle.wait()
     assert same(stored(tmp_path, "a"), before)
+
+
+def _sharded_in_other_memory(directory: str, changed: bool) -> Any:
+    """A DTensor is exchanged whole, with what counts its changes."""
+    model = nn.Linear(64, 64)
+    fully_shard(model)
+    if not changed:
+        with torch.no_grad():
+            model.weight.mul_(2)  # as an optimizer that has made a step
+    before = model.weight.full_tensor().clone()
+    gate, handle = held_back(model, Path(directory))
+    if changed:
+        with torch.no_grad():
+            model.weight.add_(1)
+    model.half()
+    gate.open()
+    if changed:
+        with pytest.raises(StateMismatchError, match="'weight'"):
+            handle.wait()
+        return True
+    handle.wait()
+    return torch.equal(stored(directory, "a")["weight"], before)
+
+
+@pytest.mark.parametrize("changed", [False, True], ids=["exchanged", "changed before"])
+def test_memory_that_is_taken_from_a_sharded_parameter_stays_until_it_is_staged(
+    changed: bool, tmp_path: Path
+) -> None:
+    assert run_ranks(_sharded_in_other_memory, 2, str(tmp_path), changed) == [True, True]
 
 
 # A frozen copy that the forward moves after the weights

@@ -7,6 +7,7 @@ naming it loads the older one, with a warning that says what is wrong with the n
 from __future__ import annotations
 
 import errno
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,12 +19,11 @@ import torch.distributed as dist
 from tests.faults.jobs import Job, Raised, raised, step_saved
 from tests.told import told_once, warned
 from tests.workers import run_ranks
+from zero_ckpt.core.finding import without_advice
 from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.core.memory import ALIGNMENT
-from zero_ckpt.core.shard_file import REMEDY
 from zero_ckpt.core.shard_reader import ShardReader
 from zero_ckpt.core.storage import FileReader
-from zero_ckpt.core.tag_folder import ANOTHER_TAG
 from zero_ckpt.testing import FaultyStorage, Operation, fail_at
 
 WORLD = 2
@@ -126,7 +126,7 @@ def check_damage(start: Start, attempts: list[Attempt], kinds: set[str]) -> str:
         told.append(loaded.warnings)
     (text,) = told_once(told)
     assert text.startswith("falling back to ")
-    assert error.text.removesuffix(ANOTHER_TAG).removesuffix(REMEDY).rstrip(". ") in text
+    assert without_advice(error.text) in text
     return error.text
 
 
@@ -427,6 +427,8 @@ def test_a_directory_of_damaged_checkpoints_is_not_called_empty(
         assert "no checkpoint here is whole" in error.text
         assert "step2" in error.text
         assert "step1" in error.text or what == "no manifest"
+        assert ("zero-ckpt repair" in error.text) is ("manifest" in what)
+        assert not re.search("(earlier|another) tag|other tags", error.text), "there is none"
 
 
 def newer(folder: Path) -> None:

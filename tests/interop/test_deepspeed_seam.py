@@ -21,7 +21,7 @@ from tests.workers import run_ranks
 from zero_ckpt import Checkpointer, get_fp32_state_dict_from_zero_checkpoint
 from zero_ckpt.cli import main
 from zero_ckpt.core.checkpoint import open_checkpoint
-from zero_ckpt.errors import StateMismatchError
+from zero_ckpt.errors import CorruptCheckpointError, StateMismatchError
 
 
 def a_run(**options: object) -> Run:
@@ -45,6 +45,21 @@ def test_ls_and_inspect_show_the_tags(
     assert "format      DeepSpeed" in shown
     assert "deepspeed 0.19.8" in shown
     assert "blocks.{0..1}.qkv.weight" in shown
+    assert "XXH3" not in shown  # there are none
+
+
+def test_lost_files_of_all_tags_are_told_with_one_advice(
+    deepspeed_cases: Path, tmp_path: Path
+) -> None:
+    directory = tmp_path / "run"
+    shutil.copytree(Case(deepspeed_cases / "twotags_z2_w2").directory, directory)
+    for path in list(directory.glob("*/*_rank_1_*optim_states.pt")):
+        path.unlink()
+    with pytest.raises(CorruptCheckpointError, match="no checkpoint here is whole") as raised:
+        zero_ckpt.get_fp32_state_dict_from_zero_checkpoint(directory)
+    assert str(raised.value).count("rank 1") == 2
+    assert str(raised.value).endswith("data-parallel ranks. Restore the files from a copy.")
+    assert str(raised.value).count("Restore") == 1
 
 
 def test_looking_at_it_imports_no_torch(deepspeed_cases: Path) -> None:

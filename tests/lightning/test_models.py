@@ -26,6 +26,7 @@ from tests.lightning.harness import (
     whole_weights,
 )
 from zero_ckpt.core.checkpoint import open_checkpoint
+from zero_ckpt.errors import ConfigurationError
 
 
 class Late(Model):
@@ -239,6 +240,33 @@ def _tensor_parallel(root: Path, by_user: bool) -> Any:
 
 def _tensor_parallel_ways(root: Path) -> list[Any]:
     return [_tensor_parallel(root, by_user) for by_user in (True, False)]
+
+
+class Scale(nn.Module):
+    """Cannot be initialized again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(FEATURES))
+
+
+class Uninitializable(Late):
+    def configure_model(self) -> None:
+        super().configure_model()
+        if not hasattr(self, "extra"):
+            with torch.device("meta"):
+                self.extra = Scale()
+
+
+def _without_initializer(root: Path) -> None:
+    for stage in (1, 2):
+        with pytest.raises(ConfigurationError, match=r"meta.*extra \(Scale\)"):
+            trainer(root, stage).fit(Uninitializable(meta=True), loader())
+
+
+def test_what_cannot_be_initialized_is_named_by_the_error_that_ends_fit(tmp_path: Path) -> None:
+    """Not the one that Lightning's teardown gets when it moves a model without memory."""
+    on_ranks(_without_initializer, 2, tmp_path)
 
 
 def _data_parallel(root: Path) -> Any:

@@ -144,7 +144,10 @@ def _summary(m: Manifest, limit: int | None) -> Iterator[str]:
 
 
 def _file_lines(m: Manifest, full: bool) -> list[str]:
-    if full or isinstance(m, ForeignManifest):
+    if isinstance(m, ForeignManifest):
+        rows = [[name, size_text(r.nbytes)] for name, r in sorted(m.files.items())]
+        return table(("FILE", "SIZE"), rows, right="SIZE")
+    if full:
         rows = [[name, size_text(r.nbytes), r.checksum] for name, r in sorted(m.files.items())]
         return table(("FILE", "SIZE", "XXH3-128"), rows, right="SIZE")
     rows = []

@@ -82,7 +82,7 @@ def _row(
 ) -> Row:
     """Raises `FileNotFoundError` for a tag that has been removed meanwhile."""
     folder = f"{directory}/{info.name}"
-    problem, is_quarantined = info.problem, False
+    problem, is_quarantined = info.problem.removeprefix(f"{folder}/"), False
     if info.summary is None:
         entries = _entries(storage, folder)
         nbytes = sum(e.nbytes for e in entries if e.name.endswith(".safetensors"))

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 
 from zero_ckpt.cli.text import json_text, printable
-from zero_ckpt.core.finding import list_tags, no_checkpoint
+from zero_ckpt.core.finding import list_tags, no_checkpoint, without_advice
 from zero_ckpt.core.foreign import ForeignManifest
 from zero_ckpt.core.latest import move_latest
 from zero_ckpt.core.manifest import MANIFEST_NAME
@@ -104,7 +104,8 @@ def _repair_reachable(storage: Storage, folder: str, tag: str, may_quarantine: b
     try:
         manifest = rebuild(storage, folder)
     except CorruptCheckpointError as error:
-        detail = f"{problem}; {str(error).removeprefix(f'{folder}: ')}"
+        why = without_advice(str(error).removeprefix(f"{folder}: "))
+        detail = f"{without_advice(problem)}; {why}"
         if cause_unread(error) is not None:
             return Outcome(tag, "failed", detail)
         if has_manifest and may_quarantine:

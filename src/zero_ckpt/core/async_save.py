@@ -41,6 +41,8 @@ class AsyncSave:
             )
         if self.max_in_flight < 1:
             raise ConfigurationError(f"max_in_flight={self.max_in_flight}: expected at least 1.")
+        if self.grace < 0:
+            raise ConfigurationError(f"grace={self.grace}: expected at least 0 seconds.")
         if self.staging_bytes is not None and self.staging_bytes < 6 * BLOCK:
             raise ConfigurationError(
                 f"staging_bytes={self.staging_bytes}: expected at least {6 * BLOCK}, or None."

@@ -26,6 +26,8 @@ from zero_ckpt.errors import StateMismatchError
 
 __all__ = ["Copies", "Detached", "detach"]
 
+_Counters = tuple[torch.Tensor, ...]
+
 _WORTH_KEEPING = 1 << 20
 """Bytes. Memory of smaller copies is as cheap to make anew."""
 
@@ -84,7 +86,7 @@ class Detached:
     copies: list[torch.Tensor] = field(default_factory=list)
     nbytes: int = 0
     fits: bool = True
-    _versions: dict[str, tuple[torch.Tensor, int]] = field(default_factory=dict)
+    _versions: dict[str, tuple[_Counters, int]] = field(default_factory=dict)
     _digests: dict[str, tuple[torch.Tensor, bytes]] = field(default_factory=dict)
 
     def check(self) -> None:
@@ -92,7 +94,7 @@ class Detached:
 
         Changes through `tensor.data` leave no trace, and are found by digests only.
         """
-        seen = [key for key, (tensor, then) in self._versions.items() if _version(tensor) != then]
+        seen = [k for k, (counters, then) in self._versions.items() if _version(counters) != then]
         seen += [key for key, (tensor, then) in self._digests.items() if digest_of(tensor) != then]
         found = list(dict.fromkeys(seen))
         if not found:
@@ -124,13 +126,14 @@ def detach(
     copies.drop_unused()
     watched = _hold(captured, at_once)
     held = captured.tensors["model"] | captured.tensors["optim"]
+    counters = {k: _counters(t) for k, t in watched.items() if not t.is_inference()}
     devices = {tensor.device for tensor in watched.values() if tensor.is_cuda}
     return Detached(
         ready=[torch.cuda.current_stream(device).record_event() for device in devices],
         copies=made,
         nbytes=nbytes,
         fits=fits,
-        _versions={k: (t, _version(t)) for k, t in watched.items() if not t.is_inference()},
+        _versions={k: (c, _version(c)) for k, c in counters.items()},
         _digests={k: (held[k], digest_of(held[k])) for k in watched} if digests else {},
     )
 
@@ -185,7 +188,14 @@ def _held(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if isinstance(tensor, LazyTensor) else local_tensor(tensor).detach()
 
 
-def _version(tensor: torch.Tensor) -> int:
-    """Grows with each change in place: of a DTensor, through itself or through its local part."""
+def _counters(tensor: torch.Tensor) -> _Counters:
+    """Tensors that count changes in place of what `tensor` is now: of a DTensor, through itself or its local part.
+
+    They are not `tensor` itself, which begins to count anew when it is exchanged (`module.half()` of a DTensor).
+    """
     local = local_tensor(tensor)
-    return tensor._version + (0 if local is tensor else local._version)
+    return (tensor.detach(),) if local is tensor else (tensor.detach(), local.detach())
+
+
+def _version(counters: _Counters) -> int:
+    return sum(counter._version for counter in counters)

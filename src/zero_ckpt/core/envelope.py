@@ -17,13 +17,13 @@ import xxhash
 
 from zero_ckpt.errors import CorruptManifestError, FormatVersionError
 
-__all__ = ["FORMAT_VERSION", "seal", "unseal"]
+__all__ = ["FORMAT_VERSION", "MANIFEST_REMEDY", "seal", "unseal"]
 
 FORMAT_VERSION = 1
 
 _HEAD = re.compile(rb'\{"zero_ckpt": (\d{1,9}), "checksum": "([0-9a-f]{32})", "manifest":\n')
 _TAIL = b"\n}\n"
-_REMEDY = (
+MANIFEST_REMEDY = (
     "Use an earlier tag, or let 'zero-ckpt repair' rebuild it from shard files that are whole."
 )
 
@@ -40,7 +40,8 @@ def unseal(data: bytes, path: str) -> bytes:
     match = _HEAD.match(data)
     if match is None:
         raise CorruptManifestError(
-            f"{path}: not a zero_ckpt manifest, or damaged: {len(data)} bytes found, starting {data[:24]!r}. {_REMEDY}"
+            f"{path}: not a zero_ckpt manifest, or damaged: {len(data)} bytes found, starting {data[:24]!r}. "
+            f"{MANIFEST_REMEDY}"
         )
     version = int(match[1])
     if version > FORMAT_VERSION:
@@ -52,6 +53,6 @@ def unseal(data: bytes, path: str) -> bytes:
     if not data.endswith(_TAIL) or found != expected or version < 1:
         raise CorruptManifestError(
             f"{path}: checksum {expected} expected, {found} found over {len(body)} bytes: "
-            f"the manifest is truncated or damaged. {_REMEDY}"
+            f"the manifest is truncated or damaged. {MANIFEST_REMEDY}"
         )
     return body

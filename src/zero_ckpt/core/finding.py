@@ -11,12 +11,14 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from zero_ckpt.core.envelope import MANIFEST_REMEDY
 from zero_ckpt.core.manifest import MANIFEST_NAME, Manifest, Summary
 from zero_ckpt.core.places import resolved
 from zero_ckpt.core.shard_file import REMEDY
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.core.tag_folder import (
     ANOTHER_TAG,
+    USE_ANOTHER,
     check_files,
     committed_in,
     contents,
@@ -48,6 +50,7 @@ __all__ = [
     "list_tags",
     "locate",
     "no_checkpoint",
+    "without_advice",
 ]
 
 NOT_COMMITTED = "not committed"
@@ -187,9 +190,16 @@ class Candidates:
             return self.next()
         if self._damaged:
             raise CorruptCheckpointError(
-                f"{self._directory}: no checkpoint here is whole: {_joined(self._problems)}"
+                f"{self._directory}: no checkpoint here is whole: {_joined(self._problems)}. {self._advice()}"
             )
         raise no_checkpoint(self._storage, self._directory, self._problems)
+
+    def _advice(self) -> str:
+        if any(MANIFEST_NAME in problem for problem in self._problems):
+            return (
+                f"'zero-ckpt repair {self._directory}' rebuilds manifests where all else is whole."
+            )
+        return "Restore the files from a copy."
 
     def _is_overtaken(self) -> bool:
         """Whether a save has moved `latest` since, and may have retired what was there: then all begins anew."""
@@ -230,8 +240,14 @@ def fallback_notice(problems: Sequence[str], path: str) -> str:
 
 
 def _joined(problems: Sequence[str]) -> str:
-    bare = (problem.removesuffix(ANOTHER_TAG).removesuffix(REMEDY) for problem in problems)
-    return "; ".join(problem.rstrip(". ") for problem in bare)
+    return "; ".join(map(without_advice, problems))
+
+
+def without_advice(problem: str) -> str:
+    """What is wrong with one checkpoint, without what to do about it, which does not hold where it stands in a list."""
+    for advice in (ANOTHER_TAG, REMEDY, MANIFEST_REMEDY, USE_ANOTHER):
+        problem = problem.removesuffix(advice)
+    return problem.rstrip(". ")
 
 
 def no_checkpoint(

@@ -182,7 +182,7 @@ def _stacked(key: str, layouts: tuple[Layout, ...]) -> Layout:
     if len(kinds) > 1:
         raise StateMismatchError(
             f"tensor '{key}' is {' on one rank and '.join(kinds)} on another: make it a DTensor, or give the "
-            "parts different names"
+            "parts different names. Nothing was committed; earlier checkpoints are intact."
         )
     meshes = [item.mesh for item in distinct if item.mesh is not None]
     alike = {(item.mesh and item.mesh.shape, item.placements) for item in distinct}
@@ -190,7 +190,8 @@ def _stacked(key: str, layouts: tuple[Layout, ...]) -> Layout:
         ways = sorted({" ".join(item.placements) or "plain" for item in distinct})
         raise StateMismatchError(
             f"tensor '{key}' is laid out in different ways on different ranks ({', '.join(ways)}): "
-            "use one mesh shape and one placement, or different names"
+            "use one mesh shape and one placement, or different names. Nothing was committed; earlier checkpoints are "
+            "intact."
         )
     ranks = tuple(rank for mesh in meshes for rank in mesh.ranks)
     mesh = Mesh((len(meshes), *meshes[0].shape), ranks)

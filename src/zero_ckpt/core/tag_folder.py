@@ -26,6 +26,7 @@ from zero_ckpt.errors import (
 __all__ = [
     "ANOTHER_TAG",
     "DAMAGED_NAME",
+    "USE_ANOTHER",
     "check_files",
     "committed_in",
     "contents",
@@ -43,6 +44,7 @@ __all__ = [
 ]
 
 ANOTHER_TAG = "Restore the file, or load another tag."
+USE_ANOTHER = "Else use another tag."
 
 DAMAGED_NAME = f"{MANIFEST_NAME}.damaged"
 """The name of a manifest that `zero-ckpt repair` has put aside."""
@@ -171,7 +173,7 @@ def nothing_at(storage: Storage, folder: str) -> CheckpointNotFoundError:
         return CheckpointNotFoundError(
             f"{folder}: not committed: it holds shard files, but no {MANIFEST_NAME}. Its save did not finish, or "
             f"still runs, or that file was deleted: 'zero-ckpt repair {folder}' rebuilds it where all files are there. "
-            "Else use another tag"
+            + USE_ANOTHER
         )
     return CheckpointNotFoundError(
         f"{folder}: not a zero_ckpt checkpoint: no {MANIFEST_NAME} there, it {contents(storage, folder)}. Give a "

@@ -143,7 +143,7 @@ class Contents:
         if not isinstance(client, dict) or "pytorch-lightning_version" not in client:
             raise ConfigurationError(
                 f"{self.checkpoint.path}: not written by Lightning, so there is nothing to make a Lightning "
-                ".ckpt from; use format='bin' or 'safetensors'"
+                ".ckpt from; use format='bin' or format='safetensors'"
             )
         kept = {key: value for key, value in client.items() if key not in _OF_TRAINING}
         return {**kept, "state_dict": state_dict}

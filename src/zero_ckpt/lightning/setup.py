@@ -177,17 +177,19 @@ class SetupMixin(RestoreMixin, StepMixin):
         run_export(self._current_trainer())
 
     def teardown(self) -> None:
-        """Leaves a sharded model sharded, where it is: its parts live on the mesh's devices."""
+        """Leaves a sharded model sharded, where it is, and one that an error has left without memory, too."""
         if self.interrupted:
             detach_export(self._current_trainer())
         self._end_saves()
         self.close_checkpoint()
         self.is_set_up = False
         self.restore_precision()
-        if self.stage < 2 or self.model is None or not is_sharded(self.model):
+        sharded = self.stage >= 2 and self.model is not None and is_sharded(self.model)
+        if not sharded and not _is_on_meta(self.lightning_module):
             super().teardown()
             return
-        if self._start_method != "popen" and not self.interrupted:
+        if sharded and self._start_method != "popen" and not self.interrupted:
+            assert self.model is not None
             gather_parameters(self.model)
         assert self.cluster_environment is not None
         assert self.accelerator is not None
@@ -206,6 +208,11 @@ class SetupMixin(RestoreMixin, StepMixin):
             if not self.interrupted:
                 raise
             warn_user(str(error))
+
+
+def _is_on_meta(model: nn.Module | None) -> bool:
+    """Whether any tensor of it has no memory, and could not be moved."""
+    return model is not None and any(t.is_meta for t in (*model.parameters(), *model.buffers()))
 
 
 def is_sharded(model: nn.Module) -> bool:

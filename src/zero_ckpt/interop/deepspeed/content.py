@@ -21,6 +21,7 @@ from zero_ckpt.core.planner import Placed
 from zero_ckpt.core.runs import encode_runs
 from zero_ckpt.core.shard_file import BLOCK, Chunk
 from zero_ckpt.core.storage import Storage
+from zero_ckpt.core.tag_folder import ANOTHER_TAG
 from zero_ckpt.errors import CorruptCheckpointError, CorruptShardError, StateMismatchError
 from zero_ckpt.interop.deepspeed.column import Column, Value
 from zero_ckpt.interop.deepspeed.file_table import FileTable
@@ -29,7 +30,6 @@ from zero_ckpt.interop.deepspeed.optimizers import states_of
 from zero_ckpt.interop.deepspeed.sources import Source, WholeBlocks
 from zero_ckpt.interop.deepspeed.state_file import StateFile
 from zero_ckpt.interop.deepspeed.tensors import LayoutError, Part, Piece, Tensor
-from zero_ckpt.interop.deepspeed.torch_files import REMEDY
 
 __all__ = ["describe_tag"]
 
@@ -45,7 +45,7 @@ def describe_tag(storage: Storage, folder: str) -> ForeignManifest:
         optim = _optim(opened.table, whole)
         state = StateFile(opened)
     except LayoutError as error:
-        raise CorruptCheckpointError(f"{folder}: {error}. {REMEDY}") from error
+        raise CorruptCheckpointError(f"{folder}: {error}. {ANOTHER_TAG}") from error
     opened.table.forget_all()
     content = _Content(opened.table, {"model": model, "optim": optim}, state)
     step = opened.model.get("global_steps")

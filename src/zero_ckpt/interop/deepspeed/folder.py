@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from zero_ckpt.core.dtypes import itemsize
 from zero_ckpt.core.storage import Storage as Files
+from zero_ckpt.core.tag_folder import ANOTHER_TAG
 from zero_ckpt.errors import CorruptCheckpointError, StateMismatchError
 from zero_ckpt.interop.deepspeed.column import Column, stored_items
 from zero_ckpt.interop.deepspeed.file_table import FileTable
@@ -19,7 +20,6 @@ from zero_ckpt.interop.deepspeed.pipeline import drop_doubles, drop_tied, stage_
 from zero_ckpt.interop.deepspeed.save import Save, Tree
 from zero_ckpt.interop.deepspeed.sources import read_bytes
 from zero_ckpt.interop.deepspeed.tensors import LayoutError, StoredTensor, Tensor
-from zero_ckpt.interop.deepspeed.torch_files import REMEDY
 from zero_ckpt.interop.deepspeed.universal import read_universal
 from zero_ckpt.interop.deepspeed.unsharded import flat_shapes, read_unsharded
 from zero_ckpt.interop.deepspeed.zero3 import read_frozen, read_pieces
@@ -57,7 +57,7 @@ def open_folder(files: Files, folder: str) -> Opened:
         save = Save(table, names)
         return Opened(table, save, _Assembly(save).whole())
     except LayoutError as error:
-        raise CorruptCheckpointError(f"{folder}: {error}. {REMEDY}") from error
+        raise CorruptCheckpointError(f"{folder}: {error}. {ANOTHER_TAG}") from error
 
 
 class _Assembly:

@@ -11,12 +11,12 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
+from zero_ckpt.core.tag_folder import ANOTHER_TAG
 from zero_ckpt.errors import CorruptCheckpointError
 from zero_ckpt.interop.deepspeed.column import zero_options
 from zero_ckpt.interop.deepspeed.file_table import FileTable
 from zero_ckpt.interop.deepspeed.names import Folder
 from zero_ckpt.interop.deepspeed.tensors import LayoutError
-from zero_ckpt.interop.deepspeed.torch_files import REMEDY
 
 __all__ = ["Save", "Tree"]
 
@@ -67,7 +67,7 @@ class Save:
         tree = self.table.open(name).tree
         if not isinstance(tree, dict):
             raise CorruptCheckpointError(
-                f"{self.folder}/{name}: a mapping expected, {type(tree).__name__} found. {REMEDY}"
+                f"{self.folder}/{name}: a mapping expected, {type(tree).__name__} found. {ANOTHER_TAG}"
             )
         return tree
 
@@ -94,12 +94,12 @@ class Save:
             if name is None:
                 raise CorruptCheckpointError(
                     f"{self.folder}: the optimizer file of rank {dp}, model-parallel rank {mp} is missing; the save "
-                    f"had {self.dp} data-parallel ranks. {REMEDY}"
+                    f"had {self.dp} data-parallel ranks. {ANOTHER_TAG}"
                 )
             state = self.tree(name).get("optimizer_state_dict")
             if not isinstance(state, dict):
                 raise CorruptCheckpointError(
-                    f"{self.folder}/{name}: 'optimizer_state_dict' expected. {REMEDY}"
+                    f"{self.folder}/{name}: 'optimizer_state_dict' expected. {ANOTHER_TAG}"
                 )
             found.append(state)
             self.table.forget(name)
@@ -113,7 +113,7 @@ class Save:
         if not names.models or not names.zero_models:
             if not names.models and not names.zero_models:
                 raise CorruptCheckpointError(
-                    f"{self.folder}: no '*_model_states.pt' there, which says what the other files hold. {REMEDY}"
+                    f"{self.folder}: no '*_model_states.pt' there, which says what the other files hold. {ANOTHER_TAG}"
                 )
             return bool(names.zero_models)
         steps = []
@@ -136,7 +136,7 @@ class Save:
                 else f"model-parallel rank {mp}"
             )
             raise CorruptCheckpointError(
-                f"{self.folder}: the model file of {where} is missing. {REMEDY}"
+                f"{self.folder}: the model file of {where} is missing. {ANOTHER_TAG}"
             )
         return name
 

@@ -15,9 +15,10 @@ from zero_ckpt.core.dtypes import itemsize
 from zero_ckpt.core.memory import aligned_buffer, round_up
 from zero_ckpt.core.shard_file import BLOCK
 from zero_ckpt.core.storage import FileReader, Storage
+from zero_ckpt.core.tag_folder import ANOTHER_TAG
 from zero_ckpt.errors import CorruptShardError
 from zero_ckpt.interop.deepspeed.tensors import StoredTensor
-from zero_ckpt.interop.deepspeed.torch_files import REMEDY, read_range
+from zero_ckpt.interop.deepspeed.torch_files import read_range
 
 __all__ = ["Bytes", "FileSource", "Gathered", "Source", "Strided", "WholeBlocks", "read_bytes"]
 
@@ -103,7 +104,7 @@ class FileSource:
 
 
 def _unreadable(name: str, error: Exception) -> CorruptShardError:
-    return CorruptShardError(f"{name}: cannot be read: {error}. {REMEDY}")
+    return CorruptShardError(f"{name}: cannot be read: {error}. {ANOTHER_TAG}")
 
 
 class Bytes:
@@ -214,6 +215,8 @@ def read_bytes(source: Source, begin: int, nbytes: int) -> bytes:
         data = source.read_block(at // BLOCK, buffer)
         part = data[at % BLOCK : at % BLOCK + nbytes - len(found)]
         if not part:
-            raise CorruptShardError(f"{source.name}: it ends at byte {at}, more expected. {REMEDY}")
+            raise CorruptShardError(
+                f"{source.name}: it ends at byte {at}, more expected. {ANOTHER_TAG}"
+            )
         found += part
     return bytes(found)

@@ -19,15 +19,15 @@ from zero_ckpt.core.dtypes import itemsize
 from zero_ckpt.core.memory import ALIGNMENT, aligned_buffer
 from zero_ckpt.core.storage import FileReader
 from zero_ckpt.core.storage import Storage as Files
+from zero_ckpt.core.tag_folder import ANOTHER_TAG
 from zero_ckpt.errors import CorruptShardError, UnsafeObjectError
 from zero_ckpt.interop.deepspeed.pickle_reader import load_pickle
 from zero_ckpt.interop.deepspeed.plain import CONSTRUCTORS, STORAGE_DTYPES
 from zero_ckpt.interop.deepspeed.records import Global, PickleError
 from zero_ckpt.interop.deepspeed.tensors import Storage
 
-__all__ = ["REMEDY", "TorchFile", "open_torch_file", "read_range"]
+__all__ = ["TorchFile", "open_torch_file", "read_range"]
 
-REMEDY = "Restore the file from where it was saved, or use another tag."
 
 MAX_PICKLE = 1 << 28
 """Bytes of a pickle; it holds names and shapes, and whatever the client state has. More is refused."""
@@ -59,7 +59,7 @@ def open_torch_file(files: Files, path: str, number: int) -> TorchFile:
         file = files.open(path)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise CorruptShardError(f"{path}: cannot be read: {reason}. {REMEDY}") from error
+        raise CorruptShardError(f"{path}: cannot be read: {reason}. {ANOTHER_TAG}") from error
     try:
         return _Opening(file, path, number).open()
     except UnsafeObjectError as error:
@@ -67,7 +67,7 @@ def open_torch_file(files: Files, path: str, number: int) -> TorchFile:
     except _DAMAGE as error:
         raise CorruptShardError(
             f"{path}: a file written by torch.save expected, {file.nbytes} bytes found that are none, or damaged: "
-            f"{error}. {REMEDY}"
+            f"{error}. {ANOTHER_TAG}"
         ) from error
     finally:
         file.close()
