@@ -641,6 +641,18 @@ def test_a_tag_can_be_overwritten_and_keeps_one_generation(tmp_path: Path) -> No
     assert model.w.tolist() == [3, 3]
 
 
+def test_files_of_others_survive_the_overwriting_of_their_tag(tmp_path: Path) -> None:
+    checkpointer = Checkpointer(nn.Linear(2, 2))
+    checkpointer.save_checkpoint(tmp_path, tag="t")
+    mine = tmp_path / "t" / "adapter_model.safetensors"
+    mine.write_bytes(b"mine")
+    stale = tmp_path / "t" / "model-00000-of-00009.safetensors"
+    stale.write_bytes(b"of a save that never committed")
+    checkpointer.save_checkpoint(tmp_path, tag="t")
+    assert mine.read_bytes() == b"mine"
+    assert not stale.exists()
+
+
 def test_objects_in_each_others_place_are_refused() -> None:
     net = nn.Linear(2, 2)
     optimizer = torch.optim.SGD(net.parameters())
