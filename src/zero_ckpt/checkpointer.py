@@ -24,12 +24,12 @@ from zero_ckpt.core.alone import check_all_save
 from zero_ckpt.core.arguments import check_keep_last, check_timeout, check_zero_stage
 from zero_ckpt.core.async_save import AsyncSave, async_save_of
 from zero_ckpt.core.binding import Some, bound_names, check_kinds, named, snapshot_of
-from zero_ckpt.core.bound import Wanted, plan_training, plan_weights
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.custom import CustomLoad
 from zero_ckpt.core.decoupled import make_engine
 from zero_ckpt.core.frameworks import unwrapped_model, unwrapped_optimizer
 from zero_ckpt.core.handle import SaveHandle
+from zero_ckpt.core.load_plan import Wanted, plan_training, plan_weights
 from zero_ckpt.core.loading import load_together
 from zero_ckpt.core.notices import alone_notice, warn_on_first, warn_user
 from zero_ckpt.core.outcome import LoadResult, log_report, report_of
@@ -205,7 +205,7 @@ class Checkpointer:
         """
         warn_on_first(0, [alone_notice()])
         self._engine.wait()
-        wanted = Wanted.of(
+        wanted = Wanted(
             load_module_strict=load_module_strict,
             load_optimizer_states=load_optimizer_states,
             load_lr_scheduler_states=load_lr_scheduler_states,

@@ -20,9 +20,9 @@ from zero_ckpt.accelerate.naming import candidates, is_accelerates, next_iterati
 from zero_ckpt.accelerate.planning import PlanMixin, wanted_of
 from zero_ckpt.accelerate.saving import SaveMixin
 from zero_ckpt.accelerate.whole import sharding_what_is_loaded
-from zero_ckpt.core.bound import Wanted
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.finding import find_checkpoint
+from zero_ckpt.core.load_plan import Wanted
 from zero_ckpt.core.loading import load_together
 from zero_ckpt.core.notices import warn_on_first
 from zero_ckpt.core.outcome import log_report
@@ -189,7 +189,7 @@ class LoadMixin(PlanMixin, SaveMixin):
             plan, result, objects = loaded.prepared
             self._zero_runtime.loaded = result
             log_report(result.report, result.path, self.zero_control.rank)
-            if not wanted.module_only:
+            if not wanted.load_module_only:
                 self._zero_tell_differences(checkpoint, objects)
             for notice in plan.notices:
                 self._zero_warn(notice)

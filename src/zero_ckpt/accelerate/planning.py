@@ -18,8 +18,8 @@ from zero_ckpt.accelerate.gradients import gradients_fit, restore_gradients
 from zero_ckpt.accelerate.registered import as_live
 from zero_ckpt.core import rng
 from zero_ckpt.core.binding import bound_names
-from zero_ckpt.core.bound import Wanted, plan_training, plan_weights
 from zero_ckpt.core.checkpoint import Checkpoint
+from zero_ckpt.core.load_plan import Wanted, plan_training, plan_weights
 from zero_ckpt.core.notices import warn_on_first
 from zero_ckpt.core.outcome import LoadResult, report_of
 from zero_ckpt.core.per_rank import client_state_notice, own_client_state, read_own
@@ -42,12 +42,12 @@ def wanted_of(load_kwargs: Mapping[str, Any] | None, kwargs: Mapping[str, Any]) 
         )
     if "strict" in given:  # what Accelerate calls it
         given["load_module_strict"] = given.pop("strict")
-    known = inspect.signature(Wanted.of).parameters
+    known = inspect.signature(Wanted).parameters
     unknown = [name for name in given if name not in known]
     if unknown:
         raise TypeError(f"load_state() got unexpected keyword arguments: {', '.join(unknown)}")
     given.setdefault("weights_only", (load_kwargs or {}).get("weights_only", True))
-    return Wanted.of(**given)
+    return Wanted(**given)
 
 
 class PlanMixin(ZeroBase):
@@ -88,7 +88,7 @@ class PlanMixin(ZeroBase):
         own = read_own(checkpoint, control, wanted.weights_only)
         notice = client_state_notice(checkpoint, control.world_size, own)
         plan.notices += [notice] if notice else []
-        if not wanted.module_only:
+        if not wanted.load_module_only:
             plan.installs.append(self._zero_install(checkpoint, objects, models, own, plan.notices))
         mine = own_client_state(checkpoint, control, own)
         return plan, LoadResult(checkpoint.path, objects.get("client_state"), mine, report)
@@ -160,7 +160,7 @@ class PlanMixin(ZeroBase):
 
     def _zero_check_custom(self, path: str, objects: dict[str, Any], wanted: Wanted) -> None:
         """Raises Accelerate's RuntimeError for another number of registered objects."""
-        if wanted.module_only or ENTRY not in objects:
+        if wanted.load_module_only or ENTRY not in objects:
             return
         found, registered = len(objects[ENTRY]["custom"]), len(self._custom_objects)
         if found != registered:

@@ -1,6 +1,6 @@
 """Live objects under the names that they have in a checkpoint: models, optimizers and schedulers of one job.
 
-Owns those names, and what a save takes of the objects under them; what a load does to them is in `bound`. A single
+Owns those names, and what a save takes of the objects under them; what a load does to them is in `load_plan`. A single
 object is called "", several are called by their place in a list or by the user's own names. `Checkpointer`, Lightning
 and Accelerate all name in this way, so that what one has saved the others find.
 """

@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 from zero_ckpt.core.agreement import check_tag_validation
 from zero_ckpt.core.arguments import check_timeout
 from zero_ckpt.core.async_save import AsyncSave, check_async_save
-from zero_ckpt.core.bound import Wanted
 from zero_ckpt.core.control import ControlPlane, meet_json
 from zero_ckpt.core.decoupled import make_engine
 from zero_ckpt.core.engine import SyncEngine
+from zero_ckpt.core.load_plan import Wanted
 from zero_ckpt.core.outcome import LoadReport
 from zero_ckpt.errors import ConfigurationError, ZeroCkptError, first_told, raise_for, to_record
 from zero_ckpt.lightning.export import Fp32ExportMixin
@@ -96,7 +96,7 @@ class StrategyBase(Host):
         self.async_save = async_save
         self.exclude_frozen_parameters = exclude_frozen_parameters
         self.tag_validation = check_tag_validation(tag_validation)
-        self.wanted = Wanted.of(
+        self.wanted = Wanted(
             load_optimizer_states=load_optimizer_states,
             load_lr_scheduler_states=load_lr_scheduler_states,
             load_module_only=load_module_only,

@@ -76,7 +76,7 @@ class OpenMixin(StrategyBase):
             Pristine.of(loaded.checkpoint, prefix_of(name), state)
             for name, state in named(content.get("optimizer_states"), "optimizers").items()
         )
-        if self.is_fitting and not self.wanted.module_only:
+        if self.is_fitting and not self.wanted.load_module_only:
             self._zero_resumption = restore_rank(
                 loaded.checkpoint,
                 content,
