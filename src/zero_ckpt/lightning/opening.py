@@ -14,6 +14,7 @@ import torch
 
 from zero_ckpt.core.binding import named, prefix_of
 from zero_ckpt.core.checkpoint import Checkpoint
+from zero_ckpt.core.control import meet_json
 from zero_ckpt.core.loading import load_together
 from zero_ckpt.core.notices import warn_on_first
 from zero_ckpt.core.per_rank import client_state_notice, own_client_state, read_own
@@ -154,7 +155,8 @@ class OpenMixin(StrategyBase):
                 )
             return given[0]
 
-        agreed: str | None = self._meet("resume: path", path, decide, self.save_timeout)
+        timeout = self.save_timeout
+        agreed: str | None = meet_json(self.control, "resume: path", path, decide, timeout)
         return agreed
 
     def agree_nothing_to_restore(self) -> None:
