@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from zero_ckpt.core import rng
 from zero_ckpt.core.agreement import check_tag_validation
@@ -35,7 +34,7 @@ from zero_ckpt.core.notices import alone_notice, warn_on_first, warn_user
 from zero_ckpt.core.outcome import LoadResult, log_report, report_of
 from zero_ckpt.core.per_rank import CLIENT_STATE, client_state_notice, own_client_state, read_own
 from zero_ckpt.core.restoring import Restoration
-from zero_ckpt.core.state import Snapshot, capture_models
+from zero_ckpt.core.state import Snapshot, capture_models, inferred_stage
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.errors import NothingSavedError, ZeroCkptError
 
@@ -264,13 +263,10 @@ class Checkpointer:
 
     @property
     def zero_stage(self) -> int:
-        """What shards the state: 3 for DTensor parameters, 1 for ZeroRedundancyOptimizer, else 0."""
+        """As given, or what shards the state: 3 for DTensor parameters, 1 for ZeroRedundancyOptimizer, else 0."""
         if self._zero_stage is not None:
             return self._zero_stage
-        if any(isinstance(p, DTensor) for m in self.models.values() for p in m.parameters()):
-            return 3
-        sharded = any(hasattr(o, "consolidate_state_dict") for o in self.optimizers.values())
-        return 1 if sharded else 0
+        return inferred_stage(self.models.values(), self.optimizers.values())
 
     def wait(self) -> None:
         """Return when every save is committed, or raise what kept one from that: the same error on every rank."""

@@ -21,7 +21,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from zero_ckpt.accelerate.attach import attach
-from zero_ckpt.accelerate.base import ZeroBase, innermost, raw_optimizer
+from zero_ckpt.accelerate.base import ZeroBase, innermost
 from zero_ckpt.accelerate.content import make_snapshot
 from zero_ckpt.accelerate.hooks import Edits
 from zero_ckpt.accelerate.meeting import together
@@ -29,6 +29,7 @@ from zero_ckpt.accelerate.trainer_order import EpochOrder
 from zero_ckpt.accelerate.whole import shard_state_when_loaded, sharding_what_is_loaded
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.finding import find_checkpoint
+from zero_ckpt.core.frameworks import unwrapped_optimizer
 from zero_ckpt.core.handle import Committed, SaveHandle
 from zero_ckpt.core.load_plan import Wanted
 from zero_ckpt.core.loading import load_together
@@ -144,7 +145,7 @@ class TrainerMixin(Host):  # type: ignore[misc]
             self._zero_load(checkpoint, Wanted(load_lr_scheduler_states=False))
             return
         if self._zero_is_sharded():
-            shard_state_when_loaded(raw_optimizer(self.optimizer))
+            shard_state_when_loaded(unwrapped_optimizer(self.optimizer))
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
