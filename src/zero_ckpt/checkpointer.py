@@ -22,7 +22,7 @@ from zero_ckpt.core.agreement import check_tag_validation
 from zero_ckpt.core.alone import check_all_save
 from zero_ckpt.core.arguments import check_keep_last, check_timeout, check_zero_stage
 from zero_ckpt.core.async_save import AsyncSave, async_save_of
-from zero_ckpt.core.binding import Some, bound_names, check_kinds, named, snapshot_of
+from zero_ckpt.core.binding import OneOrMany, bound_names, check_kinds, named, snapshot_of
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.custom import CustomLoad
 from zero_ckpt.core.decoupled import make_engine
@@ -63,9 +63,9 @@ class Checkpointer:
 
     def __init__(
         self,
-        model: Some[nn.Module],
-        optimizer: Some[torch.optim.Optimizer] | None = None,
-        lr_scheduler: Some[Any] | None = None,
+        model: OneOrMany[nn.Module],
+        optimizer: OneOrMany[torch.optim.Optimizer] | None = None,
+        lr_scheduler: OneOrMany[Any] | None = None,
         *,
         zero_stage: int | None = None,
         keep_last: int | None = None,

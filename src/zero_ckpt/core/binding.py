@@ -18,7 +18,7 @@ from zero_ckpt.core.state import EXTRA_STATE, ModelState, Snapshot, capture_opti
 from zero_ckpt.errors import ConfigurationError, StateMismatchError
 
 __all__ = [
-    "Some",
+    "OneOrMany",
     "bound_names",
     "check_kinds",
     "check_same_names",
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-Some = Union[T, Sequence[T], Mapping[str, T]]  # noqa: UP007 - a generic alias at run time
+OneOrMany = Union[T, Sequence[T], Mapping[str, T]]  # noqa: UP007 - a generic alias at run time
 """What a user may give: one object, a list of them, or a dict by name."""
 
 

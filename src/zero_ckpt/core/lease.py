@@ -42,8 +42,14 @@ _REMEDY = (
 )
 
 _LOOK = 0.25
+"""Seconds between two looks at another job's lease."""
+
 _TRIES = 4
+"""How often the first file is put again, when another job has removed it half-written."""
+
 _LIMIT = 4096
+"""Bytes. No lease is longer."""
+
 _JOB = uuid.uuid4().hex[:12]
 _numbers = itertools.count()
 
