@@ -214,7 +214,7 @@ class TrainerMixin(Host):  # type: ignore[misc]
         """Whether a checkpoint of ours is to be loaded from there, by rank 0's answer."""
         if not self.accelerator.zero_is_ours or not os.path.isdir(checkpoint):
             return False
-        ((_, is_ours),) = self.accelerator._zero_find(checkpoint, None)["candidates"]
+        ((_, is_ours),) = self.accelerator._zero_find(checkpoint, None).candidates
         return bool(is_ours)
 
     def _zero_holds_model(self, checkpoint: str) -> bool:
