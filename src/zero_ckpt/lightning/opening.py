@@ -171,7 +171,8 @@ class OpenMixin(StrategyBase):
         source = self._zero_source
         self._zero_pristine = ()
         if handed_out is not None and source is not None:
-            self._together("resume: what hooks kept", lambda: handed_out.read_kept(source))
+            beat = self.control.beat  # somebody may have kept much
+            self._together("resume: what hooks kept", lambda: handed_out.read_kept(source, beat))
             source.close()
 
     def close_checkpoint(self) -> None:
