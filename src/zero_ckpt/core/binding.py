@@ -149,8 +149,7 @@ def set_extra_state(models: Mapping[str, nn.Module], extra: Mapping[str, Any]) -
     for name, model in models.items():
         naming = naming_of(model)
         for path, module in model.named_modules():
-            raw = f"{path}.{EXTRA_STATE}" if path else EXTRA_STATE
-            key = dotted(name) + naming.clean(raw)
+            key = dotted(name) + naming.clean(dotted(path) + EXTRA_STATE)
             # A wrapper's cleaned name is that of the module inside, and a wrapper has no such state itself.
             takes = type(module).set_extra_state is not nn.Module.set_extra_state
             if takes and key in extra:
