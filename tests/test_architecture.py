@@ -1,4 +1,4 @@
-"""What docs/architecture.md says of imports, read off the sources: who imports whom, and which modules need no torch."""
+"""What docs/architecture.md says of imports, read off the sources: who imports whom, and what needs no torch."""
 
 from __future__ import annotations
 
