@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from zero_ckpt.checkpointer import Checkpointer
-from zero_ckpt.core.binding import Some
+from zero_ckpt.core.binding import OneOrMany
 from zero_ckpt.core.custom import CustomLoad
 from zero_ckpt.core.handle import SaveHandle
 from zero_ckpt.core.outcome import LoadResult
@@ -20,9 +20,9 @@ __all__ = ["load_checkpoint", "save_checkpoint"]
 
 def save_checkpoint(
     save_dir: str | os.PathLike[str],
-    model: Some[nn.Module],
-    optimizer: Some[torch.optim.Optimizer] | None = None,
-    lr_scheduler: Some[Any] | None = None,
+    model: OneOrMany[nn.Module],
+    optimizer: OneOrMany[torch.optim.Optimizer] | None = None,
+    lr_scheduler: OneOrMany[Any] | None = None,
     *,
     tag: str | int | None = None,
     step: int | None = None,
@@ -55,9 +55,9 @@ def save_checkpoint(
 
 def load_checkpoint(
     load_dir: str | os.PathLike[str],
-    model: Some[nn.Module],
-    optimizer: Some[torch.optim.Optimizer] | None = None,
-    lr_scheduler: Some[Any] | None = None,
+    model: OneOrMany[nn.Module],
+    optimizer: OneOrMany[torch.optim.Optimizer] | None = None,
+    lr_scheduler: OneOrMany[Any] | None = None,
     *,
     tag: str | int | None = None,
     load_module_strict: bool = True,

@@ -16,26 +16,25 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from zero_ckpt.core import rng
 from zero_ckpt.core.agreement import check_tag_validation
 from zero_ckpt.core.alone import check_all_save
 from zero_ckpt.core.arguments import check_keep_last, check_timeout, check_zero_stage
 from zero_ckpt.core.async_save import AsyncSave, async_save_of
-from zero_ckpt.core.binding import Some, bound_names, check_kinds, named, snapshot_of
-from zero_ckpt.core.bound import Wanted, plan_training, plan_weights
+from zero_ckpt.core.binding import OneOrMany, bound_names, check_kinds, named, snapshot_of
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.custom import CustomLoad
 from zero_ckpt.core.decoupled import make_engine
 from zero_ckpt.core.frameworks import unwrapped_model, unwrapped_optimizer
 from zero_ckpt.core.handle import SaveHandle
+from zero_ckpt.core.load_plan import Wanted, plan_training, plan_weights
 from zero_ckpt.core.loading import load_together
 from zero_ckpt.core.notices import alone_notice, warn_on_first, warn_user
 from zero_ckpt.core.outcome import LoadResult, log_report, report_of
 from zero_ckpt.core.per_rank import CLIENT_STATE, client_state_notice, own_client_state, read_own
 from zero_ckpt.core.restoring import Restoration
-from zero_ckpt.core.state import Snapshot, capture_models
+from zero_ckpt.core.state import Snapshot, capture_models, inferred_stage
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.errors import NothingSavedError, ZeroCkptError
 
@@ -64,9 +63,9 @@ class Checkpointer:
 
     def __init__(
         self,
-        model: Some[nn.Module],
-        optimizer: Some[torch.optim.Optimizer] | None = None,
-        lr_scheduler: Some[Any] | None = None,
+        model: OneOrMany[nn.Module],
+        optimizer: OneOrMany[torch.optim.Optimizer] | None = None,
+        lr_scheduler: OneOrMany[Any] | None = None,
         *,
         zero_stage: int | None = None,
         keep_last: int | None = None,
@@ -205,7 +204,7 @@ class Checkpointer:
         """
         warn_on_first(0, [alone_notice()])
         self._engine.wait()
-        wanted = Wanted.of(
+        wanted = Wanted(
             load_module_strict=load_module_strict,
             load_optimizer_states=load_optimizer_states,
             load_lr_scheduler_states=load_lr_scheduler_states,
@@ -264,13 +263,10 @@ class Checkpointer:
 
     @property
     def zero_stage(self) -> int:
-        """What shards the state: 3 for DTensor parameters, 1 for ZeroRedundancyOptimizer, else 0."""
+        """As given, or what shards the state: 3 for DTensor parameters, 1 for ZeroRedundancyOptimizer, else 0."""
         if self._zero_stage is not None:
             return self._zero_stage
-        if any(isinstance(p, DTensor) for m in self.models.values() for p in m.parameters()):
-            return 3
-        sharded = any(hasattr(o, "consolidate_state_dict") for o in self.optimizers.values())
-        return 1 if sharded else 0
+        return inferred_stage(self.models.values(), self.optimizers.values())
 
     def wait(self) -> None:
         """Return when every save is committed, or raise what kept one from that: the same error on every rank."""

@@ -193,13 +193,8 @@ def _saved(accelerator: Accelerator, records: list[Record]) -> Saved:
 
 def load(accelerator: Accelerator, saved: Saved, world_size: int | None = None) -> list[str]:
     """What `load_state` does with the data."""
-    install = plan_loaders(
-        accelerator,
-        lambda rank: saved.tree,
-        accelerator.num_processes if world_size is None else world_size,
-        accelerator.process_index,
-        accelerator.num_processes,
-    )
+    same_ranks = world_size in (None, accelerator.num_processes)
+    install = plan_loaders(accelerator, saved.tree, same_ranks)
     notices = install()
     rng.restore(saved.rng)
     return notices

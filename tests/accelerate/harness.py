@@ -20,7 +20,7 @@ from torch import nn
 from tests.lightning.harness import Block, assert_same, whole
 from tests.workers import run_ranks
 from zero_ckpt.accelerate import attach
-from zero_ckpt.accelerate.base import raw_optimizer
+from zero_ckpt.core.frameworks import unwrapped_optimizer
 from zero_ckpt.core.naming import parameter_names
 from zero_ckpt.core.state import capture_model
 
@@ -140,7 +140,7 @@ def state_of(made: tuple[Any, Any, Any, Any]) -> dict[str, Any]:
     weights = {key: whole(t).clone() for key, t in state.tensors.items()}
     if dist.get_rank() and accelerator.distributed_type != DistributedType.FSDP:
         weights = {key: t for key, t in weights.items() if key not in state.buffers}
-    optimizer = raw_optimizer(accelerator._optimizers[0])
+    optimizer = unwrapped_optimizer(accelerator._optimizers[0])
     names = parameter_names(model)
     holder: Any = getattr(optimizer, "optim", optimizer)
     own = {

@@ -10,6 +10,7 @@ from typing import Any
 
 import accelerate
 import pytest
+import torch
 
 from tests.accelerate import data_jobs as jobs
 from tests.accelerate.data_jobs import Case, Record
@@ -300,3 +301,18 @@ def test_metrics_of_the_rest_of_an_epoch_count_no_sample_twice(case: Case) -> No
     for whole, rest, again in run_ranks(_gathered, 2, case):
         assert sum(whole) == case.samples
         assert (rest, again) == (whole[1:], whole[2:])
+
+
+def test_workers_that_cannot_be_started_leave_generators_and_tracking_as_they_were() -> None:
+    _, loader = jobs.prepared(Case(), 1)
+    tracker, before = loader._zero_tracker, torch.get_rng_state()
+
+    def fail() -> None:
+        torch.rand(1)
+        raise OSError("no more processes")
+
+    with pytest.raises(OSError, match="no more processes"):
+        tracker._quietly(fail)
+    assert torch.equal(torch.get_rng_state(), before)
+    next(iter(loader))
+    assert tracker.epoch.start is not None

@@ -21,7 +21,7 @@ from tests.lightning.harness import Model, loader, trainer, whole
 from tests.lightning.harness import loader as lightning_loader
 from zero_ckpt import Checkpointer
 from zero_ckpt.accelerate import attach
-from zero_ckpt.accelerate.base import raw_optimizer
+from zero_ckpt.core.frameworks import unwrapped_optimizer
 from zero_ckpt.core.naming import parameter_names
 from zero_ckpt.core.state import capture_model
 from zero_ckpt.lightning import ZeroCheckpointIO
@@ -107,7 +107,7 @@ def in_accelerate(root: str, kind: int | str | None, steps: int = 3) -> tuple[An
 
 def accelerate_state(accelerator: Any) -> dict[str, Any]:
     scheduler = accelerator._schedulers[0].state_dict()
-    optimizer = raw_optimizer(accelerator._optimizers[0])
+    optimizer = unwrapped_optimizer(accelerator._optimizers[0])
     return state(accelerator._models[0], optimizer, dict(scheduler))
 
 
@@ -233,5 +233,5 @@ def from_deepspeed(folder: Path, stage: int) -> tuple[Any, Any, int]:
     optimizer = optimizer_of(case, model)
     accelerator.prepare(model, optimizer)
     accelerator.load_state(case.directory, load_lr_scheduler_states=False)
-    after = state(accelerator._models[0], raw_optimizer(accelerator._optimizers[0]), {})
+    after = state(accelerator._models[0], unwrapped_optimizer(accelerator._optimizers[0]), {})
     return state(plain, its_own, {}), after, accelerator._zero_step

@@ -27,7 +27,8 @@ from tests.accelerate.harness import (
 )
 from tests.lightning.harness import whole
 from zero_ckpt.accelerate import attach
-from zero_ckpt.accelerate.base import innermost, raw_optimizer
+from zero_ckpt.accelerate.base import innermost
+from zero_ckpt.core.frameworks import unwrapped_optimizer
 from zero_ckpt.errors import CheckpointNotFoundError, StateMismatchError, UnsafeObjectError
 
 
@@ -385,6 +386,6 @@ def test_optimizer_state_of_no_parameter_is_told(tmp_path: Path) -> None:
 
 def with_global_state(out: str) -> None:
     made = make()
-    raw_optimizer(made[2]).state["global"] = {"count": 3}
+    unwrapped_optimizer(made[2]).state["global"] = {"count": 3}
     with pytest.warns(UserWarning, match=r"keeps for no parameter \('global'\) is not saved"):
         made[0].save_state(out)

@@ -167,6 +167,20 @@ def test_nothing_is_removed_while_a_job_saves(
     assert (sharded / "global_step100").exists()
 
 
+def test_what_is_removed_is_read_as_often_as_what_is_listed(
+    sharded: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kill(sharded / "global_step100")
+    reads: list[str] = []
+    storage = FaultyStorage(LocalStorage(), lambda o: reads.append(o.path), names={"read"})
+    monkeypatch.setattr(clean, "AnyStorage", lambda: storage)
+    command("clean", sharded)
+    listing = [path for path in reads if ".safetensors" in path]
+    reads.clear()
+    command("clean", sharded, "--yes")
+    assert [path for path in reads if ".safetensors" in path] == listing != []
+
+
 def test_what_a_dead_job_held_the_directory_with_goes(sharded: Path, command: Command) -> None:
     boot, namespace, pid, _ = identity()
     dead = {"host": "here", "process": [boot, namespace, pid, "0"], "since": "", "renewals": 1}

@@ -262,3 +262,14 @@ def test_a_path_that_is_no_folder_says_so(
     assert result.status == 2
     assert text in result.err
     assert "Errno" not in result.err
+
+
+def test_exported_weights_beside_the_tags_are_no_tag(sharded: Path, command: Command) -> None:
+    """`zero-ckpt export checkpoints checkpoints/model.safetensors` puts them there."""
+    assert command("export", sharded, sharded / "model.safetensors").status == 0
+    lose(sharded / "global_step100")
+    result = command("repair", sharded)
+    assert result.status == 0
+    rebuilt, whole = result.lines
+    assert rebuilt.startswith(f"{sharded / 'global_step100'}: rebuilt: ")
+    assert whole == f"{sharded / 'global_step200'}: whole"

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from zero_ckpt.core.object_storage import ObjectStorage
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.core.watch import identity
 from zero_ckpt.errors import SaveError
-from zero_ckpt.testing import FaultyStorage, fail_from
+from zero_ckpt.testing import FaultyStorage, Operation, fail_from
 
 QUICK = 0.02
 
@@ -215,6 +216,30 @@ def test_what_was_taken_over_is_not_put_back_and_not_committed_with(
     with pytest.raises(SaveError, match="another one that saves here has taken over"):
         mine.check()
     mine.release()
+
+
+@pytest.mark.usefixtures("quick", "impatient")
+def test_a_renewal_that_hung_does_not_bring_back_what_was_taken_over(tmp_path: Path) -> None:
+    """A network file system may hang between the look at the file and its change."""
+    armed, arrived, go_on = threading.Event(), threading.Event(), threading.Event()
+
+    def hang(_: Operation) -> None:
+        if armed.is_set():
+            arrived.set()
+            go_on.wait(10)
+
+    storage = FaultyStorage(LocalStorage(), hang, names={"put"})
+    held, mine = acquired(storage, str(tmp_path), "other"), Lease(LocalStorage())
+    armed.set()
+    assert arrived.wait(10)
+    renewals = held._renewals
+    assert mine.acquire(str(tmp_path), nothing)
+    go_on.set()
+    while held._renewals == renewals:  # the one that hung has ended
+        time.sleep(QUICK)
+    with pytest.raises(SaveError, match="another one that saves here has taken over"):
+        held.check()
+    mine.check()
 
 
 def test_a_folder_of_that_name_is_somebodys_checkpoint(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 from tests.object_server import BUCKET, Request, S3Server
 from zero_ckpt.core.memory import ALIGNMENT, aligned_buffer
 from zero_ckpt.core.object_storage import ObjectStorage
+from zero_ckpt.core.object_writer import PARTS_IN_FLIGHT
 from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.testing.conformance import read_file, write_file
 
@@ -117,6 +118,19 @@ def test_a_part_that_never_gets_through_fails_the_file_and_leaves_nothing(
     assert caught.value.filename == PATH
     writer.abort()
     assert server.keys() == server.unfinished() == []
+
+
+def test_after_a_part_that_failed_every_further_one_fails_and_none_waits(server: S3Server) -> None:
+    server.fault = lambda r: "refuse" if r.is_part else ""
+    writer = storage.create(PATH, 10 * LARGE)
+    buffer, failures = aligned_buffer(4 << 20), 0
+    for offset in range(0, 10 * LARGE, 4 << 20):
+        try:
+            writer.write(offset, buffer)
+        except OSError:
+            failures += 1
+    assert failures > PARTS_IN_FLIGHT
+    writer.abort()
 
 
 def test_an_upload_that_a_crashed_job_has_left_goes_with_the_next_of_that_name(

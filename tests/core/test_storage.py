@@ -6,7 +6,9 @@ import errno
 import fcntl
 import os
 import stat
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,28 @@ def test_a_file_system_that_refuses_direct_io_is_used_through_the_cache(
         write(LocalStorage(), path, data)
     assert read(LocalStorage(), path, 4096, 5000) == data[4096:9096]
     assert refused or not supports_direct(tmp_path)
+
+
+def test_two_threads_may_find_out_at_once_that_direct_io_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, both, refused = os.pwrite, threading.Barrier(2), set[int]()
+
+    def refuse(fd: int, data: Any, offset: int) -> int:
+        if offset not in refused:
+            refused.add(offset)
+            both.wait(10)
+            raise OSError(errno.EINVAL, "no direct I/O here")
+        return real(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    writer = LocalStorage().create(str(tmp_path / "file"), 2 * ALIGNMENT)
+    buffer = aligned_buffer(ALIGNMENT)
+    buffer[:] = b"x" * ALIGNMENT
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(writer.write, (0, ALIGNMENT), (buffer, buffer)))
+    writer.finish(2 * ALIGNMENT)
+    assert (tmp_path / "file").read_bytes() == b"x" * 2 * ALIGNMENT
 
 
 def supports_direct(folder: Path) -> bool:

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from safetensors.torch import load_file
 
 from tests.accelerate.harness import Net, assert_same, batches, make, on_ranks, state_of, train
 from tests.decoupled.jobs import storage
+from zero_ckpt.accelerate import detach
 from zero_ckpt.errors import SaveError
 
 
@@ -61,3 +63,20 @@ def test_older_checkpoints_go_when_the_new_one_is_committed(tmp_path: Path, fail
     assert names == (["checkpoint_0", "checkpoint_1"] if fails else ["checkpoint_1"])
     committed = [name for name in names if (tmp_path / "checkpoints" / name / "latest").exists()]
     assert committed == (["checkpoint_0"] if fails else ["checkpoint_1"])
+
+
+def _detached_after_a_failure(root: str) -> None:
+    made = make(0, async_save=True)
+
+    def fail(operation: Any) -> None:
+        raise OSError(28, "No space left on device", operation.path)
+
+    made[0].zero_engine.storage = storage(fail, "finish")
+    made[0].save_state(root)
+    with pytest.raises(SaveError, match="No space left"):
+        detach(made[0])
+    assert type(made[0]) is Accelerator
+
+
+def test_a_failed_save_does_not_keep_an_accelerator_attached(tmp_path: Path) -> None:
+    on_ranks(_detached_after_a_failure, 1, str(tmp_path))

@@ -13,6 +13,7 @@ from tests.interop.cases import Case
 from tests.interop.writer import Run, write
 from zero_ckpt.cli import main
 from zero_ckpt.core.checkpoint import Checkpoint, open_checkpoint
+from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.errors import ConfigurationError, StateMismatchError
 from zero_ckpt.interop.universal import convert_to_universal
 
@@ -110,6 +111,24 @@ def test_a_checkpoint_from_before_the_first_step_converts_into_a_folder_of_any_n
     zero_ckpt.load_checkpoint(tmp_path / "a+b(1)", fresh, anew)
     assert torch.equal(fresh.weight, model.weight)
     assert not anew.state
+
+
+def test_every_name_is_durable_before_the_folder_appears(
+    deepspeed_cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(deepspeed_cases / SOURCES[0])
+    names: dict[Path, set[str]] = {}
+    sync = LocalStorage.sync
+
+    def noted(self: LocalStorage, path: str) -> None:
+        names[Path(path)] = set(os.listdir(path))
+        sync(self, path)
+
+    monkeypatch.setattr(LocalStorage, "sync", noted)
+    folder = Path(convert_to_universal(case.directory, tmp_path, case.tag))
+    written = folder.with_name(f".{folder.name}.partial")
+    for path in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+        assert names[written / path.relative_to(folder)] == set(os.listdir(path))
 
 
 def test_an_existing_folder_is_never_replaced(deepspeed_cases: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torchmetrics import MeanMetric
 
 from tests.lightning.harness import FEATURES, Model, loader, on_ranks, trainer, whole, whole_weights
 from tests.told import warned
+from zero_ckpt import save_checkpoint
 from zero_ckpt.core.checkpoint import open_checkpoint
 from zero_ckpt.errors import CorruptShardError, UnsafeObjectError
 from zero_ckpt.lightning.kept import HandedOut
@@ -396,10 +397,10 @@ def _keep_on_one_rank(root: Path) -> Any:
     run.save_checkpoint(root / "a.ckpt")
     read = HandedOut.read_kept
 
-    def damaged(self: HandedOut, checkpoint: Any) -> None:
+    def damaged(self: HandedOut, checkpoint: Any, progress: Any) -> None:
         if dist.get_rank() == 1:
             raise CorruptShardError("a.ckpt: damaged")
-        read(self, checkpoint)
+        read(self, checkpoint, progress)
 
     HandedOut.read_kept = damaged  # type: ignore[method-assign]
     with pytest.raises(CorruptShardError, match=r"rank 1: .*damaged"):
@@ -408,3 +409,13 @@ def _keep_on_one_rank(root: Path) -> Any:
 
 def test_no_rank_fails_alone_over_what_it_keeps(tmp_path: Path) -> None:
     on_ranks(_keep_on_one_rank, 2, tmp_path)
+
+
+def test_others_hear_from_a_rank_that_reads_what_hooks_have_kept(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, torch.nn.Linear(2, 2), step=1)
+    beats: list[None] = []
+    with open_checkpoint(tmp_path) as checkpoint:
+        kept = checkpoint.lazy("model", "weight")
+        HandedOut([kept]).read_kept(checkpoint, lambda: beats.append(None))
+    assert kept.is_read
+    assert beats

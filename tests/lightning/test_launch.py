@@ -50,6 +50,10 @@ def test_wrong_settings_are_refused_at_once() -> None:
         ZeroStrategy(stage=1, cpu_offload=True)
     with pytest.raises(ConfigurationError, match="stages 2 and 3"):
         ZeroStrategy(stage=0, sharding_size=2)
+    with pytest.raises(ConfigurationError, match="stage=True"):
+        ZeroStrategy(stage=True)
+    with pytest.raises(ConfigurationError, match=r"sharding_size=2\.0: expected a divisor"):
+        ZeroStrategy(stage=2, sharding_size=2.0)
     with pytest.raises(ConfigurationError, match="save_timeout=0: expected a number of seconds"):
         ZeroStrategy(save_timeout=0)
     with pytest.raises(TypeError, match="stge"):

@@ -140,44 +140,51 @@ def attach(
 
     Raises `ConfigurationError` for options that do not fit each other or the accelerator.
     """
-    options = Options(
-        stage=stage,
-        wrap=wrap,
-        sharding_size=sharding_size,
-        cpu_offload=cpu_offload,
-        export=export,
-        export_format=export_format,
-        export_dtype=export_dtype,
-        max_shard_size=max_shard_size,
-        tag_validation=tag_validation,
-        keep_last=keep_last,
-        timeout=timeout,
-        async_save=async_save,
+    _become_attached(
+        accelerator,
+        Options(
+            stage=stage,
+            wrap=wrap,
+            sharding_size=sharding_size,
+            cpu_offload=cpu_offload,
+            export=export,
+            export_format=export_format,
+            export_dtype=export_dtype,
+            max_shard_size=max_shard_size,
+            tag_validation=tag_validation,
+            keep_last=keep_last,
+            timeout=timeout,
+            async_save=async_save,
+        ),
     )
-    given: Any = accelerator
-    if not isinstance(given, Accelerator):
-        raise ConfigurationError(f"expected an Accelerator, found {type(given).__name__}")
-    if isinstance(given, ZeroMixin):
-        if given._zero_options != options:
+    return accelerator
+
+
+def _become_attached(accelerator: Any, options: Options) -> None:
+    """What `attach` does. On an error the accelerator is what it was; one that has these options already stays so."""
+    if not isinstance(accelerator, Accelerator):
+        raise ConfigurationError(f"expected an Accelerator, found {type(accelerator).__name__}")
+    if isinstance(accelerator, ZeroMixin):
+        if accelerator._zero_options != options:
             raise ConfigurationError(
                 "this accelerator is attached already, with other options. Attach it once, or detach() it first."
             )
-        return accelerator
-    own = type(given)
-    given.__class__ = attached_class(own)
+        return
+    given: Any = accelerator
+    given.__class__ = attached_class(type(given))
     try:
         given.zero_begin(options)
     except BaseException:
         detach(given)
         raise
-    return accelerator
 
 
 def detach(accelerator: A) -> A:
     """Give an attached accelerator back to Accelerate. Returns the same accelerator.
 
     Models that were sharded at our stages 1 to 3 stay so; Accelerate alone cannot save them. Waits for saves that are
-    under way, and raises what one of them failed with. Raises `ConfigurationError` for a subclass of `ZeroAccelerator`.
+    under way, and raises what one of them failed with; the accelerator is detached then, too. Raises
+    `ConfigurationError` for a subclass of `ZeroAccelerator`.
     """
     given: Any = accelerator
     if not isinstance(given, ZeroMixin):
@@ -188,9 +195,11 @@ def detach(accelerator: A) -> A:
             f"{own.__name__} is a subclass of ZeroAccelerator, so it cannot be detached. Make an Accelerator instead."
         )
     given.zero_stop_counting()
-    if given._zero_runtime.engine is not None:
-        given._zero_runtime.engine.close()
-    given.__class__ = own
-    for name in ("_zero_options", "_zero_runtime", "_zero_step"):
-        given.__dict__.pop(name, None)
+    try:
+        if given._zero_runtime.engine is not None:
+            given._zero_runtime.engine.close()
+    finally:
+        given.__class__ = own
+        for name in ("_zero_options", "_zero_runtime", "_zero_step"):
+            given.__dict__.pop(name, None)
     return accelerator

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
@@ -24,8 +23,10 @@ from zero_ckpt.core.binding import named
 from zero_ckpt.core.control import ControlPlane
 from zero_ckpt.core.decoupled import make_engine
 from zero_ckpt.core.engine import SyncEngine
+from zero_ckpt.core.frameworks import unwrapped_optimizer
 from zero_ckpt.core.handle import SaveHandle
 from zero_ckpt.core.outcome import LoadResult
+from zero_ckpt.core.state import inferred_stage
 from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.zero import Sharding
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 else:
     Host = object  # the accelerator's own class comes after the mixins
 
-__all__ = ["Host", "Runtime", "ZeroBase", "innermost", "raw_optimizer"]
+__all__ = ["Host", "Runtime", "ZeroBase", "innermost"]
 
 FOREIGN = ("DEEPSPEED", "MEGATRON_LM", "XLA")
 """Kinds of distributed training whose checkpoints are always left to Accelerate's own code."""
@@ -126,10 +127,7 @@ class ZeroBase(Host):  # type: ignore[misc]
             return max(sharding.stage for _, sharding in self._zero_runtime.shardings)
         if self.distributed_type == DistributedType.FSDP:
             return 3 if self.state.fsdp_plugin.reshard_after_forward else 2
-        if any(isinstance(p, DTensor) for m in self._models for p in m.parameters()):
-            return 3
-        sharded = any(hasattr(raw_optimizer(o), "consolidate_state_dict") for o in self._optimizers)
-        return 1 if sharded else 0
+        return inferred_stage(self._models, self.zero_optimizers().values())
 
     @property
     def zero_loaded(self) -> LoadResult | None:
@@ -145,7 +143,7 @@ class ZeroBase(Host):  # type: ignore[misc]
 
     def zero_optimizers(self) -> dict[str, Optimizer]:
         """The optimizers inside Accelerate's wrappers, by name."""
-        return named([raw_optimizer(o) for o in self._optimizers], "optimizers")
+        return named([unwrapped_optimizer(o) for o in self._optimizers], "optimizers")
 
     def zero_schedulers(self) -> dict[str, Any]:
         return named(list(self._schedulers), "schedulers")
@@ -161,23 +159,13 @@ class ZeroBase(Host):  # type: ignore[misc]
         def stepped(*_: Any) -> None:
             self._zero_step += 1
 
-        first = raw_optimizer(self._optimizers[0])
+        first = unwrapped_optimizer(self._optimizers[0])
         self._zero_runtime.step_hook = first.register_step_post_hook(stepped)
 
     def zero_stop_counting(self) -> None:
         if self._zero_runtime.step_hook is not None:
             self._zero_runtime.step_hook.remove()
             self._zero_runtime.step_hook = None
-
-
-def raw_optimizer(optimizer: Any) -> Optimizer:
-    """The optimizer inside Accelerate's wrappers."""
-    from accelerate.optimizer import AcceleratedOptimizer
-
-    while isinstance(optimizer, AcceleratedOptimizer):
-        optimizer = optimizer.optimizer
-    raw: Optimizer = optimizer
-    return raw
 
 
 def innermost(model: nn.Module) -> nn.Module:

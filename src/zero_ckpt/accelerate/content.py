@@ -26,6 +26,7 @@ from zero_ckpt.accelerate.gradients import capture_gradients
 from zero_ckpt.accelerate.hooks import Edits, apply_edits
 from zero_ckpt.core import rng
 from zero_ckpt.core.binding import bound_names, snapshot_of
+from zero_ckpt.core.per_rank import CLIENT_STATE
 from zero_ckpt.core.state import ModelState, Snapshot, capture_models
 
 __all__ = ["ENTRY", "make_snapshot"]
@@ -40,6 +41,7 @@ def make_snapshot(
     values: Mapping[str, torch.Tensor],
     client_state: Any,
     *,
+    per_rank_client_state: Any = None,
     exclude_frozen: bool = False,
 ) -> Snapshot:
     """This rank's references to live state. `edits`, `values`: what hooks made of the weights."""
@@ -63,6 +65,8 @@ def make_snapshot(
         "gradients": capture_gradients(accelerator),
         "buffers": _own_buffers(accelerator, state),
     }
+    if per_rank_client_state is not None:
+        snapshot.rank_objects[CLIENT_STATE] = per_rank_client_state
     return snapshot
 
 

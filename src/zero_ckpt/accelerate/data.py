@@ -61,22 +61,17 @@ def capture_loaders(accelerator: Any) -> dict[str, Any]:
 
 
 def plan_loaders(
-    accelerator: Any,
-    trees: Callable[[int], Mapping[str, Any] | None],
-    saved_world_size: int,
-    rank: int,
-    world_size: int,
+    accelerator: Any, saved: Mapping[str, Any] | None, same_ranks: bool
 ) -> Callable[[], list[str]]:
     """A function that lets the prepared loaders go on from a checkpoint, and returns notices for the user.
 
-    trees: gives what `capture_loaders` returned on a rank of the saving job; None where it kept
-    none. It is asked now; nothing is changed before the function is called.
+    saved: what `capture_loaders` returned on this rank of the saving job, or, at another world size
+    (`same_ranks` False), on its rank 0; None where it kept none. Nothing is changed before the
+    function is called.
     """
-    alike = saved_world_size == world_size
-    tree = trees(rank if alike else 0)
-    if tree is None:
+    if saved is None:
         return list
-    loaders, entries = list(accelerator._dataloaders), list(tree["loaders"])
+    loaders, entries = list(accelerator._dataloaders), list(saved["loaders"])
 
     def install() -> list[str]:
         notices = []
@@ -88,7 +83,7 @@ def plan_loaders(
         for place, (loader, entry) in enumerate(zip(loaders, entries, strict=False)):
             if entry is not None and can_track(loader):
                 track(loader)
-                told = _install(loader, entry, alike)
+                told = _install(loader, entry, same_ranks)
                 notices += [f"Data loader {place}: {sentence}" for sentence in told]
         return notices
 

@@ -185,6 +185,8 @@ class Tracker:
         """Do it and leave every generator as it is."""
         before = data_states.capture_start(self.loader)
         self._muted = True
-        action()
-        self._muted = False
-        data_states.restore_start(self.loader, before)
+        try:
+            action()
+        finally:
+            self._muted = False
+            data_states.restore_start(self.loader, before)

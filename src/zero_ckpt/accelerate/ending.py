@@ -23,16 +23,11 @@ from zero_ckpt.core.state import Snapshot, capture_models
 from zero_ckpt.core.tag_folder import read_manifest
 from zero_ckpt.errors import CheckpointNotFoundError, RankTimeoutError, ZeroCkptError
 from zero_ckpt.fp32 import export_fp32
+from zero_ckpt.fp32.publishing import EXPORT_FOLDER, LIVE_TAG
 
 __all__ = ["EndMixin"]
 
 _logger = logging.getLogger("zero_ckpt")
-
-FOLDER = "fp32"
-"""Name of the export's folder, in the checkpoint directory."""
-
-LIVE_TAG = ".live"
-"""Name of the checkpoint of live weights that exists while they are exported."""
 
 
 class EndMixin(SaveMixin):
@@ -72,7 +67,7 @@ class EndMixin(SaveMixin):
         saved = self._zero_runtime.saved
         if saved is not None:
             directory = os.path.dirname(saved.path)
-            target = path or f"{directory}/{FOLDER}"
+            target = path or f"{directory}/{EXPORT_FOLDER}"
             try:
                 if self._zero_collapse(directory, saved.tag, target, control) and control.rank == 0:
                     _logger.info("the weights of %s are in %s", saved.path, target)

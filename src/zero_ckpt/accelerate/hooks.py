@@ -19,7 +19,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from zero_ckpt.accelerate.base import ZeroBase, innermost
-from zero_ckpt.core.naming import naming_of
+from zero_ckpt.core.naming import dotted, naming_of
 from zero_ckpt.core.notices import warn_on_first
 from zero_ckpt.core.state import EXTRA_STATE, ModelState
 
@@ -115,8 +115,7 @@ def _compare_one(
     offered: Offered, name: str, model: nn.Module, own: dict[str, Any], was: dict[str, Any]
 ) -> None:
     naming = naming_of(model)
-    first = f"{name}." if name else ""
-    stored = {raw: first + naming.clean(raw) for raw in {**was, **own}}
+    stored = {raw: dotted(name) + naming.clean(raw) for raw in {**was, **own}}
     offered.edits.dropped += [stored[raw] for raw in was if raw not in own]
     for raw, value in own.items():
         is_weight = (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,9 +21,9 @@ from zero_ckpt.accelerate.naming import candidates, is_accelerates, next_iterati
 from zero_ckpt.accelerate.planning import PlanMixin, wanted_of
 from zero_ckpt.accelerate.saving import SaveMixin
 from zero_ckpt.accelerate.whole import sharding_what_is_loaded
-from zero_ckpt.core.bound import Wanted
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.finding import find_checkpoint
+from zero_ckpt.core.load_plan import Wanted
 from zero_ckpt.core.loading import load_together
 from zero_ckpt.core.notices import warn_on_first
 from zero_ckpt.core.outcome import log_report
@@ -38,6 +39,18 @@ from zero_ckpt.errors import (
 )
 
 __all__ = ["LoadMixin"]
+
+
+@dataclass(slots=True)
+class Places:
+    """Where a load looks. `candidates`: (folder, whether it is ours and not Accelerate's), to try in turn.
+
+    `missing`: why there is none. `next_iteration`: the number of the next save under automatic naming.
+    """
+
+    candidates: list[tuple[str, bool]] = field(default_factory=list)
+    missing: str = ""
+    next_iteration: int | None = None
 
 
 class LoadMixin(PlanMixin, SaveMixin):
@@ -76,12 +89,12 @@ class LoadMixin(PlanMixin, SaveMixin):
         self.zero_check_group("load_state")
         self.wait_for_saves()
         self._zero_runtime.loaded = None
-        where = self._zero_find(input_dir, tag, missing_ok)
-        if where["missing"]:
-            text = f"NOTHING WAS LOADED, everything stays as it is: {where['missing']}"
+        places = self._zero_find(input_dir, tag, missing_ok)
+        if places.missing:
+            text = f"NOTHING WAS LOADED, everything stays as it is: {places.missing}"
             warn_on_first(self.zero_control.rank, [text])
             return None
-        for index, (directory, is_ours) in enumerate(where["candidates"]):
+        for index, (directory, is_ours) in enumerate(places.candidates):
             try:
                 if is_ours:
                     wanted = wanted_of(load_kwargs, load_model_func_kwargs)
@@ -90,22 +103,19 @@ class LoadMixin(PlanMixin, SaveMixin):
                     client_state = None
                     self._zero_load_foreign(directory, load_kwargs, load_model_func_kwargs)
             except (CorruptCheckpointError, CheckpointNotFoundError) as error:
-                if index + 1 == len(where["candidates"]):
+                if index + 1 == len(places.candidates):
                     raise
                 self._zero_warn(f"falling back to an older checkpoint, because {error}")
                 continue
             break
-        if where["next"] is not None:
+        if places.next_iteration is not None:
             here = self.project_configuration.iteration
-            self.project_configuration.iteration = max(here, where["next"])
+            self.project_configuration.iteration = max(here, places.next_iteration)
         self._zero_runtime.ended = False
         return client_state
 
-    def _zero_find(self, input_dir: Any, tag: Any, missing_ok: bool = False) -> dict[str, Any]:
-        """Rank 0's answer: (folder, whether it is ours) of what to try in turn, and the next save's number.
-
-        `missing`: with `missing_ok`, why there is nothing to try; "" when there is something.
-        """
+    def _zero_find(self, input_dir: Any, tag: Any, missing_ok: bool = False) -> Places:
+        """Collective: rank 0's answer to where to load from. `missing_ok`: that there is nothing is an answer, too."""
 
         def ask() -> str | None:
             if input_dir is not None:
@@ -130,19 +140,17 @@ class LoadMixin(PlanMixin, SaveMixin):
             except NothingSavedError as error:
                 if not missing_ok:
                     raise
-                return {"candidates": [], "missing": str(error), "next": None}
+                return {"missing": str(error)}
             return {
-                "candidates": [[p, tag is not None or not is_accelerates(p)] for p in paths],
-                "missing": "",
-                "next": next_iteration(checkpoints) if naming else None,
+                "candidates": [(p, tag is not None or not is_accelerates(p)) for p in paths],
+                "next_iteration": next_iteration(checkpoints) if naming else None,
             }
 
-        found: dict[str, Any] = together(
-            self.zero_control, "load: folder", ask, decide, self._zero_options.timeout
-        )
-        if input_dir is not None and found["candidates"]:
+        timeout = self._zero_options.timeout
+        found = Places(**together(self.zero_control, "load: folder", ask, decide, timeout))
+        if input_dir is not None and found.candidates:
             # Each rank its own: a difference is then found out.
-            found["candidates"][0][0] = expanded(input_dir)
+            found.candidates[0] = (expanded(input_dir), found.candidates[0][1])
         return found
 
     def _zero_check_there(self, directory: str, tag: Any) -> None:
@@ -189,7 +197,7 @@ class LoadMixin(PlanMixin, SaveMixin):
             plan, result, objects = loaded.prepared
             self._zero_runtime.loaded = result
             log_report(result.report, result.path, self.zero_control.rank)
-            if not wanted.module_only:
+            if not wanted.load_module_only:
                 self._zero_tell_differences(checkpoint, objects)
             for notice in plan.notices:
                 self._zero_warn(notice)

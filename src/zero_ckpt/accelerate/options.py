@@ -7,7 +7,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from zero_ckpt.core.agreement import check_tag_validation
-from zero_ckpt.core.arguments import check_keep_last, check_timeout, is_count
+from zero_ckpt.core.arguments import (
+    check_keep_last,
+    check_sharding_options,
+    check_timeout,
+    check_zero_stage,
+)
 from zero_ckpt.core.async_save import AsyncSave, check_async_save
 from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.fp32.layout import parse_size
@@ -43,25 +48,14 @@ class Options:
     async_save: bool | AsyncSave = False
 
     def __post_init__(self) -> None:
-        self._check_sharding()
+        check_zero_stage(self.stage, "stage")
+        check_sharding_options(self.stage, self.sharding_size, self.cpu_offload)
+        check_wrap(self.wrap)
         self._check_export()
         check_tag_validation(self.tag_validation)
         check_keep_last(self.keep_last)
         check_timeout(self.timeout)
         check_async_save(self.async_save)
-
-    def _check_sharding(self) -> None:
-        if isinstance(self.stage, bool) or self.stage not in (None, 0, 1, 2, 3):
-            raise ConfigurationError(f"stage={self.stage!r}: expected None, 0, 1, 2 or 3.")
-        if self.stage not in (2, 3) and (self.cpu_offload or self.sharding_size is not None):
-            raise ConfigurationError(
-                f"cpu_offload and sharding_size are for stages 2 and 3, not for stage={self.stage}."
-            )
-        if self.sharding_size is not None and not is_count(self.sharding_size):
-            raise ConfigurationError(
-                f"sharding_size={self.sharding_size!r}: expected a divisor of the number of processes, or None."
-            )
-        check_wrap(self.wrap)
 
     def _check_export(self) -> None:
         if not isinstance(self.export, (str, os.PathLike, bool)) or self.export == "":

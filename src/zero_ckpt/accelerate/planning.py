@@ -18,8 +18,9 @@ from zero_ckpt.accelerate.gradients import gradients_fit, restore_gradients
 from zero_ckpt.accelerate.registered import as_live
 from zero_ckpt.core import rng
 from zero_ckpt.core.binding import bound_names
-from zero_ckpt.core.bound import Wanted, plan_training, plan_weights
 from zero_ckpt.core.checkpoint import Checkpoint
+from zero_ckpt.core.load_plan import Wanted, plan_training, plan_weights
+from zero_ckpt.core.naming import dotted
 from zero_ckpt.core.notices import warn_on_first
 from zero_ckpt.core.outcome import LoadResult, report_of
 from zero_ckpt.core.per_rank import client_state_notice, own_client_state, read_own
@@ -42,12 +43,12 @@ def wanted_of(load_kwargs: Mapping[str, Any] | None, kwargs: Mapping[str, Any]) 
         )
     if "strict" in given:  # what Accelerate calls it
         given["load_module_strict"] = given.pop("strict")
-    known = inspect.signature(Wanted.of).parameters
+    known = inspect.signature(Wanted).parameters
     unknown = [name for name in given if name not in known]
     if unknown:
         raise TypeError(f"load_state() got unexpected keyword arguments: {', '.join(unknown)}")
     given.setdefault("weights_only", (load_kwargs or {}).get("weights_only", True))
-    return Wanted.of(**given)
+    return Wanted(**given)
 
 
 class PlanMixin(ZeroBase):
@@ -67,7 +68,7 @@ class PlanMixin(ZeroBase):
                 f"{checkpoint.path} holds weights, and this accelerator has prepared no model. Nothing was loaded. "
                 "Call load_state after prepare()."
             )
-        skipped = [f"{name}." if name else "" for name in self.zero_models() if name not in models]
+        skipped = [dotted(name) for name in self.zero_models() if name not in models]
 
         def is_skipped(key: str) -> bool:
             return any(key.startswith(prefix) for prefix in skipped)
@@ -88,7 +89,7 @@ class PlanMixin(ZeroBase):
         own = read_own(checkpoint, control, wanted.weights_only)
         notice = client_state_notice(checkpoint, control.world_size, own)
         plan.notices += [notice] if notice else []
-        if not wanted.module_only:
+        if not wanted.load_module_only:
             plan.installs.append(self._zero_install(checkpoint, objects, models, own, plan.notices))
         mine = own_client_state(checkpoint, control, own)
         return plan, LoadResult(checkpoint.path, objects.get("client_state"), mine, report)
@@ -98,59 +99,58 @@ class PlanMixin(ZeroBase):
         checkpoint: Checkpoint,
         objects: dict[str, Any],
         models: dict[str, nn.Module],
-        ranks: Mapping[str, Any],
+        own: Mapping[str, Any],
         notices: list[str],
     ) -> Callable[[], None]:
-        """Counters, registered objects, the scaler, gradients, the place in the data, and random generators.
+        """A function that restores counters, registered objects, the scaler, gradients, loaders and generators.
 
-        Generators are the last: what comes before may draw numbers. `ranks`: this rank's objects, or rank 0's at
-        another world size.
+        Generators come last, since what comes before may draw numbers. `objects`: what rank 0 stored for all. `own`:
+        what this rank stored for itself, or rank 0 at another world size. `notices`: what the user is told, which the
+        function adds to.
         """
-        control, own = self.zero_control, objects.get(ENTRY, {})
-        same = checkpoint.manifest.world_size == control.world_size
-        gradients, step = self._zero_window(checkpoint.path, own, ranks, same, notices)
-        apart = same and not self.zero_shares_buffers
-        buffers = ranks.get("buffers", {}) if apart else {}
-        loaders = data.plan_loaders(
-            self,
-            lambda _: ranks.get("dataloaders"),  # asks for rank 0 at another world size, as above
-            checkpoint.manifest.world_size,
-            control.rank,
-            control.world_size,
-        )
+        control, saved = self.zero_control, objects.get(ENTRY, {})
+        same_ranks = checkpoint.manifest.world_size == control.world_size
+        gradients, step = self._zero_window(checkpoint.path, saved, own, same_ranks, notices)
+        buffers_differ = same_ranks and not self.zero_shares_buffers
+        buffers = own.get("buffers", {}) if buffers_differ else {}
+        loaders = data.plan_loaders(self, own.get("dataloaders"), same_ranks)
         custom = [
-            (each, as_live(saved, each.state_dict()))
-            for each, saved in zip(self._custom_objects, own.get("custom", ()), strict=False)
+            (each, as_live(state, each.state_dict()))
+            for each, state in zip(self._custom_objects, saved.get("custom", ()), strict=False)
         ]
 
         def install() -> None:
             self._zero_step = checkpoint.manifest.step
             self.step = step
-            for each, saved in custom:
-                each.load_state_dict(saved)
-            if self.scaler is not None and own.get("scaler"):
-                self.scaler.load_state_dict(own["scaler"])
+            for each, state in custom:
+                each.load_state_dict(state)
+            if self.scaler is not None and saved.get("scaler"):
+                self.scaler.load_state_dict(saved["scaler"])
             restore_gradients(self, gradients)
             live = capture_models(models).tensors if buffers else {}
             for key in buffers.keys() & live.keys():
                 live[key].detach().copy_(buffers[key])
             notices.extend(loaders())
-            rng.plan_restore(ranks.get("rng"), same, control.rank, self.zero_device())()
+            rng.plan_restore(own.get("rng"), same_ranks, control.rank, self.zero_device())()
 
         return install
 
     def _zero_window(
         self,
         path: str,
+        saved: Mapping[str, Any],
         own: Mapping[str, Any],
-        ranks: Mapping[str, Any],
-        same: bool,
+        same_ranks: bool,
         notices: list[str],
     ) -> tuple[dict[str, Any], int]:
-        """Gradients of an incomplete accumulation window, and Accelerate's counter of batches."""
-        gradients, step = ranks.get("gradients", {}), int(own.get("step", 0))
-        if gradients and not (same and gradients_fit(self, gradients)):
-            window = max(1, own.get("gradient_accumulation_steps", 1))
+        """This rank's gradients of an incomplete accumulation window, and Accelerate's counter of batches.
+
+        Where they have no place, none, and the counter at the window's beginning, with a notice. `saved`: the object
+        that only Accelerate has.
+        """
+        gradients, step = own.get("gradients", {}), int(saved.get("step", 0))
+        if gradients and not (same_ranks and gradients_fit(self, gradients)):
+            window = max(1, saved.get("gradient_accumulation_steps", 1))
             notices.append(
                 f"{path} was saved within a gradient accumulation window, whose gradients have no place at another "
                 "world size or in a model that is sharded in another way: the window begins anew"
@@ -160,7 +160,7 @@ class PlanMixin(ZeroBase):
 
     def _zero_check_custom(self, path: str, objects: dict[str, Any], wanted: Wanted) -> None:
         """Raises Accelerate's RuntimeError for another number of registered objects."""
-        if wanted.module_only or ENTRY not in objects:
+        if wanted.load_module_only or ENTRY not in objects:
             return
         found, registered = len(objects[ENTRY]["custom"]), len(self._custom_objects)
         if found != registered:
@@ -172,8 +172,8 @@ class PlanMixin(ZeroBase):
             )
 
     def _zero_tell_differences(self, checkpoint: Checkpoint, objects: dict[str, Any]) -> None:
-        own = objects.get(ENTRY)
-        if own is None and self._custom_objects:
+        saved = objects.get(ENTRY)
+        if saved is None and self._custom_objects:
             self._zero_warn(
                 f"{checkpoint.path} was not written by an accelerator: objects that are registered for checkpointing "
                 "keep their state"
@@ -182,12 +182,12 @@ class PlanMixin(ZeroBase):
         notice = rng.world_size_notice(checkpoint, world_size)
         if notice:
             self._zero_warn(notice)
-        if own is not None and own["num_processes"] != world_size and self._zero_steps_by_size():
+        if saved and saved["num_processes"] != world_size and self._zero_steps_by_size():
             steps = "1 step" if world_size == 1 else f"{world_size} steps"
             self._zero_warn(
                 f"AcceleratedScheduler makes {steps} for each optimizer step, and made "
-                f"{own['num_processes']} when {checkpoint.path} was saved: the learning rate changes faster or slower "
-                "than before. split_batches=True in the DataLoaderConfiguration makes it independent of that."
+                f"{saved['num_processes']} when {checkpoint.path} was saved: the learning rate changes faster or "
+                "slower than before. split_batches=True in the DataLoaderConfiguration makes it independent of that."
             )
 
     def _zero_steps_by_size(self) -> bool:

@@ -20,8 +20,10 @@ from torch.optim import Optimizer
 
 from zero_ckpt import zero
 from zero_ckpt.accelerate import data
-from zero_ckpt.accelerate.base import ZeroBase, innermost, raw_optimizer
+from zero_ckpt.accelerate.base import ZeroBase, innermost
 from zero_ckpt.accelerate.buffers import share_buffers
+from zero_ckpt.core.frameworks import unwrapped_optimizer
+from zero_ckpt.core.state import is_partitioned
 from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.zero.copies import allow_copies
 from zero_ckpt.zero.dropped import drop_with_zero_grad
@@ -113,7 +115,7 @@ class PrepareMixin(ZeroBase):
         if getattr(model, "_is_accelerate_prepared", False):
             return super().prepare_model(model, device_placement)
         for optimizer in self._optimizers:  # prepared before their model
-            self._zero_rebind(raw_optimizer(optimizer))
+            self._zero_rebind(unwrapped_optimizer(optimizer))
         # Without wrapping: what is left is mixed precision and compilation.
         return super().prepare_model(model, device_placement=False, evaluation_mode=True)
 
@@ -180,13 +182,13 @@ class PrepareMixin(ZeroBase):
                 if whole is not optimizer:
                     self._zero_runtime.partitions.append((whole, optimizer))
             elif stage >= 2:
-                if hasattr(optimizer, "consolidate_state_dict"):
+                if is_partitioned(optimizer):
                     raise ConfigurationError(
                         f"stage={stage} shards optimizer state already; a ZeroRedundancyOptimizer is for stages 0 and "
                         "1. Prepare the optimizer that it was made of."
                     )
                 self._zero_rebind(optimizer)
-            if hasattr(optimizer, "consolidate_state_dict"):
+            if is_partitioned(optimizer):
                 device_placement = False  # Accelerate would ask for a state dict of all ranks
         prepared = super().prepare_optimizer(optimizer, device_placement)
         self.zero_count_steps()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from zero_ckpt.accelerate.meeting import together
 from zero_ckpt.accelerate.naming import directory_for_save, retire
 from zero_ckpt.core.agreement import place_notice
 from zero_ckpt.core.notices import warn_on_first
-from zero_ckpt.core.per_rank import CLIENT_STATE
 from zero_ckpt.core.places import absolute, expanded, is_url
 from zero_ckpt.core.state import Snapshot
 from zero_ckpt.errors import ConfigurationError
@@ -73,33 +72,41 @@ class SaveMixin(ZeroBase):
         _check_places(output_dir, safe_serialization)
         name = f"global_step{self._zero_step}" if tag is None else str(tag)
         place = self._zero_save_place(output_dir, name)
-        directory = place.directory
-        edits, offered = self._zero_run_save_hooks(directory)
+        edits, offered = self._zero_run_save_hooks(place.directory)
 
         def snapshot() -> Snapshot:
-            exclude = bool(save_model_func_kwargs.get("exclude_frozen_parameters", False))
-            made = make_snapshot(self, edits, offered.values, client_state, exclude_frozen=exclude)
-            if per_rank_client_state is not None:
-                made.rank_objects[CLIENT_STATE] = per_rank_client_state
-            return made
+            return make_snapshot(
+                self,
+                edits,
+                offered.values,
+                client_state,
+                per_rank_client_state=per_rank_client_state,
+                exclude_frozen=bool(save_model_func_kwargs.get("exclude_frozen_parameters", False)),
+            )
 
+        self._zero_save(place, snapshot, bool(save_model_func_kwargs.get("save_latest", True)))
+        warn_on_first(self.zero_control.rank, [place.notice, self._zero_empty_notice(place)])
+        return place.directory if is_url(place.directory) else Path(place.directory)
+
+    def _zero_save(
+        self, place: _Place, snapshot: Callable[[], Snapshot], save_latest: bool
+    ) -> None:
+        """Save what `snapshot` captures, and note it as this run's last save, unless it was skipped."""
         handle = self.zero_engine.save(
-            directory,
+            place.directory,
             place.tag,
             snapshot,
             step=self._zero_step,
             zero_stage=self.zero_stage,
-            save_latest=bool(save_model_func_kwargs.get("save_latest", True)),
+            save_latest=save_latest,
             keep_last=self._zero_options.keep_last,
             timeout=self._zero_options.timeout,
         )
         if not handle.skipped:
             self._zero_runtime.saved = handle
             self._zero_runtime.ended = False
-            self._zero_retire(directory)
+            self._zero_retire(place.directory)
             self.project_configuration.iteration += 1
-        warn_on_first(self.zero_control.rank, [place.notice, self._zero_empty_notice(place)])
-        return directory if is_url(directory) else Path(directory)
 
     def _zero_empty_notice(self, place: _Place) -> str:
         """A warning of a save before anything was prepared that it could hold; "" otherwise."""

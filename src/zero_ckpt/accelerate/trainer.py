@@ -21,16 +21,17 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from zero_ckpt.accelerate.attach import attach
-from zero_ckpt.accelerate.base import ZeroBase, innermost, raw_optimizer
+from zero_ckpt.accelerate.base import ZeroBase, innermost
 from zero_ckpt.accelerate.content import make_snapshot
 from zero_ckpt.accelerate.hooks import Edits
 from zero_ckpt.accelerate.meeting import together
 from zero_ckpt.accelerate.trainer_order import EpochOrder
 from zero_ckpt.accelerate.whole import shard_state_when_loaded, sharding_what_is_loaded
-from zero_ckpt.core.bound import Wanted
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.finding import find_checkpoint
+from zero_ckpt.core.frameworks import unwrapped_optimizer
 from zero_ckpt.core.handle import Committed, SaveHandle
+from zero_ckpt.core.load_plan import Wanted
 from zero_ckpt.core.loading import load_together
 from zero_ckpt.core.per_rank import read_own
 from zero_ckpt.core.places import absolute
@@ -141,10 +142,10 @@ class TrainerMixin(Host):  # type: ignore[misc]
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Collective: load all that a checkpoint of ours holds, all or nothing on every rank."""
         if checkpoint is not None and self._zero_is_our_folder(checkpoint):
-            self._zero_load(checkpoint, Wanted(schedulers=False))
+            self._zero_load(checkpoint, Wanted(load_lr_scheduler_states=False))
             return
         if self._zero_is_sharded():
-            shard_state_when_loaded(raw_optimizer(self.optimizer))
+            shard_state_when_loaded(unwrapped_optimizer(self.optimizer))
         super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
@@ -156,7 +157,7 @@ class TrainerMixin(Host):  # type: ignore[misc]
         if not self._zero_is_sharded():
             super()._load_best_model()
         elif self._zero_holds_model(best):
-            self._zero_load(best, Wanted(optimizers=False, schedulers=False, module_only=True))
+            self._zero_load(best, Wanted(load_module_only=True))
         else:
             with sharding_what_is_loaded([self.model], []):
                 super()._load_best_model()
@@ -188,11 +189,11 @@ class TrainerMixin(Host):  # type: ignore[misc]
             plan, _ = accelerator._zero_plan(checkpoint, objects, accelerator.zero_models(), wanted)
             schedulers = objects.get("lr_schedulers", {})
             same = checkpoint.manifest.world_size == accelerator.zero_control.world_size
-            if not wanted.module_only:
+            if not wanted.load_module_only:
                 own = read_own(checkpoint, accelerator.zero_control, wanted.weights_only)
                 order = own.get(ORDER) if same else None
                 plan.installs.append(lambda: self._zero_order.load(order))
-            if not wanted.module_only and SCHEDULER in schedulers:
+            if not wanted.load_module_only and SCHEDULER in schedulers:
                 state = schedulers[SCHEDULER]
                 plan.installs.append(lambda: self.lr_scheduler.load_state_dict(state))
             return plan, plan
@@ -213,7 +214,7 @@ class TrainerMixin(Host):  # type: ignore[misc]
         """Whether a checkpoint of ours is to be loaded from there, by rank 0's answer."""
         if not self.accelerator.zero_is_ours or not os.path.isdir(checkpoint):
             return False
-        ((_, is_ours),) = self.accelerator._zero_find(checkpoint, None)["candidates"]
+        ((_, is_ours),) = self.accelerator._zero_find(checkpoint, None).candidates
         return bool(is_ours)
 
     def _zero_holds_model(self, checkpoint: str) -> bool:

@@ -35,9 +35,8 @@ def run(options: argparse.Namespace) -> int:
             f"{options.path}: one checkpoint, not a directory of them: use 'zero-ckpt clean "
             f"{os.path.dirname(directory)}'"
         )
-    found = find_leftovers(storage, directory)
-    if options.yes and _removable(found):
-        found = remove_leftovers(storage, directory)
+    act = remove_leftovers if options.yes else find_leftovers
+    found = act(storage, directory)
     if options.json:
         print(json_text(_document(directory, found, options.yes)))
         return 0

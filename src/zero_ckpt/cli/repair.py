@@ -14,7 +14,7 @@ from zero_ckpt.core.manifest import MANIFEST_NAME
 from zero_ckpt.core.places import AnyStorage, absolute
 from zero_ckpt.core.recovery import quarantine, rebuild
 from zero_ckpt.core.storage import Storage
-from zero_ckpt.core.tag_folder import DAMAGED_NAME, read_tag
+from zero_ckpt.core.tag_folder import DAMAGED_NAME, holds_shards, read_tag
 from zero_ckpt.core.tags import LATEST_NAME, read_latest
 from zero_ckpt.core.verification import Verifier, cause_unread
 from zero_ckpt.errors import CheckpointNotFoundError, CorruptCheckpointError, ZeroCkptError
@@ -75,7 +75,7 @@ def _choose(storage: Storage, path: str) -> tuple[str, list[str], bool]:
         names = [entry.name for entry in storage.list(path) if not entry.is_dir]
     except OSError:
         names = []  # `list_tags` says why
-    if any(name.endswith(".safetensors") or name == MANIFEST_NAME for name in names):
+    if MANIFEST_NAME in names or holds_shards(names):
         directory, _, tag = path.rpartition("/")
         return directory, [tag], False
     tags = [info.name for info in list_tags(storage, path)]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from zero_ckpt.core.layout import Table
+from zero_ckpt.core.manifest import parse_shard_name
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.core.tag_folder import read_manifest
 from zero_ckpt.core.tags import check_tag
@@ -125,9 +126,12 @@ def agree(
     shared = max(p.shared_bytes for p in proposals)
     _check_space(storage, first.directory, shared + sum(p.private_bytes for p in proposals))
     is_new = _check_place(storage, first.directory, tag)
-    shuns = hold(first.directory)
-    # To read a manifest that is not there would look at all other tags, to tell which there are.
-    generation = 1 if is_new else _next_generation(storage, f"{first.directory}/{tag}", shuns)
+    others_may_write = hold(first.directory)
+    generation = 1
+    if (
+        not is_new
+    ):  # to look for a manifest that is not there would list all other tags, for the error's text
+        generation = _next_generation(storage, f"{first.directory}/{tag}", others_may_write)
     return Agreement(first.directory, tag, generation, list(holders.values()), notice)
 
 
@@ -200,18 +204,18 @@ def _check_place(storage: Storage, directory: str, tag: str) -> bool:
     return all(entry.name != tag for entry in entries)
 
 
-def _next_generation(storage: Storage, folder: str, shun_others: bool) -> int:
-    """1 for a new tag; one more than the committed generation when the tag is overwritten.
+def _next_generation(storage: Storage, folder: str, above_all_files: bool) -> int:
+    """One more than the committed generation of a tag that is overwritten; 1 where nothing is committed.
 
-    `shun_others`: above that of every file there, committed or not.
+    `above_all_files`: above the generation of every shard file there, whether a manifest lists it or not.
     """
     try:
         committed = read_manifest(storage, folder).generation
     except (CorruptCheckpointError, FormatVersionError):
-        committed, shun_others = 0, True
+        committed, above_all_files = 0, True
     except ZeroCkptError:
         committed = 0
-    return 1 + max(committed, _highest_generation(storage, folder) if shun_others else 0)
+    return 1 + max(committed, _highest_generation(storage, folder) if above_all_files else 0)
 
 
 def _highest_generation(storage: Storage, folder: str) -> int:
@@ -219,13 +223,8 @@ def _highest_generation(storage: Storage, folder: str) -> int:
         entries = storage.list(folder)
     except FileNotFoundError:
         return 0
-    return max((_generation_of(entry.name) for entry in entries), default=0)
-
-
-def _generation_of(name: str) -> int:
-    stem = name.removesuffix(".safetensors")
-    tail = stem.rpartition(".g")[2]
-    return int(tail) if tail.isdecimal() and tail != stem else 1
+    shards = filter(None, (parse_shard_name(entry.name) for entry in entries))
+    return max((generation for *_, generation in shards), default=0)
 
 
 def merged_tables(records: Sequence[bytes], holders: Sequence[Sequence[int]]) -> bytes:

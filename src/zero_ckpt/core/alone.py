@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from zero_ckpt.core.state import is_partitioned
 from zero_ckpt.errors import ConfigurationError
 
 __all__ = ["check_all_save", "group_gone"]
@@ -48,6 +49,6 @@ def _spread(
             if isinstance(module, DistributedDataParallel):
                 yield module.process_group.size(), f"model '{name}'" if name else "the model"
     for name, optimizer in optimizers.items():
-        if hasattr(optimizer, "consolidate_state_dict"):
+        if is_partitioned(optimizer):
             ranks = getattr(optimizer, "world_size", 1)
             yield ranks, f"optimizer '{name}'" if name else "the optimizer"

@@ -25,7 +25,7 @@ _NEEDED = (
 def begun_state(
     optimizer: torch.optim.Optimizer, options: Mapping[str, Any], stored: Collection[str]
 ) -> dict[str, str]:
-    """State that `options` take and that is not among the names `stored`; and after which stored state it is made."""
+    """Name of a state -> the stored state whose shape and dtype it gets: all that `options` need and `stored` lacks."""
     return {
         name: like
         for classes, option, name, like in _NEEDED

@@ -1,6 +1,6 @@
 """Live objects under the names that they have in a checkpoint: models, optimizers and schedulers of one job.
 
-Owns those names, and what a save takes of the objects under them; what a load does to them is in `bound`. A single
+Owns those names, and what a save takes of the objects under them; what a load does to them is in `load_plan`. A single
 object is called "", several are called by their place in a list or by the user's own names. `Checkpointer`, Lightning
 and Accelerate all name in this way, so that what one has saved the others find.
 """
@@ -18,7 +18,7 @@ from zero_ckpt.core.state import EXTRA_STATE, ModelState, Snapshot, capture_opti
 from zero_ckpt.errors import ConfigurationError, StateMismatchError
 
 __all__ = [
-    "Some",
+    "OneOrMany",
     "bound_names",
     "check_kinds",
     "check_same_names",
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-Some = Union[T, Sequence[T], Mapping[str, T]]  # noqa: UP007 - a generic alias at run time
+OneOrMany = Union[T, Sequence[T], Mapping[str, T]]  # noqa: UP007 - a generic alias at run time
 """What a user may give: one object, a list of them, or a dict by name."""
 
 
@@ -149,8 +149,7 @@ def set_extra_state(models: Mapping[str, nn.Module], extra: Mapping[str, Any]) -
     for name, model in models.items():
         naming = naming_of(model)
         for path, module in model.named_modules():
-            raw = f"{path}.{EXTRA_STATE}" if path else EXTRA_STATE
-            key = dotted(name) + naming.clean(raw)
+            key = dotted(name) + naming.clean(dotted(path) + EXTRA_STATE)
             # A wrapper's cleaned name is that of the module inside, and a wrapper has no such state itself.
             takes = type(module).set_extra_state is not nn.Module.set_extra_state
             if takes and key in extra:

@@ -27,7 +27,7 @@ from zero_ckpt.core.planner import SavePlan
 from zero_ckpt.core.retention import prune
 from zero_ckpt.core.runs import runs_coverage_error
 from zero_ckpt.core.storage import Entry, Storage
-from zero_ckpt.core.tag_folder import read_manifest
+from zero_ckpt.core.tag_folder import loose_files, read_manifest
 from zero_ckpt.core.tags import LATEST_NAME
 from zero_ckpt.errors import (
     CheckpointNotFoundError,
@@ -165,14 +165,16 @@ def _finish(
 ) -> str:
     """What follows the commit: `latest`, clean-up, retention. Returns a notice, or "".
 
-    Its failures cannot undo the checkpoint, so they are told and not raised.
+    `there`: what lay in the tag's folder just before the commit. Failures here cannot undo the checkpoint, so they are
+    told and not raised.
     """
     agreement, notice = request.agreement, ""
     try:
         if request.save_latest:
             notice = notice_of_others(storage, agreement.directory)
             move_latest(storage, agreement.directory, agreement.tag)
-        _remove_superseded(storage, agreement.folder, manifest, there)
+        for entry in loose_files(there, manifest.files):
+            storage.remove(f"{agreement.folder}/{entry.name}")
         if request.keep_last is not None:
             prune(storage, agreement.directory, request.keep_last, agreement.tag)
     except Exception as error:
@@ -181,16 +183,6 @@ def _finish(
             f"'{LATEST_NAME}' or older checkpoints may be out of date."
         )
     return notice
-
-
-def _remove_superseded(
-    storage: Storage, folder: str, manifest: Manifest, there: Sequence[Entry]
-) -> None:
-    """Files of earlier generations, and of saves of this tag that never committed; `there`: what was seen."""
-    for entry in there:
-        stale = entry.name.endswith(".safetensors") and entry.name not in manifest.files
-        if not entry.is_dir and (stale or entry.name == f"{MANIFEST_NAME}.tmp"):
-            storage.remove(f"{folder}/{entry.name}")
 
 
 def discard(storage: Storage, agreement: Agreement, ranks: Iterable[int], world_size: int) -> None:

@@ -64,11 +64,11 @@ class AsyncEngine(SyncEngine):
         control: ControlPlane | None = None,
     ) -> None:
         self.options = options or AsyncSave()
-        self._flights: list[Flight] = []
+        self._flights: list[Flight] = []  # oldest first, as long as their outcome was not asked for
         self._copies = Copies()
-        self._number: tuple[Any, int] | None = None
-        self._saves = 0
-        self._ceiling = 0
+        self._number: tuple[Any, int] | None = None  # (a store, this engine's number over it)
+        self._saves = 0  # begun so far
+        self._ceiling = 0  # bytes; 0 until it is found
         self._has_said: set[str] = set()
         self._pool_lock = threading.Lock()
         self._fence: StepFence | None = None

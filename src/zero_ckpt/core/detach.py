@@ -170,7 +170,10 @@ def _hold(captured: Captured, at_once: Collection[str]) -> dict[str, torch.Tenso
 
 
 def _teachers(model: Mapping[str, torch.Tensor], snapshot: Snapshot) -> frozenset[str]:
-    """Frozen parameters, unless they are more than those that are trained: no copy of them then, but a fixed base."""
+    """Frozen parameters that may be an average of the trained ones, which a forward pass moves along with them.
+
+    Frozen parameters that are larger than the trained ones are none of these, but a base that nothing changes.
+    """
     frozen = snapshot.frozen & model.keys()
     if not frozen:
         return frozen

@@ -26,12 +26,17 @@ from zero_ckpt.core.saving import Captured, ShardPlan
 from zero_ckpt.core.state import Snapshot
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.core.transaction import Plans, SaveRequest, Transaction
+from zero_ckpt.errors import ConfigurationError
 
 __all__ = ["SyncEngine", "cuda_device"]
 
 
 class SyncEngine:
-    """Saves checkpoints; one save at a time. Its extra memory is that of a `StagingPool`: six buffers of 4 MiB."""
+    """Saves checkpoints, one at a time: a save is committed and durable when it returns.
+
+    Its extra memory is that of a `StagingPool`: six buffers of 4 MiB. `AsyncEngine` makes the same saves in the
+    background, and overrides what differs then: `fence`, `wait`, `after_saves` and `warm` have nothing to do here.
+    """
 
     is_async = False
 
@@ -42,9 +47,9 @@ class SyncEngine:
         control: ControlPlane | None = None,
     ) -> None:
         self.storage: Storage = storage or AnyStorage()
-        self._given = control
-        self._found: dict[str, tuple[Any, ControlPlane]] = {}
-        self._ranks = 1
+        self._only_control = control  # for all meetings; None: those of the process group
+        self._controls: dict[str, tuple[Any, ControlPlane]] = {}  # name -> (its store, itself)
+        self._most_ranks = 1  # that any process group here has had
         self._pool: StagingPool | None = None
         self._plans = Plans()
         if process_group_store() is not None:
@@ -58,13 +63,13 @@ class SyncEngine:
 
     def _control_named(self, name: str) -> ControlPlane:
         """A control plane of this name. Meetings on one do not disturb those on another."""
-        if self._given is not None:
-            return self._given
+        if self._only_control is not None:
+            return self._only_control
         store = process_group_store()
-        found = self._found.get(name)
+        found = self._controls.get(name)
         if found is None or found[0] is not store:
-            found = self._found[name] = store, control_for_process_group(name)
-            self._ranks = max(self._ranks, found[1].world_size)
+            found = self._controls[name] = store, control_for_process_group(name)
+            self._most_ranks = max(self._most_ranks, found[1].world_size)
         return found[1]
 
     @collector_paused()
@@ -100,9 +105,9 @@ class SyncEngine:
             tag_validation,
             DEFAULT_TIMEOUT if timeout is None else timeout,
         )
-        if self._ranks > 1 and not torch.distributed.is_initialized():
-            gone = group_gone("what saves here", self._ranks, self.control.world_size)
-            raise type(gone)(f"{request.directory}: {gone}. Nothing was written.")
+        if self._most_ranks > 1 and not torch.distributed.is_initialized():
+            gone = group_gone("what saves here", self._most_ranks, self.control.world_size)
+            raise ConfigurationError(f"{request.directory}: {gone}. Nothing was written.")
         return self._run(request, snapshot)
 
     def _run(self, request: SaveRequest, snapshot: Snapshot | Callable[[], Snapshot]) -> SaveHandle:

@@ -17,47 +17,11 @@ from zero_ckpt.errors import SaveError, describe
 
 __all__ = ["Flight"]
 
-_UNTOLD: dict[Flight, None] = {}
-"""Failures that nobody has been told of, oldest first. What is left of them when the process ends is printed then."""
-
-
 _THREAD = "zero_ckpt-save"
+"""The name of the threads on which saves run."""
 
-
-def _land() -> None:
-    """Return when no save of this process is under way."""
-    for thread in threading.enumerate():
-        if thread.name == _THREAD:
-            thread.join()
-
-
-# Python waits for the threads of saves by itself, but first closes all thread pools: without one, clients of object
-# stores look up no address. What is registered there is called in reverse order: this before what `start_thread`'s
-# module has imported. In an exit handler it is too late, and in other Pythons there may be no such thing.
-with suppress(AttributeError, RuntimeError):
-    threading._register_atexit(_land)  # type: ignore[attr-defined]
-
-
-@atexit.register
-def _tell_at_exit() -> None:
-    """Saves have ended by now, but for those that exit handlers have begun."""
-    _land()
-    untold = [flight for flight in _UNTOLD if not flight.is_given_up]
-    for flight in untold:
-        print(f"zero_ckpt: {flight.path} was not saved: {flight.error}", file=sys.stderr)
-    if untold:
-        _end_with_status_1()
-
-
-def _end_with_status_1() -> None:
-    """For whoever started this process. Python's exit handlers cannot change the status; the C library's can.
-
-    It calls this one when Python has ended in the ordinary way, with all handlers of others.
-    """
-    library = ctypes.CDLL(None)
-    with suppress(AttributeError):  # no such call on this system
-        end = ctypes.cast(library._exit, ctypes.c_void_p)
-        library.__cxa_atexit(end, ctypes.c_void_p(1), None)
+_UNTOLD: dict[Flight, None] = {}
+"""Saves that have failed without anybody being told, oldest first. What is left of them at exit is printed."""
 
 
 class Flight(SaveHandle):
@@ -76,6 +40,7 @@ class Flight(SaveHandle):
         self.timings["fence"] = 0.0
         self.notices = transaction.notices  # the same on all ranks
         self.mishaps: list[str] = []  # this rank's own
+        self._place = transaction.request.directory, transaction.request.tag
         self._earlier = list(earlier)
         self._is_staged, self._is_done = threading.Event(), threading.Event()
         self._given_up = threading.Event()
@@ -151,9 +116,8 @@ class Flight(SaveHandle):
         transaction, self._transaction = self._transaction, None
         assert transaction is not None
         try:
-            here = transaction.request.directory, transaction.request.tag
             for flight in self._earlier:
-                if here == (flight._directory, flight.tag):
+                if flight._place == self._place:
                     flight.join()
             self.path, self.tag = transaction.finish()
         except BaseException as error:
@@ -163,11 +127,8 @@ class Flight(SaveHandle):
             self._is_staged.set()
             self._finish()
 
-    @property
-    def _directory(self) -> str:
-        return self.path[: -len(self.tag) - 1]
-
     def _finish(self) -> None:
+        """Do all that `then` was given, also while this runs; and only then count as done."""
         while True:
             with self._lock:
                 actions, self._then = self._then, []
@@ -193,3 +154,42 @@ class Flight(SaveHandle):
     def _check_given_up(self) -> None:
         if self._given_up.is_set():
             raise SaveError(f"{self.path}: given up for a newer save, as when_busy='replace' says.")
+
+
+# At exit: saves under way end first, and failures that nobody has been told of are printed.
+
+
+def _land() -> None:
+    """Return when no save of this process is under way."""
+    for thread in threading.enumerate():
+        if thread.name == _THREAD:
+            thread.join()
+
+
+# Python waits for the threads of saves by itself, but first closes all thread pools: without one, clients of object
+# stores look up no address. What is registered there is called in reverse order: this before what `start_thread`'s
+# module has imported. In an exit handler it is too late, and in other Pythons there may be no such thing.
+with suppress(AttributeError, RuntimeError):
+    threading._register_atexit(_land)  # type: ignore[attr-defined]
+
+
+@atexit.register
+def _tell_at_exit() -> None:
+    """Saves have ended by now, but for those that exit handlers have begun."""
+    _land()
+    untold = [flight for flight in _UNTOLD if not flight.is_given_up]
+    for flight in untold:
+        print(f"zero_ckpt: {flight.path} was not saved: {flight.error}", file=sys.stderr)
+    if untold:
+        _end_with_status_1()
+
+
+def _end_with_status_1() -> None:
+    """For whoever started this process. Python's exit handlers cannot change the status; the C library's can.
+
+    It calls this one when Python has ended in the ordinary way, with all handlers of others.
+    """
+    library = ctypes.CDLL(None)
+    with suppress(AttributeError):  # no such call on this system
+        end = ctypes.cast(library._exit, ctypes.c_void_p)
+        library.__cxa_atexit(end, ctypes.c_void_p(1), None)

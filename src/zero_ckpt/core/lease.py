@@ -42,8 +42,14 @@ _REMEDY = (
 )
 
 _LOOK = 0.25
+"""Seconds between two looks at another job's lease."""
+
 _TRIES = 4
+"""How often the first file is put again, when another job has removed it half-written."""
+
 _LIMIT = 4096
+"""Bytes. No lease is longer."""
+
 _JOB = uuid.uuid4().hex[:12]
 _numbers = itertools.count()
 
@@ -54,9 +60,11 @@ class Lease:
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
         self._path = ""
+        self._prefix = ""
         self._directory = ""
         self._since = ""
         self._renewals = 0
+        self._renewed = 0.0  # when the last change began, as `time.monotonic` tells it
         self._released = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -67,7 +75,9 @@ class Lease:
         is taken for dead only because it was silent: should it wake up, it writes on where it stopped.
         """
         self._directory = directory
-        self._path = f"{directory}/{_own_prefix()}{next(_numbers)}"
+        self._prefix = _own_prefix()
+        self._path = f"{directory}/{self._prefix}{next(_numbers)}"
+        self._renewed = time.monotonic()
         self._since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         try:
             self._put_first()
@@ -91,7 +101,7 @@ class Lease:
 
         Somebody who removes all that is in the directory removes the lease, too.
         """
-        if self._read(self._path) is None:
+        if self._read(self._path) is None or self._was_overtaken():
             raise SaveError(
                 f"{self._directory}: what this job keeps there while it saves ({os.path.basename(self._path)}) was "
                 f"removed: by somebody who removed files of this directory, or this job did not run for more than "
@@ -130,15 +140,30 @@ class Lease:
         while not self._released.wait(RENEWAL):
             self._renewals += 1
             with suppress(OSError):
-                if self._read(self._path) is not None:  # what was taken over stays so
-                    self._put()
+                self._renew()
+
+    def _renew(self) -> None:
+        """Change the file, unless another job has removed it: what was taken over stays so."""
+        begin = time.monotonic()
+        if self._read(self._path) is None:
+            return
+        self._put()
+        if self._was_overtaken():  # between the two, and the file is back
+            self._storage.remove(self._path)
+        else:
+            self._renewed = begin
+
+    def _was_overtaken(self) -> bool:
+        """Whether another job is there that may have taken this one for dead: it was silent for so long."""
+        is_late = time.monotonic() - self._renewed > SILENCE
+        return is_late and bool(self._of_other_jobs())
 
     def _of_other_jobs(self) -> list[str]:
         return [
             f"{self._directory}/{entry.name}"
             for entry in self._storage.list(self._directory)
             if entry.name.startswith(PREFIX)
-            and not entry.name.startswith(_own_prefix())
+            and not entry.name.startswith(self._prefix)
             and not entry.is_dir
         ]
 

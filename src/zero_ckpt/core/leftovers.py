@@ -1,8 +1,8 @@
 """What saves that never committed have left in a checkpoint directory, and its removal. Imports no torch.
 
-Owns what counts as left over: shard files that no manifest lists, and manifests that were not put in place. Promises:
-what a manifest lists, what `repair` can make a checkpoint of, and what no save of ours wrote is never removed, and
-nothing is while another job saves.
+Owns what of it may go. (Which files of a folder belong to no checkpoint is `tag_folder.loose_files`; a commit removes
+those of its own tag.) Promises: what a manifest lists, what `repair` can make a checkpoint of, and what no save of ours
+wrote is never removed, and nothing is removed while another job saves.
 """
 
 from __future__ import annotations
@@ -18,13 +18,11 @@ from zero_ckpt.core.memory import ALIGNMENT, aligned_buffer
 from zero_ckpt.core.recovery import rebuild
 from zero_ckpt.core.shard_file import FIRST_BYTES
 from zero_ckpt.core.storage import Entry, Storage
-from zero_ckpt.core.tag_folder import DAMAGED_NAME
+from zero_ckpt.core.tag_folder import DAMAGED_NAME, loose_files, names_in
 from zero_ckpt.core.verification import cause_unread
 from zero_ckpt.errors import CorruptCheckpointError
 
 __all__ = ["Leftover", "find_leftovers", "remove_leftovers"]
-
-_HALF_WRITTEN = f"{MANIFEST_NAME}.tmp"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +51,11 @@ def find_leftovers(storage: Storage, directory: str) -> list[Leftover]:
 def remove_leftovers(storage: Storage, directory: str) -> list[Leftover]:
     """Remove what is left over, and folders that are empty then; returns what was found, and what had to stay.
 
-    While it runs no save may begin there. Raises `SaveError` when another job saves there, and what `find_leftovers`
-    raises.
+    While it runs no save may begin there. Where nothing is left over it writes nothing there. Raises `SaveError` when
+    another job saves there, and what `find_leftovers` raises.
     """
+    if not any(_loose_in(storage, directory, info) for info in list_tags(storage, directory)):
+        return []
     lease = Lease(storage)
     try:
         lease.acquire(
@@ -83,40 +83,33 @@ def _remove(storage: Storage, directory: str, leftover: Leftover) -> None:
 
 
 def _in_tag(storage: Storage, directory: str, info: TagInfo) -> Leftover | None:
-    folder = f"{directory}/{info.name}"
-    try:
-        entries = [entry for entry in storage.list(folder) if not entry.is_dir]
-    except FileNotFoundError:  # it was removed meanwhile
-        return None
-    names = [entry.name for entry in entries]
-    if format_of(names) is not None:
-        return None
-    is_committed = MANIFEST_NAME in names
-    if is_committed and info.summary is None:  # damaged: nothing tells what belongs to it
-        return None
-    listed = info.summary.files if info.summary is not None else {}
-    loose = [entry for entry in entries if _is_of_a_save(entry.name) and entry.name not in listed]
+    loose = _loose_in(storage, directory, info)
     if not loose:
         return None
-    kept = "" if is_committed else _reason_to_keep(storage, folder, names, loose)
-    return Leftover(
-        info.name,
-        tuple(entry.name for entry in loose),
-        sum(entry.nbytes for entry in loose),
-        is_committed,
-        kept,
-    )
+    is_committed = info.summary is not None
+    kept = "" if is_committed else _reason_to_keep(storage, f"{directory}/{info.name}", loose)
+    names, nbytes = tuple(entry.name for entry in loose), sum(entry.nbytes for entry in loose)
+    return Leftover(info.name, names, nbytes, is_committed, kept)
 
 
-def _is_of_a_save(name: str) -> bool:
-    return name == _HALF_WRITTEN or parse_shard_name(name) is not None
+def _loose_in(storage: Storage, directory: str, info: TagInfo) -> list[Entry]:
+    """The files of a tag's folder that belong to no checkpoint; none where nothing tells which do. Opens no file."""
+    try:
+        entries = storage.list(f"{directory}/{info.name}")
+    except FileNotFoundError:  # it was removed meanwhile
+        return []
+    names = [entry.name for entry in entries if not entry.is_dir]
+    is_damaged = MANIFEST_NAME in names and info.summary is None
+    if is_damaged or format_of(names) is not None:
+        return []
+    return loose_files(entries, () if info.summary is None else info.summary.files)
 
 
-def _reason_to_keep(storage: Storage, folder: str, names: list[str], loose: list[Entry]) -> str:
+def _reason_to_keep(storage: Storage, folder: str, loose: list[Entry]) -> str:
     """Why the files of a folder without a manifest must stay; "" when nothing speaks for them."""
-    if DAMAGED_NAME in names:
+    if DAMAGED_NAME in names_in(storage, folder):
         return "its manifest was put aside by 'zero-ckpt repair --quarantine'"
-    shards = [entry for entry in loose if entry.name != _HALF_WRITTEN]
+    shards = [entry for entry in loose if parse_shard_name(entry.name) is not None]
     try:
         if not all(_began_here(storage, folder, entry) for entry in shards):
             return "it holds files that no save of zero_ckpt has written"

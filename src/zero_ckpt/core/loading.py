@@ -126,7 +126,7 @@ class _Session:
                 failure = error
             record = [_problem(failure), digests]
             answer = self._meet("load: planned", record, self._judge_plans, failure)
-            if answer["next"]:
+            if answer["try_next"]:
                 failure = None  # it holds this frame, and so what was read
                 return None
             beat = self._control.beat
@@ -138,7 +138,7 @@ class _Session:
                 plan.check()
             except Exception as error:
                 failure = error
-            if self._meet("load: verified", _problem(failure), self._judge, failure)["next"]:
+            if self._meet("load: verified", _problem(failure), self._judge, failure)["try_next"]:
                 failure = None
                 return None
             try:
@@ -198,7 +198,7 @@ class _Session:
     def _judge_plans(self, records: list[Any]) -> dict[str, Any]:
         """Rank 0: as `_judge`; and the roles of which all ranks read the same, for live and for fresh reads."""
         answer = self._judge([problem for problem, _ in records])
-        if answer["next"]:
+        if answer["try_next"]:
             return answer
         plans = zip(*(digests for _, digests in records), strict=True)
         return {**answer, "shared": [_common(digests) for digests in plans]}
@@ -207,7 +207,7 @@ class _Session:
         """Rank 0: go on, try an older checkpoint, or raise."""
         error = first_told(problems, ZeroCkptError)
         if error is None:
-            return {"next": False}
+            return {"try_next": False}
         kinds = {name for name, _ in filter(None, problems)}
         if "" in kinds:
             raise type(error)(f"{str(error).rstrip('. ')}. Nothing was loaded.")
@@ -225,7 +225,7 @@ class _Session:
             raise error
         else:
             self._candidates.reject(error)
-        return {"next": True}
+        return {"try_next": True}
 
 
 _DAMAGE = {

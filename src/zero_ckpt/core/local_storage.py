@@ -90,10 +90,7 @@ class LocalStorage:
             os.close(fd)
 
     def free_bytes(self, path: str) -> int | None:
-        existing = Path(path)
-        while not existing.exists():
-            existing = existing.parent
-        room = os.statvfs(existing)
+        room = os.statvfs(next(each for each in (Path(path), *Path(path).parents) if each.exists()))
         return room.f_bavail * room.f_frsize
 
     def _make_parents(self, path: str) -> None:
@@ -187,10 +184,12 @@ class _LocalWriter:
 
     def write(self, offset: int, data: memoryview) -> None:
         with _naming(self._path):
+            # Several threads may find out at once that the file system refuses it.
+            was_direct = self._direct
             try:
                 _write_all(self._fd, data, offset)
             except OSError as error:
-                if not self._direct or error.errno != errno.EINVAL:
+                if not was_direct or error.errno != errno.EINVAL:
                     raise
                 _clear_direct(self._fd)
                 self._direct = False
@@ -231,8 +230,7 @@ def _open_direct(
 
 
 def _clear_direct(fd: int) -> None:
-    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-    fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)
+    fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~os.O_DIRECT)
 
 
 def _reserve(fd: int, nbytes: int) -> None:

@@ -98,10 +98,14 @@ class ObjectWriter:
     def _send(self, number: int, data: bytearray) -> None:
         """Upload a part on another thread, when one is free. Raises what the upload of an earlier one raised."""
         self._slots.acquire()
-        for future in list(self._sent.values()):
-            if future.done():
-                future.result()
-        self._sent[number] = self._pool.submit(self._upload_part, number, data)
+        try:
+            for future in list(self._sent.values()):
+                if future.done():
+                    future.result()
+            self._sent[number] = self._pool.submit(self._upload_part, number, data)
+        except BaseException:
+            self._slots.release()
+            raise
 
     def _upload_part(self, number: int, data: bytearray) -> None:
         try:

@@ -147,10 +147,17 @@ def _buffers(count: int) -> Iterator[list[memoryview]]:
     found: list[memoryview] = []
     try:
         while len(found) < count:
-            found.append(_spare.pop() if _spare else aligned_buffer(BLOCK))
+            found.append(_taken())
         yield found
     finally:
         _spare.extend(found)
 
 
 _spare: list[memoryview] = []
+
+
+def _taken() -> memoryview:
+    try:
+        return _spare.pop()
+    except IndexError:  # not asked before: another load may take the last one in between
+        return aligned_buffer(BLOCK)

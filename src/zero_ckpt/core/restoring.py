@@ -1,8 +1,9 @@
 """What a load must read, and a model's part of it: bookkeeping between stored keys and live tensors.
 
-Owns `Restoration`, the account that everything which is restored keeps, and the matching of a model's tensors, by name.
-Nothing is read or changed here: parameters are filled in place by `live` requests, what is created for the load by
-`fresh` ones, and `install` puts that in its place when all bytes have arrived.
+Owns `Restoration`, the list of all that one load has to do, to which models, optimizers and the rest each add their
+part; and the matching of a model's tensors, by name. Nothing is read or changed here: parameters are filled in place by
+`live` requests, what is created for the load by `fresh` ones, and `install` puts that in its place when all bytes have
+arrived.
 """
 
 from __future__ import annotations

@@ -34,6 +34,8 @@ __all__ = [
     "capture_optimizer",
     "group_names",
     "holder_of",
+    "inferred_stage",
+    "is_partitioned",
     "local_states",
     "names_in_groups",
 ]
@@ -163,6 +165,18 @@ def capture_models(models: Mapping[str, nn.Module]) -> ModelState:
     for name, model in models.items():
         state.add(capture_model(model), dotted(name))
     return state
+
+
+def is_partitioned(optimizer: Any) -> bool:
+    """Whether ranks divide an optimizer's state among them by parameters: a `ZeroRedundancyOptimizer`."""
+    return hasattr(optimizer, "consolidate_state_dict")
+
+
+def inferred_stage(models: Iterable[nn.Module], optimizers: Iterable[Any]) -> int:
+    """The ZeRO stage that live state shows: 3 for DTensor parameters, 1 for a partitioned optimizer, else 0."""
+    if any(isinstance(p, DTensor) for model in models for p in model.parameters()):
+        return 3
+    return 1 if any(map(is_partitioned, optimizers)) else 0
 
 
 def holder_of(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from zero_ckpt.core.foreign import ForeignManifest, format_of
-from zero_ckpt.core.manifest import MANIFEST_NAME, Manifest, Summary
-from zero_ckpt.core.storage import Storage
+from zero_ckpt.core.manifest import MANIFEST_NAME, Manifest, Summary, parse_shard_name
+from zero_ckpt.core.storage import Entry, Storage
 from zero_ckpt.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -33,6 +33,7 @@ __all__ = [
     "file_instead",
     "holds_shards",
     "is_tag_folder",
+    "loose_files",
     "names_in",
     "nothing_at",
     "read_manifest",
@@ -254,4 +255,22 @@ def holds_shards(names: Sequence[str]) -> bool:
     """Whether these are files of a save. Exported weights have the same names, and an index beside them."""
     if any(name.endswith(".safetensors.index.json") for name in names):
         return False
-    return any(name.endswith(".safetensors") and "-of-" in name for name in names)
+    return any(parse_shard_name(name) is not None for name in names)
+
+
+def loose_files(entries: Sequence[Entry], listed: Collection[str]) -> list[Entry]:
+    """Of the `entries` of a tag's folder, files that saves of ours wrote and that belong to no checkpoint.
+
+    They are left from generations that were overwritten, and from saves that never committed. `listed`: the names in
+    the manifest's `files`. Files of any other name are somebody else's, and stay where they are.
+    """
+    return [
+        entry
+        for entry in entries
+        if not entry.is_dir and entry.name not in listed and _is_written_by_saves(entry.name)
+    ]
+
+
+def _is_written_by_saves(name: str) -> bool:
+    """Whether it is a shard file, or a manifest that has not been moved into its place."""
+    return name == f"{MANIFEST_NAME}.tmp" or parse_shard_name(name) is not None

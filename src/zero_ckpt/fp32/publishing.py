@@ -18,7 +18,7 @@ from zero_ckpt.core.places import absolute, is_url, move
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.errors import ConfigurationError
 
-__all__ = ["FORMATS", "Output", "output_of"]
+__all__ = ["EXPORT_FOLDER", "FORMATS", "LIVE_TAG", "Output", "output_of"]
 
 FORMATS = {
     "safetensors": ("model", ".safetensors"),
@@ -40,6 +40,12 @@ _NOT_OURS = re.compile(
     r"\.(gguf|gz|h5|hdf5|joblib|json|keras|msgpack|np[yz]|onnx|pb|pickle|pkl|pt2|pte|safetensor|st|tar|tflite|zip)"
 )
 """Suffixes by which a user means a file of a format that is not written here. Any other may end a folder's name."""
+
+EXPORT_FOLDER = "fp32"
+"""Where the export at the end of a training goes, beside the checkpoints."""
+
+LIVE_TAG = ".live"
+"""The checkpoint of live weights that is there while they are exported, when a training has saved none."""
 
 _INDEX_LIMIT = 1 << 30
 

@@ -65,13 +65,15 @@ def convert_to_universal(
         if os.path.lexists(folder):
             raise ConfigurationError(f"{folder}: exists already; remove it, or give another name")
         shutil.rmtree(partial, ignore_errors=True)
+        storage = LocalStorage()
         try:
             _Writer(checkpoint, partial, weights_only).write()
+            for inner, _, _ in os.walk(partial, topdown=False):
+                storage.sync(inner)  # the files are durable, and now their names
             os.replace(partial, folder)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        storage = LocalStorage()
         storage.sync(root)
         storage.put(f"{root}/latest_universal", target.encode())
         return folder

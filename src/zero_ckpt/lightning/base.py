@@ -13,12 +13,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from zero_ckpt.core.agreement import check_tag_validation
-from zero_ckpt.core.arguments import check_timeout
+from zero_ckpt.core.arguments import check_sharding_options, check_timeout, check_zero_stage
 from zero_ckpt.core.async_save import AsyncSave, check_async_save
-from zero_ckpt.core.bound import Wanted
 from zero_ckpt.core.control import ControlPlane, meet_json
 from zero_ckpt.core.decoupled import make_engine
 from zero_ckpt.core.engine import SyncEngine
+from zero_ckpt.core.load_plan import Wanted
 from zero_ckpt.core.outcome import LoadReport
 from zero_ckpt.errors import ConfigurationError, ZeroCkptError, first_told, raise_for, to_record
 from zero_ckpt.lightning.export import Fp32ExportMixin
@@ -44,6 +44,17 @@ class StrategyBase(Host):
     """Settings and state of the strategy. `namespace`: the copy of Lightning that it belongs to."""
 
     namespace: ClassVar[Namespace]
+    load_report: LoadReport | None = None
+    """Which weights the last load did not match."""
+    _zero_engine: SyncEngine | None = None
+    _zero_sharding: Sharding | None = None
+    _zero_mesh: DeviceMesh | None = None
+    _zero_resumption: Resumption | None = None
+    """Where this rank's training continues; until it does."""
+    _zero_pending: PendingRng | None = None
+    """The random stream of a resumed run, in its first epoch."""
+    _zero_is_alone = False
+    """Whether other ranks did not come to a save after an exception."""
 
     def __init__(
         self,
@@ -71,7 +82,8 @@ class StrategyBase(Host):
         start_method: Any = "popen",
         **ddp_options: Any,
     ) -> None:
-        _check_sharding(stage, cpu_offload, sharding_size)
+        check_zero_stage(stage, "stage", or_none=False)
+        check_sharding_options(stage, sharding_size, cpu_offload)
         check_wrap(wrap)
         _check_export(export)
         _check_async_save(async_save)
@@ -97,23 +109,15 @@ class StrategyBase(Host):
         self.async_save = async_save
         self.exclude_frozen_parameters = exclude_frozen_parameters
         self.tag_validation = check_tag_validation(tag_validation)
-        self.wanted = Wanted.of(
+        self.wanted = Wanted(
             load_optimizer_states=load_optimizer_states,
             load_lr_scheduler_states=load_lr_scheduler_states,
             load_module_only=load_module_only,
             override_hyperparameters=override_hyperparameters,
         )
-        self.load_report: LoadReport | None = None
-        self._zero_engine: SyncEngine | None = None
-        self._zero_sharding: Sharding | None = None
-        self._zero_mesh: DeviceMesh | None = None
-        self._zero_resumption: Resumption | None = None
-        self._zero_pending: PendingRng | None = None
         self._zero_windows = Windows()
         # Stage 1: the parts -> the user's optimizer, and the groups that the parts were made for.
         self._zero_partitions: dict[Optimizer, tuple[Optimizer, list[Any]]] = {}
-        # Whether other ranks did not come to a save after an exception.
-        self._zero_is_alone = False
 
     @property
     def engine(self) -> SyncEngine:
@@ -151,12 +155,6 @@ class StrategyBase(Host):
         kinds = tuple(getattr(known, name) for name in names if hasattr(known, name))
         return [] if trainer is None else [c for c in trainer.callbacks if isinstance(c, kinds)]
 
-    def _meet(
-        self, phase: str, record: Any, decide: Callable[[list[Any]], Any], timeout: float | None
-    ) -> Any:
-        """Give `record` to rank 0; what its `decide(records by rank)` returns or raises is what every rank gets."""
-        return meet_json(self.control, phase, record, decide, timeout)
-
     def _together(self, phase: str, action: Callable[[], None]) -> None:
         """Run `action` on every rank; when it fails on any, raise that error on all."""
         failure: Exception | None = None
@@ -171,7 +169,7 @@ class StrategyBase(Host):
                 raise told
 
         try:
-            self._meet(phase, problem, decide, self.save_timeout)
+            meet_json(self.control, phase, problem, decide, self.save_timeout)
         except ZeroCkptError as error:
             raise_for(error, failure)
 
@@ -179,15 +177,6 @@ class StrategyBase(Host):
         """For launchers that pickle the strategy, without what belongs to this process."""
         here = ("_zero_engine", "_zero_sharding", "_zero_mesh", "_zero_source", "_zero_handed_out")
         return {**super().__getstate__(), **dict.fromkeys(here)}
-
-
-def _check_sharding(stage: int, cpu_offload: bool, sharding_size: int | None) -> None:
-    if stage not in (0, 1, 2, 3):
-        raise ConfigurationError(f"stage={stage!r}: expected 0, 1, 2 or 3.")
-    if stage < 2 and (cpu_offload or sharding_size is not None):
-        raise ConfigurationError(
-            f"cpu_offload and sharding_size are for stages 2 and 3, not for stage={stage}."
-        )
 
 
 def _check_export(export: object) -> None:

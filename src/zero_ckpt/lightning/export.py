@@ -17,7 +17,7 @@ from zero_ckpt.core.places import absolute
 from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.fp32 import export_fp32
 from zero_ckpt.fp32.layout import parse_size
-from zero_ckpt.fp32.publishing import output_of
+from zero_ckpt.fp32.publishing import EXPORT_FOLDER, LIVE_TAG, output_of
 from zero_ckpt.fp32.selection import check_dtype
 from zero_ckpt.lightning.namespaces import Namespace, load
 from zero_ckpt.lightning.paths import is_checkpoint_folder
@@ -28,12 +28,6 @@ else:
     Host = object  # the Callback of either copy of Lightning comes after the mixin
 
 __all__ = ["Fp32ExportMixin", "attach_export", "detach_export", "make_export", "run_export"]
-
-FOLDER = "fp32"
-"""Where the export goes, beside the checkpoint."""
-
-LIVE_TAG = ".live"
-"""Name of the checkpoint of live weights that exists while they are exported."""
 
 
 class Fp32ExportMixin(Host):
@@ -75,7 +69,7 @@ class Fp32ExportMixin(Host):
         weights_only: bool = True,
     ) -> None:
         super().__init__()
-        output_of(FOLDER if dirpath is None else dirpath, format)
+        output_of(EXPORT_FOLDER if dirpath is None else dirpath, format)
         check_dtype(dtype)
         if max_shard_size is not None:
             parse_size(max_shard_size)
@@ -122,10 +116,12 @@ class Fp32ExportMixin(Host):
                 f"no fp32 export: the best checkpoint is {source}, a file from before, which holds its weights whole"
             )
         elif source:
-            where = self._collapse(trainer, source, os.path.join(os.path.dirname(source), FOLDER))
+            where = self._collapse(
+                trainer, source, os.path.join(os.path.dirname(source), EXPORT_FOLDER)
+            )
             self._say(f"fp32 weights of {source} are in {where}")
         elif self._has_trained and (self.is_asked_for or trainer.checkpoint_callbacks):
-            folder = os.path.join(trainer.log_dir or trainer.default_root_dir, FOLDER)
+            folder = os.path.join(trainer.log_dir or trainer.default_root_dir, EXPORT_FOLDER)
             source = strategy.broadcast(os.path.join(absolute(folder), LIVE_TAG))
             trainer.save_checkpoint(source, weights_only=True)
             if (wait := getattr(strategy, "wait_for_saves", None)) is not None:

@@ -7,6 +7,7 @@ then, and are ordinary tensors for whoever uses them.
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 from weakref import ref
 
 import torch
@@ -25,10 +26,12 @@ class HandedOut:
         found = {id(each): each for each in tree_leaves(content) if isinstance(each, LazyTensor)}
         self._tensors = [ref(each) for each in found.values()]
 
-    def read_kept(self, checkpoint: Checkpoint) -> None:
+    def read_kept(
+        self, checkpoint: Checkpoint, progress: Callable[[], None] = lambda: None
+    ) -> None:
         """Read those lazy tensors of `checkpoint` that somebody still holds. No communication.
 
-        Raises `CorruptShardError` for damaged bytes.
+        `progress` is called after each block. Raises `CorruptShardError` for damaged bytes.
         """
         if self._kept(checkpoint):
             gc.collect()  # perhaps it was only a cycle that held them
@@ -38,7 +41,7 @@ class HandedOut:
             checkpoint.request(each.role, each.key, value)
             for each, value in zip(kept, values, strict=True)
         ]
-        checkpoint.read(requests)
+        checkpoint.read(requests, progress)
         for each, value in zip(kept, values, strict=True):
             each.become(value)
 

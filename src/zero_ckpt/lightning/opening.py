@@ -14,6 +14,7 @@ import torch
 
 from zero_ckpt.core.binding import named, prefix_of
 from zero_ckpt.core.checkpoint import Checkpoint
+from zero_ckpt.core.control import meet_json
 from zero_ckpt.core.loading import load_together
 from zero_ckpt.core.notices import warn_on_first
 from zero_ckpt.core.per_rank import client_state_notice, own_client_state, read_own
@@ -76,7 +77,7 @@ class OpenMixin(StrategyBase):
             Pristine.of(loaded.checkpoint, prefix_of(name), state)
             for name, state in named(content.get("optimizer_states"), "optimizers").items()
         )
-        if self.is_fitting and not self.wanted.module_only:
+        if self.is_fitting and not self.wanted.load_module_only:
             self._zero_resumption = restore_rank(
                 loaded.checkpoint,
                 content,
@@ -154,7 +155,8 @@ class OpenMixin(StrategyBase):
                 )
             return given[0]
 
-        agreed: str | None = self._meet("resume: path", path, decide, self.save_timeout)
+        timeout = self.save_timeout
+        agreed: str | None = meet_json(self.control, "resume: path", path, decide, timeout)
         return agreed
 
     def agree_nothing_to_restore(self) -> None:
@@ -169,7 +171,8 @@ class OpenMixin(StrategyBase):
         source = self._zero_source
         self._zero_pristine = ()
         if handed_out is not None and source is not None:
-            self._together("resume: what hooks kept", lambda: handed_out.read_kept(source))
+            beat = self.control.beat  # somebody may have kept much
+            self._together("resume: what hooks kept", lambda: handed_out.read_kept(source, beat))
             source.close()
 
     def close_checkpoint(self) -> None:

@@ -139,7 +139,7 @@ class RestoreMixin(OpenMixin):
                 names,
                 self.global_rank,
                 self._pristine(index),
-                keep_options=self.wanted.keep_options,
+                keep_options=self.wanted.override_hyperparameters,
             )
             for index, (optimizer, state) in enumerate(zip(self.optimizers, states, strict=True))
             if state

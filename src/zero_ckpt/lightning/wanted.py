@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from zero_ckpt.core.binding import named
-from zero_ckpt.core.bound import Wanted
+from zero_ckpt.core.load_plan import Wanted
 from zero_ckpt.core.schedulers import scheduler_notices, with_rates_of
 
 __all__ = ["PER_RANK", "follow_schedules", "leave_out"]
@@ -24,7 +24,7 @@ def leave_out(content: dict[str, Any], wanted: Wanted, parts: Iterable[str]) -> 
         content["optimizer_states"] = []
     if not wanted.schedulers:
         content["lr_schedulers"] = []
-    if wanted.module_only:
+    if wanted.load_module_only:
         for name in ("loops", "callbacks", *parts):
             content.pop(name, None)
         content |= {"epoch": 0, "global_step": 0}
@@ -37,7 +37,7 @@ def follow_schedules(
     saved = content.get("lr_schedulers", [])
     if not wanted.schedulers or not isinstance(saved, list):
         return []
-    if wanted.keep_options:
+    if wanted.override_hyperparameters:
         live = [scheduler.state_dict() for scheduler in schedulers]
         pairs = zip(saved, live, strict=False)
         content["lr_schedulers"] = [with_rates_of(state, own) for state, own in pairs]

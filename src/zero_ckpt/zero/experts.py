@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from zero_ckpt.core.experts import Share, set_share, share_of
+from zero_ckpt.core.naming import dotted
 from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.zero.expert_gradients import ExpertGradients
 from zero_ckpt.zero.sync import switch_gradients_of
@@ -143,9 +144,7 @@ def _check_apart(model: nn.Module, lists: dict[str, nn.ModuleList]) -> None:
     before = {name: each for name, each in model.named_modules() if each in _declared}
     home: dict[int, tuple[str, str]] = {}
     for name, tensor in _tensors(model):
-        around = [
-            path for path in {**before, **lists} if name.startswith(f"{path}." if path else "")
-        ]
+        around = [path for path in {**before, **lists} if name.startswith(dotted(path))]
         if len(around) > 1:
             raise ConfigurationError(
                 f"the lists of experts {' and '.join(map(repr, around))} overlap: both hold '{name}'"

@@ -12,8 +12,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from zero_ckpt.core.dtensors import local_tensor
 from zero_ckpt.errors import ConfigurationError
-from zero_ckpt.zero.sync import buckets, local_part
+from zero_ckpt.zero.sync import buckets
 
 __all__ = ["broadcast_from_first", "materialize", "mesh_device", "require_initializers"]
 
@@ -159,7 +160,7 @@ def broadcast_from_first(tensors: Sequence[torch.Tensor], mesh: DeviceMesh) -> N
     by autograd, as DDP's broadcast of buffers is: a backward pass may still wait for what an
     earlier forward pass has kept of them.
     """
-    for bucket in buckets([local_part(t) for t in tensors if t.numel()]):
+    for bucket in buckets([local_tensor(t).detach() for t in tensors if t.numel()]):
         # As bytes: not every backend knows every dtype.
         parts = [t.contiguous().view(-1).view(torch.uint8) for t in bucket]
         flat = torch.cat(parts).to(mesh_device(mesh))

@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from zero_ckpt.core.naming import dotted
 from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.zero.dropped import recover_from_failures
 from zero_ckpt.zero.expert_calls import require_every_call
@@ -158,7 +159,7 @@ def _units(module: nn.Module, wrap: WrapPolicy, root: Root) -> dict[str, nn.Modu
 def _experts(module: nn.Module) -> dict[str, nn.Module]:
     """Every declared expert under `module`, by its path."""
     return {
-        f"{path}.{index}" if path else str(index): expert
+        f"{dotted(path)}{index}": expert
         for path, experts in expert_lists(module).items()
         for index, expert in enumerate(experts)
     }

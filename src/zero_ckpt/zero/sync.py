@@ -19,10 +19,10 @@ from torch import nn
 from torch.autograd import Variable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
+from zero_ckpt.core.dtensors import local_tensor
 from zero_ckpt.zero.gathered import is_kept_gathered
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
     "gradient_sync",
     "gradient_sync_disabled",
     "hooked",
-    "local_part",
     "reduces_gradients",
     "set_gradient_sync",
     "switch_gradients_of",
@@ -85,7 +84,7 @@ class ReplicatedGradients:
     def _average(self, reached: _Reached) -> None:
         # In the parameters' order: hooks fire in an order that may differ between ranks.
         grads = [self._parameters[index].grad for index in sorted(reached)]
-        average([local_part(grad) for grad in grads if grad is not None], self._mesh)
+        average([local_tensor(grad).detach() for grad in grads if grad is not None], self._mesh)
 
 
 class GradientSwitch(Protocol):
@@ -189,10 +188,3 @@ def buckets(tensors: Sequence[torch.Tensor]) -> Iterator[list[torch.Tensor]]:
         size += tensor.numel() * tensor.element_size()
     if bucket:
         yield bucket
-
-
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a tensor, without gradient, sharing memory; a plain tensor is whole."""
-    with torch.no_grad():
-        part: torch.Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return part.detach()

@@ -71,16 +71,20 @@ class FileSource:
     def reader(self) -> FileReader:
         with self._lock:
             if self._open is None:
-                try:
-                    self._open = self.files.open(self.name)
-                except OSError as error:
-                    raise _unreadable(self.name, error) from error
-                if self._open.nbytes != self.nbytes:
-                    raise CorruptShardError(
-                        f"{self.name}: {self.nbytes} bytes expected, {self._open.nbytes} found: it was replaced "
-                        "while it was open"
-                    )
+                self._open = self._opened()
             return self._open
+
+    def _opened(self) -> FileReader:
+        try:
+            file = self.files.open(self.name)
+        except OSError as error:
+            raise _unreadable(self.name, error) from error
+        if file.nbytes != self.nbytes:
+            file.close()
+            raise CorruptShardError(
+                f"{self.name}: {self.nbytes} bytes expected, {file.nbytes} found: it was replaced while it was open"
+            )
+        return file
 
     def read_block(self, index: int, buffer: memoryview, keep: bool = False) -> memoryview:
         begin = index * BLOCK

@@ -1,7 +1,8 @@
-"""What a load does to models, optimizers and schedulers under the names that they have in a checkpoint.
+"""What a load was asked for, and the plan for all models, optimizers and schedulers of a job that follows from it.
 
-Plans only; nothing is changed before the plan is installed. `Checkpointer` and Accelerate both load through this, so
-that an argument means the same in each.
+A plan says what to read and what to do afterwards; nothing is changed before it is installed. `Checkpointer` and
+Accelerate both plan their loads here, so that an argument means the same in each. Lightning, which restores in an order
+of its own, takes `Wanted` only.
 """
 
 from __future__ import annotations
@@ -26,45 +27,30 @@ from zero_ckpt.core.state import capture_models
 __all__ = ["Wanted", "plan_training", "plan_weights"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """What a load asks for.
+    """What a load was asked for, by the arguments of `Checkpointer.load_checkpoint`, which documents them.
 
-    `strict`: names of weights must match. `weights_only`: refuse pickled objects. `optimizers`, `schedulers`: restore
-    them. `module_only`: restore weights and client state, and nothing else. `keep_options`: every parameter group keeps
-    the options that it has, every scheduler its base learning rates. `custom`: the user's way to load weights.
+    They have the same names and defaults in `Checkpointer`, in Lightning and in Accelerate.
     """
 
-    strict: bool = True
+    load_module_strict: bool = True
+    load_optimizer_states: bool = True
+    load_lr_scheduler_states: bool = True
+    load_module_only: bool = False
+    custom_load_fn: CustomLoad | None = None
+    override_hyperparameters: bool = False
     weights_only: bool = True
-    optimizers: bool = True
-    schedulers: bool = True
-    module_only: bool = False
-    keep_options: bool = False
-    custom: CustomLoad | None = None
 
-    @classmethod
-    def of(
-        cls,
-        *,
-        load_module_strict: bool = True,
-        load_optimizer_states: bool = True,
-        load_lr_scheduler_states: bool = True,
-        load_module_only: bool = False,
-        custom_load_fn: CustomLoad | None = None,
-        override_hyperparameters: bool = False,
-        weights_only: bool = True,
-    ) -> Wanted:
-        """From the arguments as users know them, under the same names in `Checkpointer`, Lightning and Accelerate."""
-        return cls(
-            strict=bool(load_module_strict),
-            weights_only=bool(weights_only),
-            optimizers=bool(load_optimizer_states) and not load_module_only,
-            schedulers=bool(load_lr_scheduler_states) and not load_module_only,
-            module_only=bool(load_module_only),
-            keep_options=bool(override_hyperparameters),
-            custom=custom_load_fn,
-        )
+    @property
+    def optimizers(self) -> bool:
+        """Whether optimizers are restored."""
+        return bool(self.load_optimizer_states) and not self.load_module_only
+
+    @property
+    def schedulers(self) -> bool:
+        """Whether learning-rate schedulers are restored."""
+        return bool(self.load_lr_scheduler_states) and not self.load_module_only
 
 
 def plan_weights(
@@ -81,10 +67,12 @@ def plan_weights(
     `objects`: the tree that rank 0 stored. `ignored`: see `plan_model`, which says what is raised.
     """
     extra = objects.get("extra_state", {})
-    if wanted.custom is not None:
-        return plan_custom(checkpoint, models, extra, wanted.custom, control)
+    if wanted.custom_load_fn is not None:
+        return plan_custom(checkpoint, models, extra, wanted.custom_load_fn, control)
     state = capture_models(models)
-    plan = plan_model(checkpoint, state, control.rank, strict=wanted.strict, ignored=ignored)
+    plan = plan_model(
+        checkpoint, state, control.rank, strict=wanted.load_module_strict, ignored=ignored
+    )
     plan.installs.append(lambda: set_extra_state(models, extra))
     return plan
 
@@ -117,13 +105,15 @@ def plan_training(
                     rank,
                     prefix_of(name),
                     weights_only=wanted.weights_only,
-                    keep_options=wanted.keep_options,
+                    keep_options=wanted.override_hyperparameters,
                 )
             )
     if wanted.schedulers:
         saved = objects.get("lr_schedulers", {})
         plan.notices += scheduler_notices(checkpoint.path, schedulers, saved)
-        plan.installs.append(plan_schedulers(schedulers, saved, keep_rates=wanted.keep_options))
+        plan.installs.append(
+            plan_schedulers(schedulers, saved, keep_rates=wanted.override_hyperparameters)
+        )
     return plan
 
 
