@@ -13,8 +13,9 @@ from typing import Any, TypeVar, Union
 import torch
 from torch import nn
 
+from zero_ckpt.core.computed import EXTRA_STATE
 from zero_ckpt.core.naming import ParameterNames, dotted, naming_of, parameter_names
-from zero_ckpt.core.state import EXTRA_STATE, ModelState, Snapshot, capture_optimizer
+from zero_ckpt.core.state import ModelState, Snapshot, capture_optimizer
 from zero_ckpt.errors import ConfigurationError, StateMismatchError
 
 __all__ = [

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from zero_ckpt.core.computed import LiveMemory, is_extra_state
 from zero_ckpt.core.dtensors import local_tensor
 from zero_ckpt.core.experts import Share
 from zero_ckpt.core.naming import ParameterNames, dotted, naming_of, split_expert
@@ -24,7 +25,6 @@ from zero_ckpt.core.state_values import MARKS, add_value, split_state_name
 from zero_ckpt.errors import ConfigurationError, StateMismatchError
 
 __all__ = [
-    "EXTRA_STATE",
     "ModelState",
     "OptimizerState",
     "Snapshot",
@@ -38,14 +38,12 @@ __all__ = [
     "names_in_groups",
 ]
 
-EXTRA_STATE = "_extra_state"
-"""The last part of the key under which a module keeps what `get_extra_state` returns."""
-
 
 @dataclass(slots=True)
 class ModelState:
     """A model's live tensors by key; which of them are buffers or frozen; tied names; and non-tensor entries.
 
+    `computed`: keys of entries, tensors or not, that a module has made for its state dict (see `core.computed`).
     `experts`: the lists of experts of which this rank has a share, by path.
     """
 
@@ -54,6 +52,7 @@ class ModelState:
     frozen: set[str] = field(default_factory=set)
     aliases: dict[str, str] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    computed: set[str] = field(default_factory=set)
     experts: dict[str, Share] = field(default_factory=dict)
 
     def add(self, other: ModelState, prefix: str) -> None:
@@ -73,6 +72,7 @@ class ModelState:
         self.frozen |= {prefix + k for k in other.frozen}
         self.aliases |= {prefix + k: prefix + v for k, v in other.aliases.items()}
         self.extra |= {prefix + k: v for k, v in other.extra.items()}
+        self.computed |= {prefix + k for k in other.computed}
         self.experts |= {prefix + k: v for k, v in other.experts.items()}
 
 
@@ -115,11 +115,14 @@ def capture_model(model: nn.Module) -> ModelState:
     buffers = {id(b) for b in model.buffers()}
     state = ModelState(experts=dict(naming.experts))
     owners: dict[Any, str] = {}
+    memory = LiveMemory(model)
     for raw, value in model.state_dict(keep_vars=True).items():
         key = naming.clean(raw)
-        if not isinstance(value, torch.Tensor) or key.rpartition(".")[2] == EXTRA_STATE:
+        if not isinstance(value, torch.Tensor) or is_extra_state(key):
             _refuse_extra_state(key, state.experts)
             state.extra[key] = value
+            if not is_extra_state(key):
+                state.computed.add(key)
             continue
         if key in state.tensors or key in state.aliases:
             raise StateMismatchError(
@@ -131,6 +134,8 @@ def capture_model(model: nn.Module) -> ModelState:
             state.aliases[key] = first
             continue
         state.tensors[key] = value
+        if not memory.holds(value):
+            state.computed.add(key)
         if id(value) in buffers or not isinstance(value, nn.Parameter):
             state.buffers.add(key)
         elif not value.requires_grad:
