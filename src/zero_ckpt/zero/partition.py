@@ -110,7 +110,7 @@ class PartitionedOptimizer(ZeroRedundancyOptimizer):
 
 
 class _Modes(PartitionedOptimizer):
-    """For an optimizer that keeps two sets of weights, as schedule-free ones do: a change of mode changes parameters."""
+    """For an optimizer with two sets of weights, as schedule-free ones are: a change of mode changes parameters."""
 
     def train(self, *args: Any) -> None:
         """The optimizer's own, with its result sent to all ranks. Collective."""
