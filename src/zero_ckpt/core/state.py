@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from zero_ckpt.core.computed import LiveMemory, is_extra_state
 from zero_ckpt.core.dtensors import local_tensor
 from zero_ckpt.core.experts import Share
-from zero_ckpt.core.naming import ParameterNames, dotted, naming_of, split_expert
+from zero_ckpt.core.naming import ParameterNames, dotted, naming_of, split_expert, whole_model
 from zero_ckpt.core.state_values import MARKS, add_value, split_state_name
 from zero_ckpt.errors import ConfigurationError, StateMismatchError
 
@@ -111,6 +111,7 @@ class Snapshot:
 
 def capture_model(model: nn.Module) -> ModelState:
     """The model's state by key, as references. Non-persistent buffers are not part of it."""
+    model = whole_model(model)
     naming = naming_of(model)
     buffers = {id(b) for b in model.buffers()}
     state = ModelState(experts=dict(naming.experts))
