@@ -21,6 +21,7 @@ from zero_ckpt.core.computed import LiveMemory, is_extra_state
 from zero_ckpt.core.dtensors import local_tensor
 from zero_ckpt.core.experts import Share
 from zero_ckpt.core.naming import ParameterNames, dotted, naming_of, split_expert, whole_model
+from zero_ckpt.core.own_state import own_state
 from zero_ckpt.core.state_values import MARKS, add_value, split_state_name
 from zero_ckpt.errors import ConfigurationError, StateMismatchError
 
@@ -78,7 +79,8 @@ class ModelState:
 
 @dataclass(slots=True)
 class OptimizerState:
-    """`tensors`: "<prefix><fqn>/<name>" -> live tensor. `record`: class name, and groups of FQNs with their options.
+    """`tensors`: "<prefix><fqn>/<name>" -> live tensor. `record`: class name, and groups of FQNs with their options;
+    `rest`: see `core.own_state`.
 
     `notice`: a warning of what is not saved, or "".
     """
@@ -225,6 +227,9 @@ def capture_optimizer(
             "groups": [{"params": fqns, "options": options} for fqns, options in groups],
         }
     )
+    rest = own_state(holder_of(optimizer))
+    if rest:
+        state.record["rest"] = rest
     for parameter, values in local_states(optimizer):
         base = f"{prefix}{fqn_of[id(parameter)]}"
         for name, value in values.items():

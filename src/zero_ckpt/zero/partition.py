@@ -126,7 +126,7 @@ class _Modes(PartitionedOptimizer):
         base._sync_param_groups(self.param_groups, self.optim.param_groups)
         getattr(self.optim, name)(*args)
         base._sync_param_groups(self.optim.param_groups, self.param_groups)
-        self._sync_params()
+        base._sync_params()
 
 
 def _has_modes(optimizer: Optimizer) -> bool:
