@@ -60,6 +60,11 @@ def check_kinds(
     kinds = (
         ("model", models, "named_parameters"),
         ("optimizer", optimizers, "param_groups"),
+        (
+            "optimizer",
+            optimizers,
+            "register_step_post_hook",
+        ),  # a wrapper that is no torch Optimizer lacks it
         ("lr_scheduler", schedulers, "state_dict"),
     )
     for what, given, attribute in kinds:
@@ -67,7 +72,7 @@ def check_kinds(
             if not hasattr(value, attribute):
                 raise ConfigurationError(
                     f"{what}: found {type(value).__name__}, which has no {attribute}. The order is model, optimizer, "
-                    "lr_scheduler; each is one object, a list of them, or a dict by name."
+                    "lr_scheduler; each is one object of torch's kind, a list of them, or a dict by name."
                 )
 
 
