@@ -75,6 +75,39 @@ def test_the_state_of_every_optimizer_comes_back_exactly(
         assert same(dict(other.state_dict()), dict(model.state_dict()))
 
 
+class LookingAhead(torch.optim.SGD):
+    """Counts its steps in an attribute, which its state dict has beside torch's entries."""
+
+    steps = 0
+    slow: torch.Tensor | None = None
+
+    def step(self, closure: Any = None) -> Any:
+        self.steps += 1
+        self.slow = self.param_groups[0]["params"][0].detach().clone()
+        return super().step(closure)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "steps": self.steps, "slow": self.slow}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict({k: state_dict[k] for k in ("state", "param_groups")})
+        self.steps, self.slow = state_dict["steps"], state_dict["slow"]
+
+
+def test_what_an_optimizers_own_state_dict_adds_comes_back(tmp_path: Path) -> None:
+    model, other = two_layers(), two_layers(1)
+    optimizer = LookingAhead(model.parameters(), lr=0.1, momentum=0.9)
+    again = LookingAhead(other.parameters(), lr=0.3, momentum=0.9)
+    one_step(model, optimizer)
+    state, groups = again.state, again.param_groups
+    Checkpointer(model, optimizer).save_checkpoint(tmp_path)
+    Checkpointer(other, again).load_checkpoint(tmp_path)
+    assert same(again.state_dict(), optimizer.state_dict())
+    assert again.state is state
+    assert again.param_groups is groups
+    assert (again.steps, again.param_groups[0]["lr"]) == (1, 0.1)
+
+
 def test_state_that_needs_a_pickle_is_refused_before_anything_changes(tmp_path: Path) -> None:
     model = two_layers()
     optimizer = Factored(model.parameters())

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.core.jobs import assert_same, whole
+from tests.told import told_once, warned
 from tests.workers import run_ranks
 from zero_ckpt import Checkpointer, load_checkpoint, save_checkpoint
 from zero_ckpt.core.checkpoint import open_checkpoint
@@ -60,6 +61,20 @@ def test_every_rank_continues_its_own_random_numbers(tmp_path: Path) -> None:
     assert saved[0] != saved[1]
     derived = run_ranks(_derive_generators, 3, str(tmp_path))
     assert len({repr(found) for found in [*saved, *derived]}) == 5
+
+
+def _save_options(directory: str, apart: bool) -> list[str]:
+    net = nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    optimizer.param_groups[0]["d"] = 1.0 + dist.get_rank() * apart
+    return warned(save_checkpoint, directory, net, optimizer, step=1)[1]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_options_that_differ_between_ranks_are_told_of(apart: bool, tmp_path: Path) -> None:
+    told = told_once(run_ranks(_save_options, 2, str(tmp_path), apart))
+    assert len(told) == apart
+    assert all("options of the optimizers differ between ranks ('d')" in text for text in told)
 
 
 class Nothing(torch.optim.SGD):

@@ -82,6 +82,11 @@ def test_objects_in_each_others_place_are_refused() -> None:
         Checkpointer(optimizer, net)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="optimizer: found StepLR"):
         Checkpointer(net, [torch.optim.lr_scheduler.StepLR(optimizer, 1)])  # type: ignore[list-item]
+    wrapper: Any = type("Wrapper", (), {"param_groups": optimizer.param_groups})()
+    with pytest.raises(
+        ConfigurationError, match="optimizer: found Wrapper, which has no register_st"
+    ):
+        Checkpointer(net, wrapper)
 
 
 def test_keep_last_removes_the_oldest_committed_checkpoints(tmp_path: Path) -> None:

@@ -70,6 +70,20 @@ def test_a_users_own_module_keeps_its_names() -> None:
     assert list(capture_model(wrapped).tensors) == list(model.state_dict())
 
 
+class WithoutTeacher(nn.Linear):
+    """Leaves a part of itself out of its state dict."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        found = super().state_dict(*args, **kwargs)
+        return {key: value for key, value in found.items() if key != "bias"}
+
+
+def test_a_models_own_state_dict_counts_within_wrappers() -> None:
+    model = WithoutTeacher(2, 2)
+    for wrapped in (model, nn.DataParallel(model), torch.compile(model)):
+        assert capture_model(wrapped).tensors.keys() == {"weight"}  # type: ignore[arg-type]
+
+
 class Shared(nn.Module):
     def __init__(self) -> None:
         super().__init__()

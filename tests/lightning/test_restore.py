@@ -8,8 +8,10 @@ from typing import Any
 
 import lightning.pytorch as L
 import pytest
+import torch
 
 from tests.lightning.harness import (
+    FEATURES,
     Model,
     Probe,
     assert_same,
@@ -81,3 +83,30 @@ def test_a_file_of_lightnings_own_resumes_at_any_stage(tmp_path: Path) -> None:
     for _, resumed in results:
         for seen in resumed:
             assert_same(plain, seen)
+
+
+class TiedAndFrozen(Model):
+    """A frozen weight with two names, as the embedding of a language model that only trains adapters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[0].requires_grad_(False)
+        self.again = torch.nn.Linear(FEATURES, 8, bias=False)
+        self.again.weight = self.blocks[0].lower.weight
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad])
+
+
+def _tied_and_left_out(root: Path, stage: int) -> None:
+    left_out = {"strategy_options": {"exclude_frozen_parameters": True}}
+    saved = _train(root, stage, "a.ckpt", TiedAndFrozen(), **left_out)
+    model = TiedAndFrozen()
+    found = _resume(root, 3 - stage, root / "a.ckpt", model)
+    for name in (name for name, p in model.named_parameters() if p.requires_grad):
+        assert_same(found["weights"][name], saved["weights"][name], name)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_all_names_of_a_frozen_weight_may_be_left_out(stage: int, tmp_path: Path) -> None:
+    on_ranks(_tied_and_left_out, 2, tmp_path, stage)

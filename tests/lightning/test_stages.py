@@ -292,3 +292,34 @@ def test_optimizers_that_take_turns_need_no_option_in_one_process(tmp_path: Path
 def test_what_ddp_refuses_is_told_with_this_strategys_remedy(tmp_path: Path) -> None:
     for (refusal,) in on_ranks(_take_turns, 2, tmp_path, (1,)):
         assert "ZeroStrategy(stage=1, find_unused_parameters=True), or stage 2 or 3" in refusal
+
+
+class Whole(torch.optim.SGD):
+    """Mixes whole tensors with its parameters, as optimizers do that keep matrices of statistics."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        for p in self.param_groups[0]["params"]:
+            p.add_(torch.ones(p.shape))
+        return loss
+
+
+class SteppingOnWhole(Model):
+    def configure_optimizers(self) -> Any:
+        return Whole(self.parameters(), lr=0.1)
+
+
+def _step_on_parts(root: Path, stage: int) -> None:
+    with pytest.raises(
+        RuntimeError, match=r"(?s)mixed.*Whole cannot step on .*Strategy\(stage=1\)"
+    ):
+        trainer(root, stage, max_steps=1).fit(SteppingOnWhole(), loader())
+    trainer(root, 1, max_steps=1).fit(SteppingOnWhole(), loader())
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_an_optimizer_that_cannot_step_on_parts_names_the_stage_that_can(
+    stage: int, tmp_path: Path
+) -> None:
+    on_ranks(_step_on_parts, 2, tmp_path, stage)

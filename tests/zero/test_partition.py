@@ -109,6 +109,56 @@ def one_parameter(module: nn.Module) -> Optimizer:
     return torch.optim.AdamW([module.embed.weight], lr=1e-2)
 
 
+class TwoModes(torch.optim.SGD):
+    """Keeps averaged weights beside those that it trains, and exchanges them, as schedule-free optimizers do."""
+
+    def train(self) -> None:
+        self._exchange(True)
+
+    def eval(self) -> None:
+        self._exchange(False)
+
+    @torch.no_grad()
+    def _exchange(self, training: bool) -> None:
+        for group in self.param_groups:
+            for p in group["params"] if group.get("training", True) is not training else ():
+                other = self.state[p].setdefault("other", torch.zeros_like(p))
+                p_before = p.clone()
+                p.copy_(other)
+                other.copy_(p_before)
+            group["training"] = training
+
+
+def _modes_change_everywhere() -> None:
+    weights = {}
+    for stage in (0, 1):
+        net = make_net()
+        ddp = DistributedDataParallel(net)
+        optimizer: Any = TwoModes(net.parameters(), lr=0.1)
+        optimizer = partition_optimizer(optimizer) if stage else optimizer
+        backward(ddp, 0, 1)
+        optimizer.step()
+        optimizer.eval()
+        averaged = whole_weights(net)
+        assert optimizer.param_groups[0]["training"] is False
+        optimizer.train()
+        optimizer.step()
+        weights[stage] = averaged, whole_weights(net)
+    torch.testing.assert_close(weights[1], weights[0], rtol=0, atol=0)
+
+
+def test_a_change_of_mode_changes_the_weights_of_all_ranks() -> None:
+    run_ranks(_modes_change_everywhere, 2)
+
+
+def _modes_are_only_the_optimizers_own() -> None:
+    assert not hasattr(partition_optimizer(grouped_adam(make_net())), "train")
+
+
+def test_an_optimizer_without_modes_gets_none() -> None:
+    run_ranks(_modes_are_only_the_optimizers_own, 2)
+
+
 def _state_is_partitioned() -> tuple[set[str], int]:
     net = make_net()
     ddp = DistributedDataParallel(net)

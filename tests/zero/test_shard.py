@@ -202,6 +202,14 @@ def in_ddp() -> nn.Module:
     return nn.Sequential(DistributedDataParallel(make_net()))
 
 
+def sparse() -> nn.Module:
+    return nn.Sequential(nn.Embedding(4, 2, sparse=True))
+
+
+def bounded() -> nn.Module:
+    return nn.Sequential(nn.EmbeddingBag(4, 2, max_norm=1.0))
+
+
 def lazy() -> nn.Module:
     return nn.Sequential(nn.LazyLinear(3))
 
@@ -211,6 +219,8 @@ def lazy() -> nn.Module:
     [
         (make_net, 1, "for stages 2 and 3, not 1"),
         (in_ddp, 3, "0 is already wrapped in DistributedDataParallel"),
+        (sparse, 2, "0 is an Embedding with sparse=True, .* Use stage 0 or 1"),
+        (bounded, 3, "0 is an EmbeddingBag with max_norm=1.0"),
         (lazy, 3, "lazy modules have no shape yet: 0.weight, 0.bias"),
     ],
 )

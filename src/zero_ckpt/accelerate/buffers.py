@@ -6,6 +6,7 @@ before each forward pass that follows a pass whose gradients were reduced.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,10 +14,12 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from zero_ckpt import zero
+from zero_ckpt.core.computed import set_computed
+from zero_ckpt.core.state import capture_models
 from zero_ckpt.zero.experts import shared_buffers
 from zero_ckpt.zero.sync import reduces_gradients
 
-__all__ = ["share_buffers"]
+__all__ = ["restore_buffers", "share_buffers"]
 
 
 def share_buffers(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -31,3 +34,13 @@ def share_buffers(model: nn.Module, mesh: DeviceMesh) -> None:
         is_due = torch.is_grad_enabled() and reduces_gradients(model)
 
     model.register_forward_pre_hook(before, prepend=True)
+
+
+def restore_buffers(models: Mapping[str, nn.Module], buffers: Mapping[str, torch.Tensor]) -> None:
+    """Give this rank's buffers back to it, by their names in the checkpoint."""
+    if not buffers:
+        return
+    state = capture_models(models)
+    for key in (buffers.keys() & state.tensors.keys()) - state.computed:
+        state.tensors[key].detach().copy_(buffers[key])
+    set_computed(models, {key: buffers[key] for key in buffers.keys() & state.computed})

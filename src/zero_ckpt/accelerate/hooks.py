@@ -19,9 +19,10 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from zero_ckpt.accelerate.base import ZeroBase, innermost
+from zero_ckpt.core.computed import is_extra_state
 from zero_ckpt.core.naming import dotted, naming_of
 from zero_ckpt.core.notices import warn_on_first
-from zero_ckpt.core.state import EXTRA_STATE, ModelState
+from zero_ckpt.core.state import ModelState
 
 __all__ = ["Edits", "Offered", "apply_edits", "run_load_hooks", "run_save_hooks"]
 
@@ -118,9 +119,7 @@ def _compare_one(
     stored = {raw: dotted(name) + naming.clean(raw) for raw in {**was, **own}}
     offered.edits.dropped += [stored[raw] for raw in was if raw not in own]
     for raw, value in own.items():
-        is_weight = (
-            isinstance(value, torch.Tensor) and stored[raw].rpartition(".")[2] != EXTRA_STATE
-        )
+        is_weight = isinstance(value, torch.Tensor) and not is_extra_state(stored[raw])
         if is_weight and value is not was.get(raw):
             offered.edits.replaced.append(stored[raw])
             offered.values[stored[raw]] = value

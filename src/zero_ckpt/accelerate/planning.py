@@ -13,6 +13,7 @@ from torch import nn
 
 from zero_ckpt.accelerate import data
 from zero_ckpt.accelerate.base import ZeroBase
+from zero_ckpt.accelerate.buffers import restore_buffers
 from zero_ckpt.accelerate.content import ENTRY
 from zero_ckpt.accelerate.gradients import gradients_fit, restore_gradients
 from zero_ckpt.accelerate.registered import as_live
@@ -25,7 +26,6 @@ from zero_ckpt.core.notices import warn_on_first
 from zero_ckpt.core.outcome import LoadResult, report_of
 from zero_ckpt.core.per_rank import client_state_notice, own_client_state, read_own
 from zero_ckpt.core.restoring import Restoration
-from zero_ckpt.core.state import capture_models
 from zero_ckpt.errors import StateMismatchError
 
 __all__ = ["PlanMixin", "wanted_of"]
@@ -127,9 +127,7 @@ class PlanMixin(ZeroBase):
             if self.scaler is not None and saved.get("scaler"):
                 self.scaler.load_state_dict(saved["scaler"])
             restore_gradients(self, gradients)
-            live = capture_models(models).tensors if buffers else {}
-            for key in buffers.keys() & live.keys():
-                live[key].detach().copy_(buffers[key])
+            restore_buffers(models, buffers)
             notices.extend(loaders())
             rng.plan_restore(own.get("rng"), same_ranks, control.rank, self.zero_device())()
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from zero_ckpt.core.layout import Table
 from zero_ckpt.core.manifest import parse_shard_name
+from zero_ckpt.core.options import options_notice
 from zero_ckpt.core.storage import Storage
 from zero_ckpt.core.tag_folder import read_manifest
 from zero_ckpt.core.tags import check_tag
@@ -45,6 +46,7 @@ class Proposal:
 
     `digest`: of its table of tensors. `shared_bytes`: of all tensors in that table, of which other ranks write parts.
     `private_bytes`: of what this rank stores for itself. `problem`: why it cannot save, as `errors.to_record` has it.
+    `options`: see `digests_of_options`.
     """
 
     directory: str
@@ -54,6 +56,7 @@ class Proposal:
     shared_bytes: int
     private_bytes: int
     problem: list[str] = field(default_factory=list)
+    options: dict[str, str] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         return json.dumps([getattr(self, n) for n in self.__dataclass_fields__]).encode()
@@ -116,7 +119,8 @@ def agree(
     proposals = [Proposal.from_bytes(record) for record in records]
     raise_problems(p.problem for p in proposals)
     first = proposals[0]
-    notice = place_notice([(p.directory, p.tag) for p in proposals], tag_validation)
+    place = place_notice([(p.directory, p.tag) for p in proposals], tag_validation)
+    notice = "\n".join(filter(None, [place, options_notice([p.options for p in proposals])]))
     _check_steps(proposals)
     tag = check_tag(first.tag)
     holders: dict[str, list[int]] = {}

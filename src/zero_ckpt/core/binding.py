@@ -13,8 +13,9 @@ from typing import Any, TypeVar, Union
 import torch
 from torch import nn
 
+from zero_ckpt.core.computed import EXTRA_STATE
 from zero_ckpt.core.naming import ParameterNames, dotted, naming_of, parameter_names
-from zero_ckpt.core.state import EXTRA_STATE, ModelState, Snapshot, capture_optimizer
+from zero_ckpt.core.state import ModelState, Snapshot, capture_optimizer
 from zero_ckpt.errors import ConfigurationError, StateMismatchError
 
 __all__ = [
@@ -59,6 +60,11 @@ def check_kinds(
     kinds = (
         ("model", models, "named_parameters"),
         ("optimizer", optimizers, "param_groups"),
+        (
+            "optimizer",
+            optimizers,
+            "register_step_post_hook",
+        ),  # a wrapper that is no torch Optimizer lacks it
         ("lr_scheduler", schedulers, "state_dict"),
     )
     for what, given, attribute in kinds:
@@ -66,7 +72,7 @@ def check_kinds(
             if not hasattr(value, attribute):
                 raise ConfigurationError(
                     f"{what}: found {type(value).__name__}, which has no {attribute}. The order is model, optimizer, "
-                    "lr_scheduler; each is one object, a list of them, or a dict by name."
+                    "lr_scheduler; each is one object of torch's kind, a list of them, or a dict by name."
                 )
 
 

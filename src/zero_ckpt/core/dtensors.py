@@ -175,7 +175,8 @@ def _check_storable(key: str, tensor: torch.Tensor, local: torch.Tensor) -> None
     if type(local) not in _USUAL and not _keeps_values(local):
         raise StateMismatchError(
             f"tensor '{key}' is a {type(local).__module__}.{type(local).__qualname__}, which keeps its values in a "
-            "form of its own (quantized, for example) that cannot be stored bitwise"
+            "form of its own (quantized, for example) that cannot be stored bitwise. Of a weight, leave it out "
+            "(exclude_frozen_parameters); of an optimizer, use one whose state is plain tensors"
         )
 
 

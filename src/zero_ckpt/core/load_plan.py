@@ -16,13 +16,16 @@ from torch import nn
 
 from zero_ckpt.core.binding import check_same_names, prefix_of, set_extra_state
 from zero_ckpt.core.checkpoint import Checkpoint
+from zero_ckpt.core.computed import empty_like_computed, is_extra_state, set_computed
 from zero_ckpt.core.control import ControlPlane
 from zero_ckpt.core.custom import CustomLoad, plan_custom
+from zero_ckpt.core.dtensors import layout_of, local_part
 from zero_ckpt.core.naming import ParameterNames
 from zero_ckpt.core.optimizers import plan_optimizer
+from zero_ckpt.core.reader import Request
 from zero_ckpt.core.restoring import Restoration, plan_model
 from zero_ckpt.core.schedulers import plan_schedulers, scheduler_notices
-from zero_ckpt.core.state import capture_models
+from zero_ckpt.core.state import ModelState, capture_models
 
 __all__ = ["Wanted", "plan_training", "plan_weights"]
 
@@ -74,7 +77,32 @@ def plan_weights(
         checkpoint, state, control.rank, strict=wanted.load_module_strict, ignored=ignored
     )
     plan.installs.append(lambda: set_extra_state(models, extra))
+    _plan_computed(plan, checkpoint, models, extra, state, control.rank)
     return plan
+
+
+def _plan_computed(
+    plan: Restoration,
+    checkpoint: Checkpoint,
+    models: Mapping[str, nn.Module],
+    extra: Mapping[str, Any],
+    state: ModelState,
+    rank: int,
+) -> None:
+    """Read what modules have computed for their state dicts, and let them take it in."""
+    values = {
+        key: value
+        for key, value in extra.items()
+        if not is_extra_state(key) and key in state.tensors.keys() | state.extra.keys()
+    }
+    for key, stored in plan.computed.items():
+        placed = checkpoint.placed("model", stored)
+        values[key] = tensor = empty_like_computed(placed, state.tensors.get(key))
+        local, box = local_part(key, tensor, layout_of(key, tensor), rank)
+        if box is not None and box.numel:
+            plan.fresh.append(Request("model", stored, placed, box, local))
+    if values:
+        plan.installs.append(lambda: set_computed(models, values))
 
 
 def plan_training(

@@ -25,6 +25,7 @@ __all__ = [
     "naming_of",
     "parameter_names",
     "split_expert",
+    "whole_model",
 ]
 
 # Child names of wrappers; an activation wrapper removes its own from the keys of `state_dict`.
@@ -92,6 +93,13 @@ def _wrapped_child(module: nn.Module) -> str | None:
 def innermost(model: nn.Module) -> nn.Module:
     """The module inside the wrappers around it."""
     while (child := _wrapped_child(model)) is not None:
+        model = getattr(model, child)
+    return model
+
+
+def whole_model(model: nn.Module) -> nn.Module:
+    """The model whose own `state_dict` counts: a replica's or a compiled model's wrapper does not ask an override."""
+    while (child := _wrapped_child(model)) in ("module", "_orig_mod"):
         model = getattr(model, child)
     return model
 

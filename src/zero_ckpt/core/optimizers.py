@@ -18,6 +18,7 @@ from zero_ckpt.core.dtensors import TORCH_DTYPES
 from zero_ckpt.core.groups import check_same_parameters, matched_options, take_options
 from zero_ckpt.core.naming import ParameterNames
 from zero_ckpt.core.optimizer_state import StateBuilder
+from zero_ckpt.core.own_state import give_own_state
 from zero_ckpt.core.restoring import Restoration
 from zero_ckpt.core.state import by_parameter, group_names, holder_of, names_in_groups
 from zero_ckpt.errors import StateMismatchError
@@ -78,6 +79,7 @@ def plan_optimizer(
             plan.checks.append(builder.state)
             states[parameter] = builder
     plan.notices += filter(None, [begun_notice(checkpoint.path, begun)])
+    plan.installs.append(lambda: give_own_state(holder, record.get("rest", {})))
     plan.installs.append(lambda: _install(optimizer, holder, states, options))
     return plan
 

@@ -29,6 +29,7 @@ class Restoration:
 
     `live`: reads that overwrite live tensors. `fresh`: reads into new memory. `checks`: called when the fresh reads are
     made; they may raise, and change nothing. `installs`: called at the end, and put the new state in its place.
+    `computed`: key -> stored tensor of what only the model's own loading can place.
     `missing`, `unexpected`: as in `LoadReport`. `excluded`: frozen parameters that were left out of the save and keep
     their live values. `notices`: what the user should know once all is loaded.
     """
@@ -37,6 +38,7 @@ class Restoration:
     fresh: list[Request] = field(default_factory=list)
     checks: list[Callable[[], object]] = field(default_factory=list)
     installs: list[Callable[[], None]] = field(default_factory=list)
+    computed: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     excluded: list[str] = field(default_factory=list)
@@ -83,6 +85,9 @@ def plan_model(
             (plan.excluded if left_out else plan.missing).append(key)
             continue
         used.add(stored)
+        if key in state.computed:
+            plan.computed[key] = stored
+            continue
         placed, layout = tensors[stored], layout_of(key, tensor)
         if placed.shape != layout.shape:
             wrong.append(
@@ -93,8 +98,10 @@ def plan_model(
         _check_fillable(key, local)
         if box is not None and box.numel:
             plan.live.append(Request("model", stored, placed, box, local))
+    for key in state.computed & state.extra.keys() & tensors.keys():
+        plan.computed[key] = key  # a tensor when it was saved, and an empty list now, say
     # A checkpoint of untied weights has a tensor for each name of a tied one: the first is taken.
-    known = used | state.aliases.keys()
+    known = used | state.aliases.keys() | state.extra.keys()
     plan.unexpected = [
         key
         for key in checkpoint.keys("model")

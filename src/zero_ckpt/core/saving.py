@@ -24,6 +24,7 @@ from zero_ckpt.core.layout import ROLES, Layout, Table
 from zero_ckpt.core.manifest import FileRecord, shard_name
 from zero_ckpt.core.naming import split_expert
 from zero_ckpt.core.objects import OBJECTS, RANK_OBJECTS, encode_objects
+from zero_ckpt.core.options import digests_of_options
 from zero_ckpt.core.planner import SavePlan
 from zero_ckpt.core.recovery import content_digest
 from zero_ckpt.core.shard_file import ShardLayout, layout_shard
@@ -47,7 +48,7 @@ __all__ = [
 class Captured:
     """A snapshot in storable terms. `private`: entries of this rank's state file that no other rank knows of.
 
-    `pickled`: path -> type of objects that are stored as pickles.
+    `pickled`: path -> type of objects that are stored as pickles. `options`: see `digests_of_options`.
     """
 
     tensors: dict[str, dict[str, torch.Tensor]] = field(
@@ -56,6 +57,7 @@ class Captured:
     table: Table = field(default_factory=Table)
     private: dict[str, torch.Tensor] = field(default_factory=dict)
     pickled: dict[str, str] = field(default_factory=dict)
+    options: dict[str, str] = field(default_factory=dict)
 
     @property
     def private_bytes(self) -> int:
@@ -80,7 +82,7 @@ class Captured:
 
 def capture(snapshot: Snapshot, rank: int) -> Captured:
     """Name every tensor, and describe how it lies on the ranks. Copies nothing but what Python values encode to."""
-    captured = Captured()
+    captured = Captured(options=digests_of_options(snapshot.objects.get("optimizers", {})))
     objects = encode_objects(snapshot.objects, OBJECTS)
     own = encode_objects(snapshot.rank_objects, RANK_OBJECTS)
     if own.dtensors:

@@ -17,14 +17,15 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from zero_ckpt.core.computed import LiveMemory, is_extra_state
 from zero_ckpt.core.dtensors import local_tensor
 from zero_ckpt.core.experts import Share
-from zero_ckpt.core.naming import ParameterNames, dotted, naming_of, split_expert
+from zero_ckpt.core.naming import ParameterNames, dotted, naming_of, split_expert, whole_model
+from zero_ckpt.core.own_state import own_state
 from zero_ckpt.core.state_values import MARKS, add_value, split_state_name
 from zero_ckpt.errors import ConfigurationError, StateMismatchError
 
 __all__ = [
-    "EXTRA_STATE",
     "ModelState",
     "OptimizerState",
     "Snapshot",
@@ -40,14 +41,12 @@ __all__ = [
     "names_in_groups",
 ]
 
-EXTRA_STATE = "_extra_state"
-"""The last part of the key under which a module keeps what `get_extra_state` returns."""
-
 
 @dataclass(slots=True)
 class ModelState:
     """A model's live tensors by key; which of them are buffers or frozen; tied names; and non-tensor entries.
 
+    `computed`: keys of entries, tensors or not, that a module has made for its state dict (see `core.computed`).
     `experts`: the lists of experts of which this rank has a share, by path.
     """
 
@@ -56,6 +55,7 @@ class ModelState:
     frozen: set[str] = field(default_factory=set)
     aliases: dict[str, str] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)
+    computed: set[str] = field(default_factory=set)
     experts: dict[str, Share] = field(default_factory=dict)
 
     def add(self, other: ModelState, prefix: str) -> None:
@@ -75,14 +75,15 @@ class ModelState:
         self.frozen |= {prefix + k for k in other.frozen}
         self.aliases |= {prefix + k: prefix + v for k, v in other.aliases.items()}
         self.extra |= {prefix + k: v for k, v in other.extra.items()}
+        self.computed |= {prefix + k for k in other.computed}
         self.experts |= {prefix + k: v for k, v in other.experts.items()}
 
 
 @dataclass(slots=True)
 class OptimizerState:
-    """`tensors`: "<prefix><fqn>/<name>" -> live tensor. `record`: class name, and groups of FQNs with their options.
+    """`tensors`: "<prefix><fqn>/<name>" -> live tensor. `notice`: a warning of what is not saved, or "".
 
-    `notice`: a warning of what is not saved, or "".
+    `record`: class name, groups of FQNs with their options, and `rest`: see `core.own_state`.
     """
 
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -113,15 +114,18 @@ class Snapshot:
 
 def capture_model(model: nn.Module) -> ModelState:
     """The model's state by key, as references. Non-persistent buffers are not part of it."""
+    model = whole_model(model)
     naming = naming_of(model)
-    buffers = {id(b) for b in model.buffers()}
     state = ModelState(experts=dict(naming.experts))
     owners: dict[Any, str] = {}
+    memory = LiveMemory(model)
     for raw, value in model.state_dict(keep_vars=True).items():
         key = naming.clean(raw)
-        if not isinstance(value, torch.Tensor) or key.rpartition(".")[2] == EXTRA_STATE:
+        if not isinstance(value, torch.Tensor) or is_extra_state(key):
             _refuse_extra_state(key, state.experts)
             state.extra[key] = value
+            if not is_extra_state(key):
+                state.computed.add(key)
             continue
         if key in state.tensors or key in state.aliases:
             raise StateMismatchError(
@@ -133,7 +137,9 @@ def capture_model(model: nn.Module) -> ModelState:
             state.aliases[key] = first
             continue
         state.tensors[key] = value
-        if id(value) in buffers or not isinstance(value, nn.Parameter):
+        if not memory.holds(value):
+            state.computed.add(key)
+        if id(value) in memory.buffers or not isinstance(value, nn.Parameter):
             state.buffers.add(key)
         elif not value.requires_grad:
             state.frozen.add(key)
@@ -233,6 +239,9 @@ def capture_optimizer(
             "groups": [{"params": fqns, "options": options} for fqns, options in groups],
         }
     )
+    rest = own_state(holder_of(optimizer))
+    if rest:
+        state.record["rest"] = rest
     for parameter, values in local_states(optimizer):
         base = f"{prefix}{fqn_of[id(parameter)]}"
         for name, value in values.items():

@@ -142,6 +142,7 @@ class Transaction:
             shared_bytes=sum(x.nbytes for keys in tables for x in keys.values()),
             private_bytes=captured.private_bytes,
             problem=self._problem(),
+            options=captured.options,
         )
         answer = self._meet(
             "save: agree",

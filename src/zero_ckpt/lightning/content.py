@@ -20,12 +20,13 @@ from torch.utils._pytree import tree_map_only
 
 from zero_ckpt.core.binding import named, prefix_of
 from zero_ckpt.core.checkpoint import Checkpoint
+from zero_ckpt.core.computed import is_extra_state
 from zero_ckpt.core.custom import lazy_state_dict
 from zero_ckpt.core.dtensors import TORCH_DTYPES, local_tensor
 from zero_ckpt.core.lazy import LazyTensor
 from zero_ckpt.core.naming import Naming, naming_of
 from zero_ckpt.core.objects import decode_objects
-from zero_ckpt.core.state import EXTRA_STATE, Snapshot, by_parameter
+from zero_ckpt.core.state import Snapshot, by_parameter
 from zero_ckpt.core.state_values import add_value, python_value, split_state_name
 from zero_ckpt.lightning.optimizers import STATES, pruned_names
 
@@ -125,7 +126,7 @@ def _take_weights(
     weights: dict[str, torch.Tensor] = {}
     for raw, value in state_dict.items():
         key = naming.clean(raw)
-        is_extra = key.rpartition(".")[2] == EXTRA_STATE
+        is_extra = is_extra_state(key)
         (weights if isinstance(value, torch.Tensor) and not is_extra else extra)[key] = value
     snapshot.objects["extra_state"] = extra
     aliases = _aliases(weights, names.ties if names is not None else _by_memory(weights))

@@ -20,6 +20,7 @@ from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.lazy import LazyTensor
 from zero_ckpt.core.naming import ParameterNames, naming_of
 from zero_ckpt.core.optimizers import plan_optimizer
+from zero_ckpt.core.own_state import give_own_state, own_state
 from zero_ckpt.core.restoring import Restoration
 from zero_ckpt.core.state import group_names, holder_of, local_states, names_in_groups
 from zero_ckpt.errors import StateMismatchError
@@ -44,6 +45,7 @@ def state_of(
     groups = group_names(optimizer, names, fqn_of)
     state = {fqn_of[id(p)]: dict(values) for p, values in local_states(optimizer)}
     return {
+        **own_state(holder_of(optimizer)),
         "class": type(holder_of(optimizer)).__name__,
         "state": {renamed.get(fqn, fqn): values for fqn, values in state.items()},
         "param_groups": [
@@ -102,7 +104,8 @@ def plan_state(
     """
     numbered = any(isinstance(p, int) for group in state["param_groups"] for p in group["params"])
     if pristine is not None and not numbered and pristine.is_unchanged(state):
-        record = {"class": state["class"], "groups": _groups(state)}
+        rest = {k: v for k, v in state.items() if k not in STATES}
+        record = {"class": state["class"], "groups": _groups(state), "rest": rest}
         return plan_optimizer(
             pristine.checkpoint,
             optimizer,
@@ -115,6 +118,8 @@ def plan_state(
     by_parameter = _matched(optimizer, state, names, numbered)
     plan = Restoration()
     groups = [] if keep_options else state["param_groups"]
+    rest = {k: v for k, v in state.items() if k not in STATES}
+    plan.installs.append(lambda: give_own_state(holder_of(optimizer), rest))
     plan.installs.append(lambda: _install(optimizer, by_parameter, groups))
     return plan
 

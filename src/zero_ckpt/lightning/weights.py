@@ -7,7 +7,7 @@ checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,8 +59,8 @@ def load_weights(
     }
     values, requests = _laid_out(named, live, checkpoint, rank)
     given = set(values)
-    for key in checkpoint.manifest.excluded if checkpoint is not None else ():
-        raw = raw_names.get(key, key)
+    excluded = checkpoint.manifest.excluded if checkpoint is not None else ()
+    for raw in _with_tied(module, [raw_names.get(key, key) for key in excluded]):
         if raw in live:
             values.setdefault(raw, live[raw])  # frozen, and left out of the save on purpose
     read(requests)
@@ -77,6 +77,15 @@ def load_weights(
         unexpected=tuple(key for key in values if key not in live),
         excluded=tuple(key for key in values if key not in given),
     )
+
+
+def _with_tied(module: nn.Module, names: Collection[str]) -> list[str]:
+    """`names`, and the other names of the parameters that they belong to."""
+    if not names:
+        return []
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    meant = {id(parameters[name]) for name in names if name in parameters}
+    return [*names, *(name for name, p in parameters.items() if id(p) in meant)]
 
 
 def _unfit(

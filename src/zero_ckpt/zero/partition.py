@@ -69,7 +69,7 @@ def partition_optimizer(
         return _with_groups(optimizer, groups)
 
     constructor: Any = local  # documented as a class; only ever called with groups and defaults
-    kind = _named_like(type(optimizer).__name__)
+    kind = _named_like(type(optimizer).__name__, _has_modes(optimizer))
     return kind(optimizer.param_groups, constructor, process_group, **optimizer.defaults)
 
 
@@ -109,10 +109,35 @@ class PartitionedOptimizer(ZeroRedundancyOptimizer):
         ]
 
 
+class _Modes(PartitionedOptimizer):
+    """For an optimizer with two sets of weights, as schedule-free ones are: a change of mode changes parameters."""
+
+    def train(self, *args: Any) -> None:
+        """The optimizer's own, with its result sent to all ranks. Collective."""
+        self._change_mode("train", *args)
+
+    def eval(self) -> None:
+        """The optimizer's own, with its result sent to all ranks. Collective."""
+        self._change_mode("eval")
+
+    @torch.no_grad()
+    def _change_mode(self, name: str, *args: Any) -> None:
+        base: Any = super()
+        base._sync_param_groups(self.param_groups, self.optim.param_groups)
+        getattr(self.optim, name)(*args)
+        base._sync_param_groups(self.optim.param_groups, self.param_groups)
+        base._sync_params()
+
+
+def _has_modes(optimizer: Optimizer) -> bool:
+    return all(callable(getattr(optimizer, name, None)) for name in ("train", "eval"))
+
+
 @cache
-def _named_like(name: str) -> type[PartitionedOptimizer]:
+def _named_like(name: str, has_modes: bool) -> type[PartitionedOptimizer]:
     """The class under the name of the user's: loggers call the learning rate after it."""
-    return type(name, (PartitionedOptimizer,), {"__module__": __name__})
+    base = _Modes if has_modes else PartitionedOptimizer
+    return type(name, (base,), {"__module__": __name__})
 
 
 def _with_groups(optimizer: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:

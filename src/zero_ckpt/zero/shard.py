@@ -136,6 +136,7 @@ def _validate(module: nn.Module, stage: int, root: str) -> None:
                 f"{name or '(root)'} is already wrapped in {type(submodule).__name__}. "
                 f"Give shard_module() the module inside it."
             )
+    _refuse_embeddings(module)
     lazy = [n for n, p in module.named_parameters() if nn.parameter.is_lazy(p)]
     if lazy:
         raise ConfigurationError(
@@ -143,6 +144,20 @@ def _validate(module: nn.Module, stage: int, root: str) -> None:
             "on an example input before it is sharded."
         )
     require_initializers(module)
+
+
+def _refuse_embeddings(module: nn.Module) -> None:
+    """FSDP2 cannot reduce sparse gradients, and loses what a forward pass writes into a gathered weight."""
+    for name, part in module.named_modules():
+        if not isinstance(part, (nn.Embedding, nn.EmbeddingBag)) or not part.weight.requires_grad:
+            continue
+        for option, found in (("sparse", part.sparse), ("max_norm", part.max_norm)):
+            if found:
+                raise ConfigurationError(
+                    f"{name or '(root)'} is an {type(part).__name__} with {option}={found}, which stages 2 and 3 "
+                    "cannot train: its gradients are sparse, or its forward pass changes the weight. Use stage 0 or "
+                    f"1, or leave out {option}."
+                )
 
 
 def _units(module: nn.Module, wrap: WrapPolicy, root: Root) -> dict[str, nn.Module]:
