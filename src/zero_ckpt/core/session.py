@@ -1,9 +1,9 @@
 """Which launch of the ranks the entries of a rendezvous store belong to.
 
 An elastic agent holds the store itself, and gives it to the ranks that it starts after others have died: what those
-left there, requests as well as who they were, must be nobody's now. So rank 0 opens a session, and all keys lie within it.
-The others find its name in the store. It may still be that of a rank 0 which is gone: then they look again while they
-wait, and move over.
+left there, requests as well as who they were, must be nobody's now. So rank 0 opens a session, and all keys lie within
+it. The others find its name in the store. It may still be that of a rank 0 which is gone: then they look again while
+they wait, and move over.
 """
 
 from __future__ import annotations
