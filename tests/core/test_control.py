@@ -214,6 +214,22 @@ def test_a_lost_store_is_a_rank_timeout(stores: list[Any]) -> None:
     planes[1].beat()  # never raises
 
 
+def test_an_error_of_a_signal_handler_is_not_the_stores(
+    stores: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning's handler of SIGTERM makes a collective, which fails when another rank is gone."""
+
+    def handler(seconds: float) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    (first, *_) = controls(stores)
+    monkeypatch.setattr("zero_ckpt.core.store_control.time.sleep", handler)
+    with pytest.raises(
+        ZeroCkptError, match=r"^load: open: rank 0: RuntimeError: Connection closed by peer\."
+    ):
+        first.meet("load: open", b"", join, LONG)
+
+
 def test_two_control_planes_share_a_store_without_meeting(stores: list[Any]) -> None:
     main = controls(stores)
     other = [StoreControl(store, rank, RANKS, "other") for rank, store in enumerate(stores)]

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from zero_ckpt.core.consequences import consequence, lost_error, shared_error
-from zero_ckpt.core.line import Line
+from zero_ckpt.core.line import Line, StoreError
 from zero_ckpt.core.session import SESSION_KEY, opened_session, session_to_join
 from zero_ckpt.core.watch import Watch, identity, name_ranks
 from zero_ckpt.errors import DisagreementError, by_name
@@ -104,10 +104,10 @@ class StoreControl:
 
     @contextmanager
     def _reaching_store(self, phase: str, *, decided: bool = False) -> Iterator[None]:
-        """Around calls of the store alone, whose errors are all RuntimeErrors. `decided`: rank 0 may have decided."""
+        """Around calls of the store. `decided`: rank 0 may have decided."""
         try:
             yield
-        except RuntimeError as error:
+        except StoreError as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise lost_error(
                 phase,
@@ -127,7 +127,7 @@ class StoreControl:
             answer = decide([record, *(request.record for request in requests)])
         except BaseException as error:
             told = shared_error(phase, error)
-            with suppress(RuntimeError):
+            with suppress(StoreError):
                 text = json.dumps([type(told).__name__, str(told)]).encode()
                 self._answer(requests, b"-" + text, timeout)
             if told is error or not isinstance(error, Exception):
@@ -150,7 +150,7 @@ class StoreControl:
                 self._withdraw_at_last(timeout)
                 raise
             (answer,) = self._line.ask([lambda: self._get(f"answer/{nonce}")], timeout)
-        with suppress(RuntimeError):
+        with suppress(StoreError):
             self._line.ask([lambda: self._delete(f"answer/{nonce}")], timeout)
         if answer[:1] == b"+":
             return answer[1:]
@@ -223,7 +223,7 @@ class StoreControl:
         """Withdraw now; from a store that does not answer, as the first thing when it answers again."""
         try:
             self._line.ask([self._withdraw], patience)
-        except RuntimeError:
+        except StoreError:
             self._line.tell(self._withdraw)
 
     def _check_requests(self, phase: str, requests: Sequence[_Request]) -> None:
