@@ -102,11 +102,11 @@ def _meet(ranks: int, measured: Measured) -> None:
     control = StoreControl(dist.TCPStore("127.0.0.1", store.port), 0, ranks)
     vote = _vote(1, ranks, 1)
     for rank in range(1, ranks):
-        store.set(f"zero_ckpt/main/request/{rank}", b'["%d", "save: vote"]\n' % rank + vote)
+        store.set(control._at(f"request/{rank}"), b'["%d", "save: vote"]\n' % rank + vote)
     answer = Agreement("/checkpoints", "t", 1, [list(range(ranks))]).to_bytes()
     stop = multiprocessing.get_context("spawn").Event()
     waiting = multiprocessing.get_context("spawn").Process(
-        target=_wait, args=(store.port, ranks, stop)
+        target=_wait, args=(store.port, control._at("answer/none"), ranks, stop)
     )
     waiting.start()
     time.sleep(1)  # it imports torch
@@ -117,11 +117,11 @@ def _meet(ranks: int, measured: Measured) -> None:
     waiting.join()
 
 
-def _wait(port: int, ranks: int, stop: Any) -> None:
+def _wait(port: int, key: str, ranks: int, stop: Any) -> None:
     """Polls as often as all waiting ranks together."""
     store = dist.TCPStore("127.0.0.1", port)
     burst = 20
     while not stop.is_set():
         for _ in range(burst):
-            store.check(["zero_ckpt/main/answer/none"])
+            store.check([key])
         time.sleep(burst * longest_pause(ranks) / ranks)

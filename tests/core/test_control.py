@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
+from zero_ckpt.core import session
 from zero_ckpt.core.control import Decide, LocalControl, control_for_process_group
 from zero_ckpt.core.store_control import StoreControl, longest_pause
 from zero_ckpt.core.watch import identity
@@ -167,10 +168,36 @@ def test_a_dead_rank_is_named_at_once(stores: list[Any]) -> None:
     child.wait()
     who = identity()
     who[2] = child.pid
-    stores[0].set("zero_ckpt/who/2", json.dumps(who).encode())
+    stores[0].set(planes[0]._at("who/2"), json.dumps(who).encode())
     found = meet(planes, timeout=LONG, absent=(2,))
     found += meet([*others, planes[2]], timeout=LONG, absent=(2,))[:2]
     assert all("rank 2 died" in str(error) for error in [*found[:2], *found[-2:]])
+
+
+@pytest.mark.parametrize("host", ["this host", "another host"])
+@pytest.mark.parametrize("first", [0, 1], ids=["rank 0 comes first", "rank 0 comes last"])
+def test_what_an_earlier_launch_left_in_the_store_is_not_taken_for_this_one(
+    host: str, first: int, stores: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An elastic agent gives its store to the ranks that it starts after others were killed in a meeting."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    with subprocess.Popen(["true"]) as child:
+        pass
+    dead = identity()
+    dead[2] = child.pid
+    if host != "this host":
+        dead[0] = "its boot id"
+    for plane in controls(stores):
+        plane._put(f"who/{plane.rank}", json.dumps(dead).encode())
+        plane._put(f"request/{plane.rank}", b'["nonce", "save: agree"]\nof a rank that was killed')
+    stores[0].set(session.SESSION_KEY, json.dumps([plane._session, dead]).encode())
+    session._own_name.cache_clear()
+
+    ranks = [*range(first, RANKS), *range(first)]
+    planes = sorted((StoreControl(stores[r], r, RANKS) for r in ranks), key=lambda p: p.rank)
+    assert meet(planes) == [b"r0+r1+r2"] * RANKS
+    (error, *_) = meet(planes, timeout=SHORT, absent=(2,))
+    assert "2 did not arrive" in str(error), "and not that it died, as its predecessor has"
 
 
 def test_a_lost_store_is_a_rank_timeout(stores: list[Any]) -> None:
@@ -185,6 +212,22 @@ def test_a_lost_store_is_a_rank_timeout(stores: list[Any]) -> None:
     ):
         planes[1].meet("save: agree", b"", join, LONG)
     planes[1].beat()  # never raises
+
+
+def test_an_error_of_a_signal_handler_is_not_the_stores(
+    stores: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning's handler of SIGTERM makes a collective, which fails when another rank is gone."""
+
+    def handler(seconds: float) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    (first, *_) = controls(stores)
+    monkeypatch.setattr("zero_ckpt.core.store_control.time.sleep", handler)
+    with pytest.raises(
+        ZeroCkptError, match=r"^load: open: rank 0: RuntimeError: Connection closed by peer\."
+    ):
+        first.meet("load: open", b"", join, LONG)
 
 
 def test_two_control_planes_share_a_store_without_meeting(stores: list[Any]) -> None:

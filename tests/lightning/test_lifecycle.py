@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 import warnings
 from pathlib import Path
@@ -16,6 +17,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     OnExceptionCheckpoint,
 )
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from tests.lightning.harness import Model, loader, on_ranks, trainer, whole_weights
 from tests.workers import start_ranks
@@ -143,6 +145,46 @@ def test_an_exception_on_one_rank_surfaces_in_bounded_time(tmp_path: Path) -> No
     assert len(told) == 1, "the second save does not wait again"
     assert "rank 0" in told[0]
     assert not (tmp_path / "exception" / "on_exception.ckpt" / "manifest.json").exists()
+
+
+class Preempted(L.Callback):
+    """Sends itself SLURM's signal: rank 0 before a collective in which rank 1 waits for it, rank 1 after that."""
+
+    def on_train_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_rank == 0 and batch_idx == 2:
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+    def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+
+def _requeued(root: Path) -> Any:
+    rank = os.environ["RANK"]
+    slurm = {"JOB_ID": "77", "NTASKS": "2", "PROCID": rank, "LOCALID": rank, "NODEID": "0"}
+    os.environ.update({f"SLURM_{name}": value for name, value in slurm.items()})
+    os.environ["SLURM_NTASKS_PER_NODE"] = "2"
+    os.environ["PATH"] = f"{root}:{os.environ['PATH']}"
+    environment = SLURMEnvironment(requeue_signal=signal.SIGUSR2)
+    callbacks = [Preempted()]
+    options = {"plugins": [environment], "enable_checkpointing": False}
+    run = trainer(root, 2, max_steps=5, callbacks=callbacks, **options)
+    run.fit(Model(), loader())
+    again = trainer(root, 2, max_steps=4, **options)
+    again.fit(model := Model(), loader())
+    return run.global_step, run.callbacks == callbacks, model.losses[0][0]
+
+
+def test_slurms_signal_is_answered_by_all_ranks_after_the_same_batch(tmp_path: Path) -> None:
+    (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho $@ >> {tmp_path}/asked\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    for steps, has_users_callbacks, first in on_ranks(_requeued, 2, tmp_path):
+        assert steps == 5, "the job goes on until SLURM ends it"
+        assert has_users_callbacks
+        assert first == 3, "the next job resumes from what was saved"
+    assert (tmp_path / "asked").read_text() == "requeue 77\n"
 
 
 def _lr_find(root: Path, stage: int) -> Any:

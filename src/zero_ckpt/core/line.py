@@ -14,12 +14,16 @@ from typing import Any, TypeVar
 
 from zero_ckpt.core.threads import start_thread
 
-__all__ = ["Line"]
+__all__ = ["Line", "StoreError"]
 
 T = TypeVar("T")
 
 _FAREWELL = 0.5
 """Seconds that a thread which still waits for an answer may delay the end of its line."""
+
+
+class StoreError(RuntimeError):
+    """The store did not answer, or a call of it failed. No error of a signal handler that ran while a rank waited."""
 
 
 class _Job:
@@ -69,7 +73,7 @@ class _Server:
 
 
 class Line:
-    """Makes calls in the order in which they were given, from any thread. A call that fails raises a RuntimeError."""
+    """Makes calls in the order in which they were given, from any thread. A call that fails raises a StoreError."""
 
     def __init__(self) -> None:
         self._server = _Server()
@@ -79,11 +83,11 @@ class Line:
     def ask(self, calls: Iterable[Callable[[], T]], patience: float) -> list[T]:
         """What the calls return.
 
-        Raises RuntimeError when there was no answer for `patience` seconds; further questions then fail at once, until
+        Raises StoreError when there was no answer for `patience` seconds; further questions then fail at once, until
         the store has answered. Of calls that were given up on, only the one that the store has already is still made.
         """
         if self._stuck is not None and not self._stuck.done.is_set():
-            raise RuntimeError("it still does not answer")
+            raise StoreError("it still does not answer")
         self._stuck = None
         job = _Job(calls)
         seen = self._server.answers
@@ -91,8 +95,10 @@ class Line:
         while not job.done.wait(patience):
             if seen == self._server.answers:
                 job.is_given_up, self._stuck = True, job
-                raise RuntimeError(f"it has not answered for {patience:g} s")
+                raise StoreError(f"it has not answered for {patience:g} s")
             seen = self._server.answers
+        if isinstance(job.error, RuntimeError):
+            raise StoreError(str(job.error)) from job.error
         if job.error is not None:
             raise job.error
         return job.results

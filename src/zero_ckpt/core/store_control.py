@@ -17,7 +17,8 @@ from functools import partial
 from typing import Any
 
 from zero_ckpt.core.consequences import consequence, lost_error, shared_error
-from zero_ckpt.core.line import Line
+from zero_ckpt.core.line import Line, StoreError
+from zero_ckpt.core.session import SESSION_KEY, opened_session, session_to_join
 from zero_ckpt.core.watch import Watch, identity, name_ranks
 from zero_ckpt.errors import DisagreementError, by_name
 
@@ -79,14 +80,14 @@ class StoreControl:
         self._store = store
         self.rank = rank
         self.world_size = world_size
-        self._prefix = f"zero_ckpt/{name}"
+        self._name = name
+        self._session = ""
         self._last_beat = 0.0
         self._beats = 0
         with self._reaching_store("start"):
             if connect:  # all ranks of a large job come at once
                 (self._store,) = self._line.ask([lambda: _connected_anew(store)], DEFAULT_TIMEOUT)
-            who = json.dumps(identity()).encode()
-            self._line.ask([lambda: self._put(f"who/{rank}", who)], DEFAULT_TIMEOUT)
+            self._line.ask([self._join], DEFAULT_TIMEOUT)
 
     def meet(self, phase: str, record: bytes, decide: Decide, timeout: float) -> bytes:
         if self.rank == 0:
@@ -103,10 +104,10 @@ class StoreControl:
 
     @contextmanager
     def _reaching_store(self, phase: str, *, decided: bool = False) -> Iterator[None]:
-        """Around calls of the store alone, whose errors are all RuntimeErrors. `decided`: rank 0 may have decided."""
+        """Around calls of the store. `decided`: rank 0 may have decided."""
         try:
             yield
-        except RuntimeError as error:
+        except StoreError as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise lost_error(
                 phase,
@@ -126,7 +127,7 @@ class StoreControl:
             answer = decide([record, *(request.record for request in requests)])
         except BaseException as error:
             told = shared_error(phase, error)
-            with suppress(RuntimeError):
+            with suppress(StoreError):
                 text = json.dumps([type(told).__name__, str(told)]).encode()
                 self._answer(requests, b"-" + text, timeout)
             if told is error or not isinstance(error, Exception):
@@ -144,12 +145,12 @@ class StoreControl:
             self._line.ask([lambda: self._put(f"request/{self.rank}", request)], timeout)
         with self._reaching_store(phase, decided=True):
             try:
-                self._await_answer(nonce, phase, timeout)
+                self._await_answer(nonce, phase, request, timeout)
             except BaseException:
                 self._withdraw_at_last(timeout)
                 raise
             (answer,) = self._line.ask([lambda: self._get(f"answer/{nonce}")], timeout)
-        with suppress(RuntimeError):
+        with suppress(StoreError):
             self._line.ask([lambda: self._delete(f"answer/{nonce}")], timeout)
         if answer[:1] == b"+":
             return answer[1:]
@@ -175,7 +176,7 @@ class StoreControl:
                 self.beat()
             time.sleep(pause)
 
-    def _await_answer(self, nonce: str, phase: str, timeout: float) -> None:
+    def _await_answer(self, nonce: str, phase: str, request: bytes, timeout: float) -> None:
         watch = Watch(self._peek, timeout)
 
         def is_there() -> bool:
@@ -187,7 +188,10 @@ class StoreControl:
         for pause in _pauses(self.world_size):
             if all(self._line.ask([is_there], timeout)):
                 return
-            if watch.is_due():
+            is_due = watch.is_due()
+            if (is_due or not self._session) and all(self._line.ask([self._join], timeout)):
+                self._line.ask([lambda: self._put(f"request/{self.rank}", request)], timeout)
+            elif is_due:
                 # Rank 0 may have answered and left since the look above, so a lost rank 0 needs another look.
                 lost, awaited = self._line.ask([look], timeout)[0]
                 if lost and not all(self._line.ask([is_there], timeout)):
@@ -213,13 +217,13 @@ class StoreControl:
 
     def _withdraw(self) -> bool:
         """Whether this rank's request was still there, so that rank 0 will never decide on it."""
-        return self._delete(f"request/{self.rank}")
+        return not self._session or self._delete(f"request/{self.rank}")
 
     def _withdraw_at_last(self, patience: float) -> None:
         """Withdraw now; from a store that does not answer, as the first thing when it answers again."""
         try:
             self._line.ask([self._withdraw], patience)
-        except RuntimeError:
+        except StoreError:
             self._line.tell(self._withdraw)
 
     def _check_requests(self, phase: str, requests: Sequence[_Request]) -> None:
@@ -237,16 +241,30 @@ class StoreControl:
         puts = [partial(self._put, f"answer/{request.nonce}", answer) for request in requests]
         self._line.ask(puts, patience)
 
+    def _join(self) -> bool:
+        """Whether this rank is in another session than before: nothing that it has left elsewhere is looked at."""
+        if self.rank == 0:
+            session, value = opened_session()
+            self._store.set(SESSION_KEY, value)
+        else:
+            session = session_to_join(self._look_up(SESSION_KEY))
+        if is_new := session not in ("", self._session):
+            self._session = session
+            self._put(f"who/{self.rank}", json.dumps(identity()).encode())
+        return is_new
+
     def _delete(self, key: str) -> bool:
         """Whether the key was there."""
         return bool(self._store.delete_key(self._at(key)))
 
     def _at(self, key: str) -> str:
         """The key in the store. `who/<rank>` is shared by all names: a rank may die before it meets under this one."""
-        return f"zero_ckpt/{key}" if key.startswith("who/") else f"{self._prefix}/{key}"
+        place = key if key.startswith("who/") else f"{self._name}/{key}"
+        return f"zero_ckpt/{self._session}/{place}"
 
     def _put(self, key: str, value: bytes) -> None:
-        self._store.set(self._at(key), value)
+        if self._session:
+            self._store.set(self._at(key), value)
 
     def _has(self, key: str) -> bool:
         return bool(self._store.check([self._at(key)]))
@@ -256,7 +274,10 @@ class StoreControl:
 
     def _peek(self, key: str) -> bytes | None:
         """A key's value if it is there. `get` would wait for one that is withdrawn at this moment."""
-        found = bytes(self._store.compare_set(self._at(key), _ABSENT, _ABSENT))
+        return self._look_up(self._at(key))
+
+    def _look_up(self, path: str) -> bytes | None:
+        found = bytes(self._store.compare_set(path, _ABSENT, _ABSENT))
         return None if found == _ABSENT.encode() else found
 
 

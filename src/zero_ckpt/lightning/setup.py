@@ -16,6 +16,7 @@ from zero_ckpt.core.notices import warn_user
 from zero_ckpt.errors import ConfigurationError, ZeroCkptError
 from zero_ckpt.lightning.copies import shard_copies
 from zero_ckpt.lightning.export import attach_export, detach_export, run_export
+from zero_ckpt.lightning.requeue import attach_requeue, detach_requeue
 from zero_ckpt.lightning.restoring import RestoreMixin
 from zero_ckpt.lightning.steps import StepMixin
 from zero_ckpt.zero.copies import allow_copies
@@ -33,6 +34,8 @@ class SetupMixin(RestoreMixin, StepMixin):
     def setup(self, trainer: Any) -> None:
         self.agree_nothing_to_restore()
         attach_export(trainer, self.namespace, self.export)
+        if self.is_fitting:
+            attach_requeue(trainer, self.namespace)
         self._tell_precision()
         self._zero_shared = False
         if self.stage >= 2:
@@ -178,8 +181,11 @@ class SetupMixin(RestoreMixin, StepMixin):
 
     def teardown(self) -> None:
         """Leaves a sharded model sharded, where it is, and one that an error has left without memory, too."""
+        trainer = self._current_trainer()
         if self.interrupted:
-            detach_export(self._current_trainer())
+            detach_export(trainer)
+        if trainer is not None:
+            detach_requeue(trainer)
         self._end_saves()
         self.close_checkpoint()
         self.is_set_up = False
