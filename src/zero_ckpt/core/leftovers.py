@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from zero_ckpt.core.finding import TagInfo, list_tags
 from zero_ckpt.core.foreign import format_of
-from zero_ckpt.core.lease import Lease
+from zero_ckpt.core.lease import PREFIX, Lease
 from zero_ckpt.core.manifest import MANIFEST_NAME, parse_shard_name
 from zero_ckpt.core.memory import ALIGNMENT, aligned_buffer
 from zero_ckpt.core.recovery import rebuild
@@ -51,10 +51,12 @@ def find_leftovers(storage: Storage, directory: str) -> list[Leftover]:
 def remove_leftovers(storage: Storage, directory: str) -> list[Leftover]:
     """Remove what is left over, and folders that are empty then; returns what was found, and what had to stay.
 
-    While it runs no save may begin there. Where nothing is left over it writes nothing there. Raises `SaveError` when
+    While it runs no save may begin there; leases of killed jobs go, too. Where nothing is left over it writes nothing
+    there. Raises `SaveError` when
     another job saves there, and what `find_leftovers` raises.
     """
-    if not any(_loose_in(storage, directory, info) for info in list_tags(storage, directory)):
+    has_loose = any(_loose_in(storage, directory, tag) for tag in list_tags(storage, directory))
+    if not has_loose and not any(e.name.startswith(PREFIX) for e in storage.list(directory)):
         return []
     lease = Lease(storage)
     try:

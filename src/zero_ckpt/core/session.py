@@ -3,7 +3,9 @@
 An elastic agent holds the store itself, and gives it to the ranks that it starts after others have died: what those
 left there, requests as well as who they were, must be nobody's now. So rank 0 opens a session, and all keys lie within
 it. The others find its name in the store. It may still be that of a rank 0 which is gone: then they look again while
-they wait, and move over.
+they wait, and move over. Until then nobody would learn that such a rank has died, but from the agent, which ends all.
+
+Any other store ends with its ranks, and has one session.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ from __future__ import annotations
 import json
 import os
 import uuid
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 from zero_ckpt.core.watch import has_died, identity
 
@@ -19,23 +23,31 @@ __all__ = ["SESSION_KEY", "opened_session", "session_to_join"]
 
 SESSION_KEY = "zero_ckpt/session"
 
+_ONLY = "0"
 
-def opened_session() -> tuple[str, bytes]:
-    """The name of the session of this process, a rank 0, and what it puts under `SESSION_KEY`."""
+
+def opened_session(store: Any) -> str:
+    """The name of the session of this process, a rank 0, which `store` tells the others from now on."""
+    if not _outlives_ranks():
+        return _ONLY
     name = _own_name(os.getpid())
-    return name, json.dumps([name, identity()]).encode()
+    store.set(SESSION_KEY, json.dumps([name, identity()]).encode())
+    return name
 
 
-def session_to_join(value: bytes | None) -> str:
-    """The session that `SESSION_KEY` names; "" when there is none yet.
+def session_to_join(look_up: Callable[[str], bytes | None]) -> str:
+    """The session that rank 0 has opened; "" when there is none yet. `look_up(key)`: what the store has there.
 
-    In an agent's store neither the session of a rank 0 that is gone from this host: the agent ends all ranks before it
-    starts new ones, so this is what earlier ones left.
+    Of a rank 0 that is gone from this host neither: the agent ends all ranks before it starts new ones, so this is what
+    earlier ones left.
     """
+    if not _outlives_ranks():
+        return _ONLY
+    value = look_up(SESSION_KEY)
     if value is None:
         return ""
     name, rank_0 = json.loads(value)
-    return "" if _outlives_ranks() and has_died(rank_0) else str(name)
+    return "" if has_died(rank_0) else str(name)
 
 
 @cache

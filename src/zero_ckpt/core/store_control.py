@@ -18,7 +18,7 @@ from typing import Any
 
 from zero_ckpt.core.consequences import consequence, lost_error, shared_error
 from zero_ckpt.core.line import Line, StoreError
-from zero_ckpt.core.session import SESSION_KEY, opened_session, session_to_join
+from zero_ckpt.core.session import opened_session, session_to_join
 from zero_ckpt.core.watch import Watch, identity, name_ranks
 from zero_ckpt.errors import DisagreementError, by_name
 
@@ -243,11 +243,8 @@ class StoreControl:
 
     def _join(self) -> bool:
         """Whether this rank is in another session than before: nothing that it has left elsewhere is looked at."""
-        if self.rank == 0:
-            session, value = opened_session()
-            self._store.set(SESSION_KEY, value)
-        else:
-            session = session_to_join(self._look_up(SESSION_KEY))
+        is_first = self.rank == 0
+        session = opened_session(self._store) if is_first else session_to_join(self._look_up)
         if is_new := session not in ("", self._session):
             self._session = session
             self._put(f"who/{self.rank}", json.dumps(identity()).encode())
