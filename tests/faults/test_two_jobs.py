@@ -21,12 +21,23 @@ from zero_ckpt.testing import FaultyStorage, Operation
 WORLD = 2
 
 
-def save_with_a_pause(directory: str, paused: str, go_on: str) -> str | Raised:
-    """Step 1 as `first`; stops in the middle of rank 0's first file until `go_on` is there."""
+IN_A_FILE = "write", 1
+BEFORE_THE_MANIFEST = "sync", 2
+"""Of rank 0: the first time it has written its files; now all have voted, and only the manifest is left."""
+
+
+def save_with_a_pause(
+    directory: str, paused: str, go_on: str, where: tuple[str, int] = IN_A_FILE
+) -> str | Raised:
+    """Step 1 as `first`; rank 0 stops at `where`, the nth of its operations of a name, until `go_on` is there."""
     lease.RENEWAL = 0.2
+    name, _ = where
+    seen = 0
 
     def hook(operation: Operation) -> None:
-        if operation.name == "write" and dist.get_rank() == 0 and not Path(paused).exists():
+        nonlocal seen
+        seen += operation.name == name
+        if (operation.name, seen) == where and dist.get_rank() == 0:
             Path(paused).touch()
             await_file(go_on)
 
@@ -131,12 +142,15 @@ def test_jobs_that_save_in_turns_are_told_of_each_other(tmp_path: Path) -> None:
         assert "Give each job a directory of its own" in text
 
 
+@pytest.mark.parametrize(
+    "where", [IN_A_FILE, BEFORE_THE_MANIFEST], ids=["in a file", "before the manifest"]
+)
 def test_a_job_that_stood_still_too_long_wakes_up_and_harms_nothing(
-    places: tuple[str, str, str], alone: list[dict[str, str]]
+    where: tuple[str, int], places: tuple[str, str, str], alone: list[dict[str, str]]
 ) -> None:
-    """Its files are open for writing when another job takes over, saves to the same tag and commits."""
+    """Meanwhile another job takes over, saves to the same tag and commits."""
     root, paused, go_on = places
-    with start_ranks(save_with_a_pause, WORLD, *places) as first:
+    with start_ranks(save_with_a_pause, WORLD, *places, where) as first:
         await_file(paused)
         for pid in first.pids:
             os.kill(pid, signal.SIGSTOP)
