@@ -21,24 +21,29 @@ from zero_ckpt.testing import FaultyStorage, Operation
 WORLD = 2
 
 
-IN_A_FILE = "write", 1
-BEFORE_THE_MANIFEST = "sync", 2
-"""Of rank 0: the first time it has written its files; now all have voted, and only the manifest is left."""
+Where = tuple[str, int, list[int]]
+"""The name of an operation, which of them, and the ranks that stop before it."""
+
+BEFORE_ANY_FILE: Where = "create", 1, [0, 1]
+IN_A_FILE: Where = "write", 1, [0]
+BEFORE_THE_MANIFEST: Where = "sync", 2, [0]
+"""The first is that of its own files; now all have voted, and only the manifest is left."""
 
 
 def save_with_a_pause(
-    directory: str, paused: str, go_on: str, where: tuple[str, int] = IN_A_FILE
+    directory: str, paused: str, go_on: str, where: Where = IN_A_FILE
 ) -> str | Raised:
-    """Step 1 as `first`; rank 0 stops at `where`, the nth of its operations of a name, until `go_on` is there."""
+    """Step 1 as `first`; ranks stop at `where` until `go_on` is there. Rank 0 says by `paused` that it does."""
     lease.RENEWAL = 0.2
-    name, _ = where
+    name, number, ranks = where
     seen = 0
 
     def hook(operation: Operation) -> None:
         nonlocal seen
         seen += operation.name == name
-        if (operation.name, seen) == where and dist.get_rank() == 0:
-            Path(paused).touch()
+        if (operation.name, seen) == (name, number) and dist.get_rank() in ranks:
+            if dist.get_rank() == 0:
+                Path(paused).touch()
             await_file(go_on)
 
     job = Job.at(1, storage=FaultyStorage(LocalStorage(), hook))
@@ -143,10 +148,12 @@ def test_jobs_that_save_in_turns_are_told_of_each_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "where", [IN_A_FILE, BEFORE_THE_MANIFEST], ids=["in a file", "before the manifest"]
+    "where",
+    [BEFORE_ANY_FILE, IN_A_FILE, BEFORE_THE_MANIFEST],
+    ids=["before any file", "in a file", "before the manifest"],
 )
 def test_a_job_that_stood_still_too_long_wakes_up_and_harms_nothing(
-    where: tuple[str, int], places: tuple[str, str, str], alone: list[dict[str, str]]
+    where: Where, places: tuple[str, str, str], alone: list[dict[str, str]]
 ) -> None:
     """Meanwhile another job takes over, saves to the same tag and commits."""
     root, paused, go_on = places
