@@ -190,7 +190,8 @@ class TrainerMixin(Host):  # type: ignore[misc]
             schedulers = objects.get("lr_schedulers", {})
             same = checkpoint.manifest.world_size == accelerator.zero_control.world_size
             if not wanted.load_module_only:
-                own = read_own(checkpoint, accelerator.zero_control, wanted.weights_only)
+                control, parts = accelerator.zero_control, {ORDER: EpochOrder.SHAPE}
+                own = read_own(checkpoint, control, wanted.weights_only, parts)
                 order = own.get(ORDER) if same else None
                 plan.installs.append(lambda: self._zero_order.load(order))
             if not wanted.load_module_only and SCHEDULER in schedulers:
