@@ -28,7 +28,7 @@ from tests.accelerate.harness import (
 )
 from tests.lightning.harness import whole
 from zero_ckpt.accelerate import attach, data
-from zero_ckpt.accelerate.base import innermost
+from zero_ckpt.accelerate.base import prepared_model
 from zero_ckpt.core.frameworks import unwrapped_optimizer
 from zero_ckpt.errors import (
     CheckpointNotFoundError,
@@ -265,7 +265,7 @@ def own_buffers(out: str, kind: Any) -> tuple[Any, Any]:
 
 
 def buffers_of(made: Any) -> dict[str, torch.Tensor]:
-    return {name: buffer.clone() for name, buffer in innermost(made[1]).named_buffers()}
+    return {name: buffer.clone() for name, buffer in prepared_model(made[1]).named_buffers()}
 
 
 def test_a_window_begins_anew_at_another_world_size(tmp_path: Path) -> None:
