@@ -338,6 +338,7 @@ def _fails_on_rank_1() -> tuple[str, Any]:
 
     with pytest.raises(ZeroCkptError) as caught:
         ZeroStrategy(stage=1)._together("resume: weights", action)
+    assert type(caught.value) is ZeroCkptError  # of a load, and no SaveError
     return str(caught.value), type(caught.value.__cause__)
 
 
