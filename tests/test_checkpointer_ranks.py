@@ -24,9 +24,10 @@ from tests.core.jobs import assert_same, whole
 from tests.told import told_once, warned
 from tests.workers import run_ranks
 from zero_ckpt import Checkpointer, load_checkpoint, save_checkpoint
+from zero_ckpt.core import rng
 from zero_ckpt.core.checkpoint import open_checkpoint
 from zero_ckpt.core.lazy import LazyTensor
-from zero_ckpt.errors import ConfigurationError, StateMismatchError
+from zero_ckpt.errors import ConfigurationError, FormatVersionError, StateMismatchError
 
 
 def draws() -> list[Any]:
@@ -61,6 +62,27 @@ def test_every_rank_continues_its_own_random_numbers(tmp_path: Path) -> None:
     assert saved[0] != saved[1]
     derived = run_ranks(_derive_generators, 3, str(tmp_path))
     assert len({repr(found) for found in [*saved, *derived]}) == 5
+
+
+def _generators_of_another_version(directory: str) -> None:
+    capture = rng.capture
+    if dist.get_rank() == 1:
+        rng.capture = lambda *_: {"torch": torch.zeros(3, dtype=torch.uint8)}
+    save_checkpoint(directory, nn.Linear(1, 1), step=1)
+    rng.capture = capture
+    net = nn.Linear(1, 1)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    text = r"global_step1: what rank 1 stored for itself.* rng: RuntimeError: .*rng=False\)"
+    with pytest.raises(FormatVersionError, match=text):
+        load_checkpoint(directory, net)
+    assert_same(before, net.state_dict())
+    assert Checkpointer(net, rng=False).load_checkpoint(directory)[0] is not None
+
+
+def test_generators_that_cannot_be_set_are_refused_before_anything_is_loaded(
+    tmp_path: Path,
+) -> None:
+    run_ranks(_generators_of_another_version, 2, str(tmp_path))
 
 
 def _save_options(directory: str, apart: bool) -> list[str]:

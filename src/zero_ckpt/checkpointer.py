@@ -251,9 +251,11 @@ class Checkpointer:
         plan.add(
             plan_training(checkpoint, names, optimizers, self.lr_schedulers, objects, wanted, rank)
         )
-        own = read_own(checkpoint, control, wanted.weights_only)
+        restores_rng = wanted.optimizers and self._rng
+        parts = {"rng": rng.check} if restores_rng else {}
+        own = read_own(checkpoint, control, wanted.weights_only, parts)
         plan.notices += filter(None, [client_state_notice(checkpoint, control.world_size, own)])
-        if wanted.optimizers and self._rng:
+        if restores_rng:
             same = checkpoint.manifest.world_size == control.world_size
             plan.installs.append(rng.plan_restore(own.get("rng"), same, rank, self._device()))
             plan.notices += filter(None, [rng.world_size_notice(checkpoint, control.world_size)])

@@ -7,7 +7,7 @@
       + CorruptCheckpointError     (ValueError)         what lies on disk is not what was saved
       |   + CorruptManifestError                        manifest.json: missing bytes, bad checksum, lies
       |   + CorruptShardError                           a shard file: length, header, block table or a block
-      + FormatVersionError         (ValueError)         written by a newer zero_ckpt
+      + FormatVersionError         (ValueError)         written by another version of zero_ckpt, in its way
       + StateMismatchError         (ValueError)         the checkpoint does not fit the model or optimizer
       + UnsafeObjectError          (UnpicklingError)    a pickled object, and the caller did not allow pickles
       + DisagreementError          (ValueError)         ranks were given different tags or directories, or other calls

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 
-from tests.accelerate.harness import assert_same, batches, make, on_ranks, state_of, train
+from tests.accelerate.harness import Net, assert_same, batches, make, on_ranks, state_of, train
+from zero_ckpt.accelerate import attach
 
 KINDS: list[Any] = ["plain", 0, 1, 2, 3, "fsdp2"]
 
@@ -63,3 +68,25 @@ def test_another_stage_and_world_size_loads_it(
         assert all(key.startswith("norm.") for key in missing)
         assert_same({key: before["weights"][key] for key in after["weights"]}, after["weights"])
         assert_same({**before, "weights": {}}, {**after, "weights": {}})
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_an_optimizer_that_cannot_step_on_parts_names_the_stage_that_can(stage: int) -> None:
+    on_ranks(step_on_parts, 2, stage)
+
+
+def step_on_parts(stage: int) -> None:
+    for mine in (stage, 1):
+        accelerator = attach(Accelerator(cpu=True), stage=mine)
+        model = Net()
+        own = torch.optim.Rprop([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        scheduler = torch.optim.lr_scheduler.StepLR(own, 1, 0.5)
+        made = (accelerator, *accelerator.prepare(model, own, scheduler))
+        if mine == stage:
+            assert isinstance(pickle.loads(pickle.dumps(made[2])), AcceleratedOptimizer)
+            told = r"(?s)strategy.*Rprop cannot step on .*Attach with stage=1, where"
+            with pytest.raises(RuntimeError, match=told):
+                train(made, batches(1))
+            accelerator.free_memory()
+        else:
+            train(made, batches(1))

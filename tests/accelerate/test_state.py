@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.utils.data import DataLoader, TensorDataset
 
 from tests.accelerate.harness import (
     Net,
@@ -26,10 +27,15 @@ from tests.accelerate.harness import (
     train,
 )
 from tests.lightning.harness import whole
-from zero_ckpt.accelerate import attach
-from zero_ckpt.accelerate.base import innermost
+from zero_ckpt.accelerate import attach, data
+from zero_ckpt.accelerate.base import prepared_model
 from zero_ckpt.core.frameworks import unwrapped_optimizer
-from zero_ckpt.errors import CheckpointNotFoundError, StateMismatchError, UnsafeObjectError
+from zero_ckpt.errors import (
+    CheckpointNotFoundError,
+    FormatVersionError,
+    StateMismatchError,
+    UnsafeObjectError,
+)
 
 
 class Counter:
@@ -102,6 +108,32 @@ def everything(out: str) -> tuple[Any, Any]:
     train(made, batches(2))
     accelerator.load_state(out)
     return before, (draws(), accelerator.step, [o.count for o in objects], accelerator._zero_step)
+
+
+def test_a_ranks_own_state_of_another_version_is_refused_by_name(tmp_path: Path) -> None:
+    on_ranks(of_another_version, 2, str(tmp_path))
+
+
+def of_another_version(out: str) -> None:
+    made = make(2)
+    accelerator = made[0]
+    accelerator.prepare(DataLoader(TensorDataset(torch.ones(8, 6)), batch_size=2))
+    train(made, batches(1))
+    own = data.capture_loaders
+    if accelerator.process_index == 1:
+        data.capture_loaders = lambda _: {"version": 1, "loaders": [{"now": {}}]}
+    accelerator.save_state(out)
+    data.capture_loaders = own
+    train(made, batches(1))
+    before = state_of(made), accelerator._zero_step
+    with pytest.raises(FormatVersionError) as raised:
+        accelerator.load_state(out)
+    assert "global_step1: what rank 1 stored for itself is not as" in str(raised.value)
+    assert "dataloaders/loaders[0]/samples: missing. Nothing was loaded" in str(raised.value)
+    assert_same(before, (state_of(made), accelerator._zero_step))
+    accelerator.load_state(out, load_module_only=True)
+    accelerator.save_state(out)
+    accelerator.load_state(out)
 
 
 def draws() -> list[Any]:
@@ -233,7 +265,7 @@ def own_buffers(out: str, kind: Any) -> tuple[Any, Any]:
 
 
 def buffers_of(made: Any) -> dict[str, torch.Tensor]:
-    return {name: buffer.clone() for name, buffer in innermost(made[1]).named_buffers()}
+    return {name: buffer.clone() for name, buffer in prepared_model(made[1]).named_buffers()}
 
 
 def test_a_window_begins_anew_at_another_world_size(tmp_path: Path) -> None:

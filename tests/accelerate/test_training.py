@@ -35,7 +35,7 @@ from tests.accelerate.harness import (
 )
 from tests.lightning.harness import whole
 from zero_ckpt.accelerate import attach
-from zero_ckpt.accelerate.base import innermost
+from zero_ckpt.accelerate.base import prepared_model
 from zero_ckpt.errors import ConfigurationError, RankTimeoutError
 
 
@@ -93,7 +93,7 @@ def real_and_fake(made: Any) -> tuple[list[float], list[torch.Tensor]]:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return losses, [buffer.clone() for buffer in innermost(model).buffers()]
+    return losses, [buffer.clone() for buffer in prepared_model(model).buffers()]
 
 
 def test_nothing_is_sent_within_an_accumulation_window() -> None:
@@ -341,7 +341,7 @@ def test_one_process_trains_the_plain_model(tmp_path: Path) -> None:
 
 def single(out: str) -> None:
     made = make(3)
-    assert type(innermost(made[1])) is Net
+    assert type(prepared_model(made[1])) is Net
     train(made, batches(1))
     made[0].save_state(out)
     made[0].load_state(out)

@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import GradientAccumulationPlugin
 
 from tests.accelerate.harness import batches, make, on_ranks, train
-from zero_ckpt.accelerate.base import innermost
+from zero_ckpt.accelerate.base import prepared_model
 
 
 def one_pass(made: Any, x: torch.Tensor) -> float:
@@ -98,7 +98,7 @@ def all_ways(kind: int | None) -> list[Any]:
         given = {"gradient_accumulation_plugin": GradientAccumulationPlugin(**plugin)}
         made = make(kind, **(given if plugin else {}))
         losses = way(made, batches(9))
-        seen.append((way.__name__, losses, innermost(made[1]).norm.running_mean.tolist()))
+        seen.append((way.__name__, losses, prepared_model(made[1]).norm.running_mean.tolist()))
     return seen
 
 

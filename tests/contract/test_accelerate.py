@@ -13,7 +13,7 @@ from torch import nn
 
 from tests.accelerate.harness import batches, make, on_ranks, state_of, train
 from tests.told import told_once, warned
-from zero_ckpt.accelerate.base import innermost
+from zero_ckpt.accelerate.base import prepared_model
 from zero_ckpt.core.checkpoint import open_checkpoint
 from zero_ckpt.errors import CheckpointNotFoundError, DisagreementError
 
@@ -36,7 +36,7 @@ def _frozen_and_states(directory: str, kind: Any) -> None:
     again = make(kind, seed=1)
     fresh = again[0]
     with torch.no_grad():
-        innermost(again[1]).get_parameter("shift").fill_(7)
+        prepared_model(again[1]).get_parameter("shift").fill_(7)
     assert fresh.load_state(directory) == {"accelerate": {"step": 99}, "rng": 1}
     result = fresh.zero_loaded
     assert result.path == f"{directory}/global_step2"

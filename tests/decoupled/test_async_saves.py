@@ -21,9 +21,11 @@ from tests.decoupled.jobs import STAGES, Gate, Run, same, saved_behind, storage
 from tests.told import told_once, warned
 from tests.workers import run_ranks, start_ranks
 from zero_ckpt import AsyncSave, Checkpointer
-from zero_ckpt.core import flight
+from zero_ckpt.core import decoupled, flight
+from zero_ckpt.core.decoupled import AsyncEngine
 from zero_ckpt.core.finding import list_tags
 from zero_ckpt.core.local_storage import LocalStorage
+from zero_ckpt.core.shard_file import BLOCK
 from zero_ckpt.core.tags import read_latest
 from zero_ckpt.errors import ConfigurationError, RankTimeoutError, SaveError, StateMismatchError
 from zero_ckpt.testing.faults import Operation
@@ -438,3 +440,25 @@ def test_senseless_options_are_refused(wrong: dict[str, Any]) -> None:
         AsyncSave(**wrong)
     with pytest.raises(ConfigurationError, match="engine='later'"):
         Checkpointer(nn.Linear(1, 1), engine="later")
+
+
+def test_an_engine_that_is_closed_before_it_is_warm_keeps_no_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun: list[threading.Thread] = []
+    monkeypatch.setattr(decoupled, "start_thread", begun.append)
+    engine = AsyncEngine(AsyncSave(staging_bytes=16 * BLOCK))
+    engine.warm([nn.Linear(2, 2)], True)
+    pool = engine._pool
+    assert pool is not None
+    engine.close()
+    begun[0].start()
+    begun[0].join()
+    assert engine._pool is None
+    assert pool.count == 0
+    engine.warm([nn.Linear(2, 2)], True)
+    begun[1].start()
+    begun[1].join()
+    assert engine._pool is not None
+    assert engine._pool.count == 7
+    engine.close()

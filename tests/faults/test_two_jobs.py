@@ -21,13 +21,29 @@ from zero_ckpt.testing import FaultyStorage, Operation
 WORLD = 2
 
 
-def save_with_a_pause(directory: str, paused: str, go_on: str) -> str | Raised:
-    """Step 1 as `first`; stops in the middle of rank 0's first file until `go_on` is there."""
+Where = tuple[str, int, list[int]]
+"""The name of an operation, which of them, and the ranks that stop before it."""
+
+BEFORE_ANY_FILE: Where = "create", 1, [0, 1]
+IN_A_FILE: Where = "write", 1, [0]
+BEFORE_THE_MANIFEST: Where = "sync", 2, [0]
+"""The first is that of its own files; now all have voted, and only the manifest is left."""
+
+
+def save_with_a_pause(
+    directory: str, paused: str, go_on: str, where: Where = IN_A_FILE
+) -> str | Raised:
+    """Step 1 as `first`; ranks stop at `where` until `go_on` is there. Rank 0 says by `paused` that it does."""
     lease.RENEWAL = 0.2
+    name, number, ranks = where
+    seen = 0
 
     def hook(operation: Operation) -> None:
-        if operation.name == "write" and dist.get_rank() == 0 and not Path(paused).exists():
-            Path(paused).touch()
+        nonlocal seen
+        seen += operation.name == name
+        if (operation.name, seen) == (name, number) and dist.get_rank() in ranks:
+            if dist.get_rank() == 0:
+                Path(paused).touch()
             await_file(go_on)
 
     job = Job.at(1, storage=FaultyStorage(LocalStorage(), hook))
@@ -131,12 +147,17 @@ def test_jobs_that_save_in_turns_are_told_of_each_other(tmp_path: Path) -> None:
         assert "Give each job a directory of its own" in text
 
 
+@pytest.mark.parametrize(
+    "where",
+    [BEFORE_ANY_FILE, IN_A_FILE, BEFORE_THE_MANIFEST],
+    ids=["before any file", "in a file", "before the manifest"],
+)
 def test_a_job_that_stood_still_too_long_wakes_up_and_harms_nothing(
-    places: tuple[str, str, str], alone: list[dict[str, str]]
+    where: Where, places: tuple[str, str, str], alone: list[dict[str, str]]
 ) -> None:
-    """Its files are open for writing when another job takes over, saves to the same tag and commits."""
+    """Meanwhile another job takes over, saves to the same tag and commits."""
     root, paused, go_on = places
-    with start_ranks(save_with_a_pause, WORLD, *places) as first:
+    with start_ranks(save_with_a_pause, WORLD, *places, where) as first:
         await_file(paused)
         for pid in first.pids:
             os.kill(pid, signal.SIGSTOP)

@@ -30,11 +30,12 @@ from zero_ckpt.errors import (
     ConfigurationError,
     CorruptShardError,
     DisagreementError,
+    FormatVersionError,
     SaveError,
     StateMismatchError,
     ZeroCkptError,
 )
-from zero_ckpt.lightning import ZeroStrategy
+from zero_ckpt.lightning import ZeroStrategy, data
 from zero_ckpt.lightning.weights import UnfitWeightsError
 
 
@@ -232,6 +233,37 @@ def test_another_world_size_goes_on_at_the_same_place_with_a_warning(tmp_path: P
     assert steps == 12 - 8  # 4 of 6 batches of 2 ranks are 8 of 12
 
 
+def _save_as_before(root: Path) -> None:
+    """As an early version did on rank 1: without the generators before an epoch's first batch."""
+    own = data.ResumableLoader.state_dict
+    if dist.get_rank() == 1:
+        data.ResumableLoader.state_dict = lambda self: {  # type: ignore[method-assign]
+            key: value for key, value in own(self).items() if key != "first"
+        }
+    _save_within_an_epoch(root)
+
+
+def _resume_from_before(root: Path) -> tuple[str, int, int]:
+    path = str(root / "b.ckpt")
+    model = Model()
+    run = trainer(root, 2, max_epochs=1)
+    with pytest.raises(FormatVersionError) as raised:
+        run.fit(model, loader(), ckpt_path=path)
+    seen = len(model.losses)
+    run = trainer(root, 2, max_epochs=1, strategy_options={"load_module_only": True})
+    run.fit(model := Model(), loader(), ckpt_path=path)
+    return str(raised.value), seen, len(model.losses)
+
+
+def test_a_ranks_own_state_of_another_version_is_refused_by_name(tmp_path: Path) -> None:
+    on_ranks(_save_as_before, 2, tmp_path)
+    for text, seen, steps in on_ranks(_resume_from_before, 2, tmp_path):
+        assert f"{tmp_path}/b.ckpt: what rank 1 stored for itself" in text
+        assert "loaders[0]/first: missing. Nothing was loaded. Load it with the version" in text
+        assert "load_module_only=True" in text
+        assert (seen, steps) == (0, 6)
+
+
 def _hpc(root: Path) -> Any:
     L.seed_everything(1)
     model = Model()
@@ -306,6 +338,7 @@ def _fails_on_rank_1() -> tuple[str, Any]:
 
     with pytest.raises(ZeroCkptError) as caught:
         ZeroStrategy(stage=1)._together("resume: weights", action)
+    assert type(caught.value) is ZeroCkptError  # of a load, and no SaveError
     return str(caught.value), type(caught.value.__cause__)
 
 

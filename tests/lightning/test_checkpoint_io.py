@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -226,3 +227,32 @@ def test_another_plugin_gets_the_whole_checkpoint_on_rank_0(tmp_path: Path) -> N
     state = content["optimizer_states"][0]
     assert set(state["state"]) == set(state["param_groups"][0]["params"]) == set(range(12))
     torch.optim.AdamW(Model().parameters()).load_state_dict(state)
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = tmp_path / "weights.ckpt"
+    ZeroCheckpointIO().save_checkpoint({"weights": 1}, path)
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        ZeroCheckpointIO().save_checkpoint({"weights": lambda: 2}, path)
+    assert os.listdir(tmp_path) == ["weights.ckpt"]
+    assert torch.load(path) == {"weights": 1}
+
+
+def test_a_file_is_durable_when_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(fd: int) -> None:
+        done.append(f"sync {os.path.basename(os.readlink(f'/proc/self/fd/{fd}'))}")
+        fsync(fd)
+
+    def replaced(source: str, target: str) -> None:
+        done.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", replaced)
+    ZeroCheckpointIO().save_checkpoint({"weights": 1}, tmp_path / "weights.ckpt")
+    assert done == ["sync .weights.ckpt.part", "rename", f"sync {tmp_path.name}"]

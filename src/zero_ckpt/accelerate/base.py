@@ -6,7 +6,6 @@ behind when an accelerator is pickled.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,6 @@ import torch.distributed as dist
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from zero_ckpt.accelerate.options import Options
@@ -25,6 +23,7 @@ from zero_ckpt.core.decoupled import make_engine
 from zero_ckpt.core.engine import SyncEngine
 from zero_ckpt.core.frameworks import unwrapped_optimizer
 from zero_ckpt.core.handle import SaveHandle
+from zero_ckpt.core.naming import whole_model
 from zero_ckpt.core.outcome import LoadResult
 from zero_ckpt.core.state import inferred_stage
 from zero_ckpt.errors import ConfigurationError
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 else:
     Host = object  # the accelerator's own class comes after the mixins
 
-__all__ = ["Host", "Runtime", "ZeroBase", "innermost"]
+__all__ = ["Host", "Runtime", "ZeroBase", "prepared_model"]
 
 FOREIGN = ("DEEPSPEED", "MEGATRON_LM", "XLA")
 """Kinds of distributed training whose checkpoints are always left to Accelerate's own code."""
@@ -138,7 +137,7 @@ class ZeroBase(Host):  # type: ignore[misc]
         """The prepared models by name. A model that was prepared twice is one model."""
         distinct: dict[int, nn.Module] = {}
         for model in self._models:
-            distinct.setdefault(id(innermost(model)), model)
+            distinct.setdefault(id(prepared_model(model)), model)
         return named(list(distinct.values()), "models")
 
     def zero_optimizers(self) -> dict[str, Optimizer]:
@@ -168,19 +167,14 @@ class ZeroBase(Host):  # type: ignore[misc]
             self._zero_runtime.step_hook = None
 
 
-def innermost(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel and `torch.compile`."""
-    for inner in _unwrapping(model):
-        model = inner
-    return model
+def prepared_model(model: nn.Module) -> nn.Module:
+    """What was prepared: the model inside DistributedDataParallel and `torch.compile`, also one compiled by regions.
 
-
-def _unwrapping(model: Any) -> Iterator[nn.Module]:
+    Wrappers of the user's own (activation checkpointing) stay around it: they may be what is sharded.
+    """
     while True:
-        if isinstance(model, DistributedDataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod
-        else:
-            return
-        yield model
+        model = whole_model(model)
+        inside = vars(model).get("_orig_mod")  # as Accelerate marks what it compiles by regions
+        if not isinstance(inside, nn.Module):
+            return model
+        model = inside

@@ -27,12 +27,21 @@ from zero_ckpt.accelerate.hooks import Edits, apply_edits
 from zero_ckpt.core import rng
 from zero_ckpt.core.binding import bound_names, snapshot_of
 from zero_ckpt.core.per_rank import CLIENT_STATE
+from zero_ckpt.core.shapes import Shape
 from zero_ckpt.core.state import ModelState, Snapshot, capture_models
 
-__all__ = ["ENTRY", "make_snapshot"]
+__all__ = ["ENTRY", "RANK_PARTS", "make_snapshot"]
 
 ENTRY = "accelerate"
 """Name of the object that only Accelerate has."""
+
+RANK_PARTS: dict[str, Shape] = {
+    "rng": rng.check,
+    "dataloaders": data.LOADERS,
+    "gradients": {str: torch.Tensor},
+    "buffers": {str: torch.Tensor},
+}
+"""What each rank stores for itself."""
 
 
 def make_snapshot(

@@ -27,6 +27,7 @@ anew.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from types import NoneType
 from typing import Any
 
 from accelerate.data_loader import DataLoaderDispatcher, SkipBatchSampler
@@ -36,10 +37,40 @@ from zero_ckpt.accelerate import data_states
 from zero_ckpt.accelerate.data_classes import can_track, is_tracked, track
 from zero_ckpt.accelerate.data_tracking import Tracker
 from zero_ckpt.accelerate.data_turns import Epoch, Position
+from zero_ckpt.core import rng
+from zero_ckpt.core.shapes import Shape
 
-__all__ = ["capture_loaders", "plan_loaders", "skip_first_batches", "track_loaders"]
+__all__ = ["LOADERS", "capture_loaders", "plan_loaders", "skip_first_batches", "track_loaders"]
 
 _VERSION = 1
+
+_ENTRY = {
+    "now": data_states.NOW,
+    "samples": (int, NoneType),
+    "samples_per_step": (int, NoneType),
+    "num_workers": int,
+    "respawn": bool,
+    "stateful": (dict, NoneType),
+    "epoch": (int, NoneType),
+    "iteration": int,
+}
+_BEGUN = {
+    **_ENTRY,
+    "yielded": int,
+    "over": bool,
+    "abandoned": bool,
+    "start": lambda start: None if start is None else data_states.START,
+    "fetch": lambda fetch: None if fetch is None else rng.check,
+}
+
+LOADERS: Shape = {"version": int, "loaders": [lambda entry: _shape_of(entry)]}
+"""What `capture_loaders` returns."""
+
+
+def _shape_of(entry: Any) -> Shape:
+    if entry is None:
+        return None
+    return _ENTRY if isinstance(entry, dict) and entry.get("epoch") is None else _BEGUN
 
 
 def track_loaders(accelerator: Any) -> None:

@@ -19,8 +19,11 @@ from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, Iter
 from torch.utils.data import IterableDataset, RandomSampler
 
 from zero_ckpt.core import rng
+from zero_ckpt.core.shapes import Shape
 
 __all__ = [
+    "NOW",
+    "START",
     "batches_per_step",
     "capture_now",
     "capture_start",
@@ -34,6 +37,14 @@ __all__ = [
 ]
 
 _NUMBERS = ("epoch", "initial_seed", "seed")
+
+_OWN = {"generators": {str: rng.check_generator}, "numbers": {str: {str: int}}}
+
+START: Shape = {"rng": rng.check, **_OWN}
+"""What `capture_start` returns."""
+
+NOW: Shape = {"torch": lambda state: rng.check({"torch": state}), **_OWN}
+"""What `capture_now` returns."""
 
 
 def index_sampler(loader: Any) -> Any:

@@ -18,7 +18,7 @@ import torch
 from accelerate.utils import DistributedType
 from torch import nn
 
-from zero_ckpt.accelerate.base import ZeroBase, innermost
+from zero_ckpt.accelerate.base import ZeroBase, prepared_model
 from zero_ckpt.core.computed import is_extra_state
 from zero_ckpt.core.naming import dotted, naming_of
 from zero_ckpt.core.notices import warn_on_first
@@ -77,7 +77,7 @@ def _compare(
     given: list[dict[str, Any]],
     before: list[dict[str, Any]],
 ) -> None:
-    names = {id(innermost(model)): name for name, model in accelerator.zero_models().items()}
+    names = {id(prepared_model(model)): name for name, model in accelerator.zero_models().items()}
     left = _what_became_of(given, offered.weights)
     added = len(offered.weights) - sum(own is not None for own in left)
     if added:
@@ -88,7 +88,7 @@ def _compare(
         warn_on_first(accelerator.process_index, [text])
     seen: set[str] = set()
     for model, own, was in zip(accelerator._models, left, before, strict=False):
-        name = names[id(innermost(model))]
+        name = names[id(prepared_model(model))]
         if name in seen:
             continue
         seen.add(name)
@@ -163,6 +163,6 @@ def run_load_hooks(accelerator: ZeroBase, input_dir: str) -> dict[str, nn.Module
     kept = list(listed)
     for hook in accelerator._load_model_state_pre_hook.values():
         hook(kept, input_dir)
-    left = {id(innermost(model)) for model in kept}
-    gone = {id(innermost(model)) for model in listed} - left
-    return {name: model for name, model in models.items() if id(innermost(model)) not in gone}
+    left = {id(prepared_model(model)) for model in kept}
+    gone = {id(prepared_model(model)) for model in listed} - left
+    return {name: model for name, model in models.items() if id(prepared_model(model)) not in gone}

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from zero_ckpt.accelerate.base import innermost
+from zero_ckpt.accelerate.base import prepared_model
 from zero_ckpt.core.dtensors import TORCH_DTYPES
 from zero_ckpt.core.places import AnyStorage, absolute, is_url
 from zero_ckpt.fp32.publishing import output_of
@@ -29,7 +29,7 @@ def save_configuration(model: nn.Module, path: str | os.PathLike[str], dtype: st
     It is not for a model that has none, or when `path` is a file. `dtype`: of the exported weights, as `export_fp32`
     takes it; the configuration states it, too.
     """
-    inner: Any = innermost(model)
+    inner: Any = prepared_model(model)
     folder = absolute(path)
     if not hasattr(getattr(inner, "config", None), "save_pretrained"):
         return False

@@ -14,7 +14,7 @@ from torch import nn
 from zero_ckpt.accelerate import data
 from zero_ckpt.accelerate.base import ZeroBase
 from zero_ckpt.accelerate.buffers import restore_buffers
-from zero_ckpt.accelerate.content import ENTRY
+from zero_ckpt.accelerate.content import ENTRY, RANK_PARTS
 from zero_ckpt.accelerate.gradients import gradients_fit, restore_gradients
 from zero_ckpt.accelerate.registered import as_live
 from zero_ckpt.core import rng
@@ -86,7 +86,8 @@ class PlanMixin(ZeroBase):
                 control.rank,
             )
         )
-        own = read_own(checkpoint, control, wanted.weights_only)
+        parts = {} if wanted.load_module_only else RANK_PARTS
+        own = read_own(checkpoint, control, wanted.weights_only, parts)
         notice = client_state_notice(checkpoint, control.world_size, own)
         plan.notices += [notice] if notice else []
         if not wanted.load_module_only:

@@ -20,8 +20,9 @@ from torch.optim import Optimizer
 
 from zero_ckpt import zero
 from zero_ckpt.accelerate import data
-from zero_ckpt.accelerate.base import ZeroBase, innermost
+from zero_ckpt.accelerate.base import ZeroBase, prepared_model
 from zero_ckpt.accelerate.buffers import share_buffers
+from zero_ckpt.accelerate.stepping import tell_when_it_cannot_step
 from zero_ckpt.core.frameworks import unwrapped_optimizer
 from zero_ckpt.core.state import is_partitioned
 from zero_ckpt.errors import ConfigurationError
@@ -191,6 +192,8 @@ class PrepareMixin(ZeroBase):
             if is_partitioned(optimizer):
                 device_placement = False  # Accelerate would ask for a state dict of all ranks
         prepared = super().prepare_optimizer(optimizer, device_placement)
+        if stage >= 2:
+            tell_when_it_cannot_step(prepared)
         self.zero_count_steps()
         return prepared
 
@@ -217,18 +220,18 @@ class PrepareMixin(ZeroBase):
         if not self._zero_is_sharded(model):
             context: AbstractContextManager[None] = super().no_sync(model)
             return context
-        return zero.gradient_sync_disabled(innermost(model))
+        return zero.gradient_sync_disabled(prepared_model(model))
 
     def trigger_sync_in_backward(self, model: nn.Module) -> AbstractContextManager[None]:
         """As Accelerate's; works for a model that we have sharded, too."""
         if not self._zero_is_sharded(model):
             context: AbstractContextManager[None] = super().trigger_sync_in_backward(model)
             return context
-        return gradient_sync(innermost(model), True)
+        return gradient_sync(prepared_model(model), True)
 
     def _zero_is_sharded(self, model: nn.Module) -> bool:
-        inner = innermost(model)
-        return any(inner is innermost(each) for each, _ in self._zero_runtime.shardings)
+        inner = prepared_model(model)
+        return any(inner is prepared_model(each) for each, _ in self._zero_runtime.shardings)
 
     def clip_grad_norm_(self, parameters: Any, max_norm: float, norm_type: float = 2) -> Any:
         """As Accelerate's; at stages 2 and 3 the norm is that of the whole gradients, of which ranks have parts."""
@@ -259,7 +262,7 @@ class PrepareMixin(ZeroBase):
             return super().get_state_dict(model, unwrap=unwrap)
         rank = dist.get_rank()
         gathered = {}
-        for key, value in innermost(model).state_dict().items():
+        for key, value in prepared_model(model).state_dict().items():
             whole = value.full_tensor() if isinstance(value, DTensor) else value
             if rank == 0:
                 gathered[key] = whole.cpu() if isinstance(whole, torch.Tensor) else whole

@@ -21,7 +21,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from zero_ckpt.accelerate.attach import attach
-from zero_ckpt.accelerate.base import ZeroBase, innermost
+from zero_ckpt.accelerate.base import ZeroBase, prepared_model
 from zero_ckpt.accelerate.content import make_snapshot
 from zero_ckpt.accelerate.hooks import Edits
 from zero_ckpt.accelerate.meeting import together
@@ -72,7 +72,9 @@ class TrainerMixin(Host):  # type: ignore[misc]
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's, which forgets what it has prepared when it trains again."""
         runtime = self.accelerator._zero_runtime
-        self._zero_kept = [each for each in self._zero_kept if each[0] is innermost(self.model)]
+        self._zero_kept = [
+            each for each in self._zero_kept if each[0] is prepared_model(self.model)
+        ]
         runtime.shardings += [each for each in self._zero_kept if each not in runtime.shardings]
         for model, _ in self._zero_kept:
             drop_gradients(model)  # of a run that ended within an accumulation window
@@ -135,7 +137,7 @@ class TrainerMixin(Host):  # type: ignore[misc]
         """Load weights from the Hugging Face files, unless a checkpoint of ours has them all: that is loaded later."""
         if self._zero_holds_model(resume_from_checkpoint):
             return
-        kept = [each for each, _ in self._zero_kept if each is innermost(self.model)]
+        kept = [each for each, _ in self._zero_kept if each is prepared_model(self.model)]
         with sharding_what_is_loaded(kept, []):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -190,7 +192,8 @@ class TrainerMixin(Host):  # type: ignore[misc]
             schedulers = objects.get("lr_schedulers", {})
             same = checkpoint.manifest.world_size == accelerator.zero_control.world_size
             if not wanted.load_module_only:
-                own = read_own(checkpoint, accelerator.zero_control, wanted.weights_only)
+                control, parts = accelerator.zero_control, {ORDER: EpochOrder.SHAPE}
+                own = read_own(checkpoint, control, wanted.weights_only, parts)
                 order = own.get(ORDER) if same else None
                 plan.installs.append(lambda: self._zero_order.load(order))
             if not wanted.load_module_only and SCHEDULER in schedulers:

@@ -9,15 +9,27 @@ rank keeps both as they were then.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from types import NoneType
+from typing import Any, ClassVar
 
 import torch
+
+from zero_ckpt.core import rng
+from zero_ckpt.core.shapes import Shape
 
 __all__ = ["EpochOrder"]
 
 
 class EpochOrder:
     """What the running epoch's order was drawn from, or will be after a load."""
+
+    SHAPE: ClassVar[Shape] = {
+        "epoch": int,
+        "global": rng.check_generator,
+        "sampler": (torch.Tensor, NoneType),
+        "sampler_now": (torch.Tensor, NoneType),
+    }
+    """Of what `state` returns."""
 
     def __init__(self) -> None:
         self._epoch = -1

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -61,7 +61,8 @@ class Vote:
 class CommitRequest:
     """What rank 0 needs beside the votes.
 
-    `header`: fields of the manifest that the caller knows. `save_latest`, `keep_last`: as in `Checkpointer`.
+    `header`: fields of the manifest that the caller knows. `save_latest`, `keep_last`: as in `Checkpointer`. `check`
+    raises when this job may not commit any more.
     """
 
     agreement: Agreement
@@ -69,6 +70,7 @@ class CommitRequest:
     header: Mapping[str, Any]
     save_latest: bool
     keep_last: int | None
+    check: Callable[[], None] = lambda: None
 
 
 def commit(storage: Storage, request: CommitRequest, records: Sequence[bytes]) -> str:
@@ -80,6 +82,7 @@ def commit(storage: Storage, request: CommitRequest, records: Sequence[bytes]) -
     votes = [Vote.from_bytes(record) for record in records]
     agreement = request.agreement
     try:
+        request.check()  # before what another job did there shows as damage
         raise_problems(vote.error for vote in votes)
         files = {name: record for vote in votes for name, record in vote.files.items()}
         there = _check_visible(storage, agreement.folder, files)
@@ -97,6 +100,7 @@ def commit(storage: Storage, request: CommitRequest, records: Sequence[bytes]) -
         _check_coverage(manifest)
         storage.sync(agreement.folder)
         manifest.timings["commit"] = round(time.perf_counter() - begin, 6)
+        request.check()  # once more, since a job that is stopped here may wake up in another one's directory
         _put_manifest(storage, agreement, manifest)
     except BaseException:
         discard(storage, agreement, range(len(votes)), len(votes))

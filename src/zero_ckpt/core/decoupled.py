@@ -134,8 +134,9 @@ class AsyncEngine(SyncEngine):
         models = list(models)
         nbytes = _expected_bytes(models, has_optimizer, self.control.world_size)
         device = cuda_device(p for model in models for p in model.parameters())
+        pool, count = self._pool_on(device), self._buffers_for(nbytes)
         thread = threading.Thread(
-            target=self._grown_pool, args=(nbytes, device), name="zero_ckpt-warm", daemon=True
+            target=self._grow, args=(pool, count), name="zero_ckpt-warm", daemon=True
         )
         with suppress(MemoryError):  # the save will find out whether there is enough for it
             start_thread(thread)
@@ -209,17 +210,27 @@ class AsyncEngine(SyncEngine):
                 f"this rank saves {nbytes / 1e9:.2f} GB and has staging memory for {ceiling / 1e9:.2f} GB: the "
                 "optimizer step after a save waits until the disk has taken the difference",
             )
-        return self._grown_pool(nbytes, cuda_device(captured.all_tensors()))
+        pool = self._pool_on(cuda_device(captured.all_tensors()))
+        pool.grow(self._buffers_for(nbytes))
+        return pool
 
-    def _grown_pool(self, nbytes: int, device: torch.device | None) -> StagingPool:
-        ceiling = self._find_ceiling()
+    def _pool_on(self, device: torch.device | None) -> StagingPool:
+        """The pool, new and empty where there is none for `device`."""
         with self._pool_lock:
             if self._pool is None or self._pool.device != device:
-                self._pool = StagingPool(device=device)
-            pool = self._pool
+                self._pool = StagingPool(0, device)
+            return self._pool
+
+    def _buffers_for(self, nbytes: int) -> int:
+        """How many a save of `nbytes` takes, as far as there is memory for them."""
         wanted = -(-nbytes // BLOCK) + 6  # each file's header and tail take a buffer, too
-        pool.grow(min(wanted * self.options.max_in_flight, ceiling // BLOCK))
-        return pool
+        return min(wanted * self.options.max_in_flight, self._find_ceiling() // BLOCK)
+
+    def _grow(self, pool: StagingPool, count: int) -> None:
+        """Have `count` buffers in `pool`, or as many as there are when `close` lets go of it."""
+        with suppress(MemoryError):  # as in `warm`
+            while pool is self._pool and pool.count < count:
+                pool.grow(pool.count + 1)
 
     def _find_ceiling(self) -> int:
         """Bytes of staging memory that this rank may have. Found once, before it takes any."""

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Streams",
     "capture",
+    "check",
+    "check_generator",
     "count_ranks",
     "derive",
     "plan_restore",
@@ -83,13 +85,28 @@ def restore(state: Mapping[str, Any], device: torch.device | None = None) -> Non
     """Put the generators back to what `capture` saw. A stream that was not captured is left alone."""
     torch.set_rng_state(state["torch"].cpu())
     if "python" in state:
-        python = state["python"]
-        words = tuple(int(word) for word in python["words"].tolist())
-        random.setstate((int(python["version"]), words, python["gauss"]))
+        random.setstate(_unpacked_python(state["python"]))
     if "numpy" in state and "numpy" in sys.modules:
-        _set_numpy_state(state["numpy"])
+        sys.modules["numpy"].random.set_state(_unpacked_numpy(state["numpy"]))
     if "cuda" in state and device is not None and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)
+
+
+def check(state: Mapping[str, Any]) -> None:
+    """Raises whatever `restore` would, and touches no stream of the process."""
+    torch.Generator().set_state(state["torch"].cpu())
+    if "python" in state:
+        random.Random().setstate(_unpacked_python(state["python"]))
+    if "numpy" in state and "numpy" in sys.modules:
+        sys.modules["numpy"].random.RandomState().set_state(_unpacked_numpy(state["numpy"]))
+    if "cuda" in state:
+        check_generator(state["cuda"])
+
+
+def check_generator(state: Any) -> None:
+    """Raises when it is no state of a `torch.Generator`, whose length only its device knows."""
+    if not isinstance(state, torch.Tensor) or state.dtype is not torch.uint8 or state.ndim != 1:
+        raise TypeError("no state of a torch.Generator")
 
 
 def derive(state: Mapping[str, Any], rank: int, device: torch.device | None = None) -> None:
@@ -121,10 +138,14 @@ def _packed_numpy(state: tuple[Any, ...]) -> dict[str, Any]:
     }
 
 
-def _set_numpy_state(state: Mapping[str, Any]) -> None:
+def _unpacked_python(state: Mapping[str, Any]) -> tuple[Any, ...]:
+    words = tuple(int(word) for word in state["words"].tolist())
+    return int(state["version"]), words, state["gauss"]
+
+
+def _unpacked_numpy(state: Mapping[str, Any]) -> tuple[Any, ...]:
     keys = state["keys"].numpy().astype("uint32")
-    gauss = (state["position"], state["has_gauss"], state["cached_gaussian"])
-    sys.modules["numpy"].random.set_state((state["name"], keys, *gauss))
+    return state["name"], keys, state["position"], state["has_gauss"], state["cached_gaussian"]
 
 
 def plan_restore(

@@ -212,12 +212,16 @@ class Transaction:
         """Commit, or raise on every rank. Returns a notice for the user, or ""."""
         agreement, control = self._agreement, self.control
         request = commit.CommitRequest(
-            agreement, plan, self._header, self.request.save_latest, self.request.keep_last
+            agreement,
+            plan,
+            self._header,
+            self.request.save_latest,
+            self.request.keep_last,
+            self._lease.check,
         )
 
         def decide(records: list[bytes]) -> bytes:
             try:
-                self._lease.check()
                 return commit.commit(self.storage, request, records).encode()
             finally:
                 self._lease.release()  # before any rank returns

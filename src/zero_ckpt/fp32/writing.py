@@ -6,6 +6,7 @@ Extra memory is that of a few windows, used again and again, and of the block ca
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 from zero_ckpt.core.buffers import StagingPool, WriteThreads
 from zero_ckpt.core.storage import FileWriter
@@ -31,7 +32,7 @@ def write_range(
 
     Returns the beginnings of windows that are not written yet, since they hold a checksum that is known only when the
     range before this one is written. `written(nbytes)` is called after each window and says whether to go on. Raises
-    what reading or writing raised; the writer stays open.
+    what reading or writing raised, whatever stopped it first; the writer stays open.
     """
     threads = WriteThreads(writer, pool, lambda: None)
     waiting: list[int] = []
@@ -55,6 +56,11 @@ def write_range(
             threads.put(start, buffer, stop - start)
             if not written(stop - start):
                 break
-    finally:
-        threads.join()
+    except BaseException:
+        with suppress(
+            Exception
+        ):  # what the writing of earlier windows says then is not why it stopped
+            threads.join()
+        raise
+    threads.join()
     return waiting

@@ -156,7 +156,7 @@ class StrategyBase(Host):
         return [] if trainer is None else [c for c in trainer.callbacks if isinstance(c, kinds)]
 
     def _together(self, phase: str, action: Callable[[], None]) -> None:
-        """Run `action` on every rank; when it fails on any, raise that error on all."""
+        """Run `action`, a part of a load, on every rank; when it fails on any, raise that error on all."""
         failure: Exception | None = None
         try:
             action()
@@ -165,7 +165,7 @@ class StrategyBase(Host):
         problem = [] if failure is None else to_record(failure)
 
         def decide(problems: list[Any]) -> None:
-            if (told := first_told(problems)) is not None:
+            if (told := first_told(problems, ZeroCkptError)) is not None:
                 raise told
 
         try:

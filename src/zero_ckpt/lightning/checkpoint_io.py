@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from zero_ckpt.core.checkpoint import open_checkpoint
 from zero_ckpt.core.control import LocalControl
 from zero_ckpt.core.engine import SyncEngine
 from zero_ckpt.core.lazy import LazyTensor
+from zero_ckpt.core.local_storage import LocalStorage
 from zero_ckpt.core.state import Snapshot
 from zero_ckpt.errors import ConfigurationError
 from zero_ckpt.lightning import paths
@@ -122,12 +124,21 @@ def load_file(path: Any, map_location: Any, weights_only: bool | None) -> dict[s
 
 
 def _write_file(content: dict[str, Any], path: Any) -> None:
-    """Write one file atomically, as Lightning writes its own."""
+    """Write one file, whole and durable or not at all."""
     directory, name = os.path.split(os.path.abspath(os.fspath(path)))
     os.makedirs(directory, exist_ok=True)
     temporary = os.path.join(directory, f".{name}.part")
-    torch.save(content, temporary)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(temporary)
+        raise
+    LocalStorage().sync(directory)
 
 
 def _refuse_parts(checkpoint: Mapping[str, Any]) -> None:

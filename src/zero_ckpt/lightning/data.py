@@ -11,17 +11,33 @@ Workers' own random streams (augmentation under `num_workers > 0`) start anew.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping
 from itertools import islice
+from types import NoneType
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from zero_ckpt.core import rng
+from zero_ckpt.core.shapes import Shape
 from zero_ckpt.lightning.pending_rng import PendingRng
 
-__all__ = ["can_resume", "make_resumable"]
+__all__ = ["LOADER", "can_resume", "make_resumable"]
+
+_MOMENT = {"rng": rng.check, "generators": {str: rng.check_generator}}
+
+LOADER: Shape = {
+    "yielded": int,
+    "epoch": (int, NoneType),
+    "seed": (int, NoneType),
+    "reused": bool,
+    "start": lambda moment: _MOMENT if moment else dict,
+    "first": lambda moment: _MOMENT if moment else dict,
+    "generators": {str: rng.check_generator},
+}
+"""A loader's place in a checkpoint: see `ResumableLoader.state_dict`."""
 
 
 class _SkipFirst:
@@ -123,8 +139,8 @@ class ResumableLoader(DataLoader[Any]):
         return {
             "zero_ckpt_loader": 1,
             "yielded": 0 if self._zero_counter is None else self._zero_counter.count,
-            "epoch": getattr(self.sampler, "epoch", None),
-            "seed": getattr(self.sampler, "seed", None),
+            "epoch": _number(self.sampler, "epoch"),
+            "seed": _number(self.sampler, "seed"),
             "reused": self._zero_reused,
             "start": self._zero_start,
             "first": self._zero_first,
@@ -162,14 +178,14 @@ class ResumableLoader(DataLoader[Any]):
 
     def _zero_rewind(self, position: Mapping[str, Any], in_epoch: bool) -> None:
         """The random streams as when the epoch began, or as when the checkpoint was written."""
-        if isinstance(position["seed"], int) and hasattr(self.sampler, "seed"):
+        if position["seed"] is not None and hasattr(self.sampler, "seed"):
             self.sampler.seed = position["seed"]  # a DistributedSampler's order comes from it
         if not in_epoch:
             _set_states(self, position["generators"])
             return
         _restore_generators(self, position["start"])
         if position["epoch"] is not None and hasattr(self.sampler, "set_epoch"):
-            self.sampler.set_epoch(int(position["epoch"]))
+            self.sampler.set_epoch(position["epoch"])
 
     def _zero_iterate(self, count: int) -> Iterator[Any]:
         stream = isinstance(self.dataset, IterableDataset) or _has_own_iterator(type(self))
@@ -243,6 +259,14 @@ def _has_own_iterator(kind: type) -> bool:
     """Whether the user's class replaces `DataLoader.__iter__`: its indices may not be batches."""
     overriding = (base for base in kind.__mro__ if "__iter__" in vars(base))
     return next(base for base in overriding if base is not ResumableLoader) is not DataLoader
+
+
+def _number(sampler: Any, name: str) -> int | None:
+    """An integer of any type that a sampler has under this name."""
+    try:
+        return operator.index(getattr(sampler, name, None))  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 def _generators(loader: DataLoader[Any]) -> dict[str, torch.Generator]:

@@ -17,7 +17,7 @@ from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.control import meet_json
 from zero_ckpt.core.loading import load_together
 from zero_ckpt.core.notices import warn_on_first
-from zero_ckpt.core.per_rank import client_state_notice, own_client_state, read_own
+from zero_ckpt.core.per_rank import client_state_notice, own_client_state, read_own, read_rank
 from zero_ckpt.core.places import absolute
 from zero_ckpt.core.reader import Sharing
 from zero_ckpt.core.restoring import Restoration
@@ -30,7 +30,7 @@ from zero_ckpt.lightning.checkpoint_io import ZeroCheckpointIO
 from zero_ckpt.lightning.content import from_checkpoint
 from zero_ckpt.lightning.kept import HandedOut
 from zero_ckpt.lightning.optimizers import Pristine
-from zero_ckpt.lightning.ranks import restore_rank
+from zero_ckpt.lightning.ranks import PARTS, restore_rank
 from zero_ckpt.lightning.wanted import PER_RANK, leave_out
 
 __all__ = ["OpenMixin"]
@@ -69,7 +69,7 @@ class OpenMixin(StrategyBase):
             timeout=self.save_timeout,
         )
         self._zero_source = loaded.checkpoint
-        content, notice = loaded.prepared
+        content, own, notice = loaded.prepared
         self._tell([notice])
         self._zero_handed_out = HandedOut(content)
         content = self._only_wanted(content)
@@ -80,19 +80,23 @@ class OpenMixin(StrategyBase):
         if self.is_fitting and not self.wanted.load_module_only:
             self._zero_resumption = restore_rank(
                 loaded.checkpoint,
+                own,
                 content,
                 self.global_rank,
                 self.world_size,
                 self.root_device,
-                refuses_pickles,
                 self._current_trainer().accumulate_grad_batches,
             )
         return content
 
     def _describe(
         self, checkpoint: Checkpoint, weights_only: bool
-    ) -> tuple[Restoration, tuple[dict[str, Any], str]]:
-        """Verify this rank's share. Returns an empty plan, and (Lightning's dict, a notice for the user)."""
+    ) -> tuple[Restoration, tuple[dict[str, Any], dict[str, Any], str]]:
+        """Verify this rank's share. Returns an empty plan, and what follows from it.
+
+        That is Lightning's dict, what a rank had stored for itself that this one continues with, and a notice for the
+        user.
+        """
         with_optimizers = self.is_fitting and self.wanted.optimizers
         roles = ("model", "optim", "state") if with_optimizers else ("model", "state")
         verify_share(checkpoint, roles, self.control, self.replicated)
@@ -100,11 +104,15 @@ class OpenMixin(StrategyBase):
         content = from_checkpoint(
             checkpoint, version, weights_only, with_optimizers=with_optimizers
         )
-        own = read_own(checkpoint, self.control, weights_only)
+        own = read_own(checkpoint, self.control, weights_only, {})
         mine = own_client_state(checkpoint, self.control, own)
         if mine is not None:
             content[PER_RANK] = mine
-        return Restoration(), (content, client_state_notice(checkpoint, self.world_size, own))
+        notice = client_state_notice(checkpoint, self.world_size, own)
+        if self.is_fitting and not self.wanted.load_module_only:
+            rank = self.global_rank % checkpoint.manifest.world_size
+            own = read_rank(checkpoint, rank, weights_only, PARTS)
+        return Restoration(), (content, own, notice)
 
     @property
     def replicated(self) -> Sharing | None:

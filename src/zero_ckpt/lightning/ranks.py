@@ -20,13 +20,23 @@ from zero_ckpt.core import rng
 from zero_ckpt.core.checkpoint import Checkpoint
 from zero_ckpt.core.naming import parameter_names
 from zero_ckpt.core.notices import warn_on_first
+from zero_ckpt.core.shapes import Shape
 from zero_ckpt.lightning import epochs
-from zero_ckpt.lightning.data import can_resume, make_resumable
+from zero_ckpt.lightning.data import LOADER, can_resume, make_resumable
 from zero_ckpt.lightning.pending_rng import PendingRng
 from zero_ckpt.lightning.windows import Windows
 from zero_ckpt.zero.accumulated import gradients_fit, put_gradients
 
-__all__ = ["Resumption", "capture_rank", "restore_rank"]
+__all__ = ["PARTS", "Resumption", "capture_rank", "restore_rank"]
+
+PARTS: dict[str, Shape] = {
+    "rng": rng.check,
+    "in_epoch": bool,
+    "window": int,
+    "gradients": {str: torch.Tensor},
+    "loaders": [lambda state: LOADER if _is_ours(state) else dict],
+}
+"""What `capture_rank` returns, part by part. A stateful loader of the user's may store anything."""
 
 
 def capture_rank(
@@ -79,6 +89,11 @@ def _flat(loaders: Any) -> list[Any]:
     if isinstance(loaders, (list, tuple)):
         return [each for value in loaders for each in _flat(value)]
     return [] if loaders is None else [loaders]
+
+
+def _is_ours(state: Any) -> bool:
+    """Whether a loader's state is one of ours (`data.py`)."""
+    return isinstance(state, dict) and "zero_ckpt_loader" in state
 
 
 def _take_loaders(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
@@ -166,21 +181,21 @@ def _batches(loader: DataLoader[Any], limit: float) -> int | None:
 
 def restore_rank(
     checkpoint: Checkpoint,
+    state: dict[str, Any],
     lightning_state: dict[str, Any],
     rank: int,
     world_size: int,
     device: torch.device,
-    weights_only: bool,
     window: int,
 ) -> Resumption | None:
-    """The state with which `rank` of `world_size` continues; None when the checkpoint has no such state.
+    """What `rank` of `world_size` continues with; None when the checkpoint has no such state.
 
+    state: what a rank of the saving job stored for itself: this one's own at the same world size.
     window: batches for which gradients are accumulated now.
 
     May change `lightning_state`, so that users' own stateful loaders get this rank's states.
     """
     saved = checkpoint.manifest.world_size
-    state = checkpoint.rank_objects(rank % saved, weights_only)
     if "rng" not in state:
         return None
     loaders = state.get("loaders", [])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,37 +18,12 @@ from zero_ckpt.lightning.data import can_resume, make_reloaded, make_resumable
 from zero_ckpt.lightning.windows import Windows
 from zero_ckpt.zero.experts import attach_experts, shared_buffers
 from zero_ckpt.zero.initial import broadcast_from_first
+from zero_ckpt.zero.stepping import tell_remedy
 
 __all__ = ["StepMixin"]
 
 _UNUSED = "Expected to have finished reduction in the prior iteration"
 """How DDP's error about parameters without a gradient begins."""
-
-
-_NO_DTENSORS = (
-    "mixed torch.Tensor and DTensor",
-    "sharding strategy",
-    "Sharding propagation failed",
-)
-"""What torch says of an operation that it cannot do on DTensors."""
-
-
-def _stepping(exception: BaseException) -> str:
-    """The class of the optimizer in whose step an exception was raised, or ""."""
-    for frame, _ in traceback.walk_tb(exception.__traceback__):
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, torch.optim.Optimizer) and frame.f_code.co_name == "step":
-            return type(owner).__name__
-    return ""
-
-
-def _with_remedy(text: Any, optimizer: str) -> Any:
-    if not isinstance(text, str) or not any(sign in text for sign in _NO_DTENSORS):
-        return text
-    return (
-        f"{text}\n{optimizer} cannot step on sharded parameters (DTensors). Use ZeroStrategy(stage=1), where each rank "
-        "updates whole ones."
-    )
 
 
 class StepMixin(StrategyBase):
@@ -219,9 +193,9 @@ class StepMixin(StrategyBase):
         exception.args = tuple(
             remedy if isinstance(text, str) and _UNUSED in text else text for text in exception.args
         )
-        optimizer = _stepping(exception) if self.stage >= 2 else ""
-        if optimizer:
-            exception.args = tuple(_with_remedy(text, optimizer) for text in exception.args)
+        if self.stage >= 2:
+            remedy = "Use ZeroStrategy(stage=1), where each rank updates whole ones."
+            tell_remedy(exception, remedy)
         super().on_exception(exception)
 
     def _wrap_anew_when_unfrozen(self, wrapped: DistributedDataParallel) -> None:
