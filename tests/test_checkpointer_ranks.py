@@ -180,6 +180,46 @@ def test_sharded_optimizer_state_of_any_shape_goes_anywhere(
     run_ranks(_load_sharded, loaded, str(tmp_path), expected)
 
 
+class LookingBack(torch.optim.SGD):
+    """Keeps a copy of a parameter in an attribute, which its state dict has beside torch's entries."""
+
+    slow: torch.Tensor | None = None
+
+    def step(self, closure: Any = None) -> Any:
+        first = self.param_groups[0]["params"][0]
+        with torch.no_grad():
+            self.slow = first.detach().clone() if self.slow is None else self.slow.lerp(first, 0.5)
+        return super().step(closure)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "slow": self.slow}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.slow = state_dict.pop("slow")
+        super().load_state_dict(state_dict)
+
+
+def _own_state(directory: str) -> None:
+    net, other = small_net(0, sharded=True), small_net(1, sharded=True)
+    optimizer, again = LookingBack(net.parameters(), 0.1), LookingBack(other.parameters(), 0.1)
+    one_step(net, optimizer)
+    one_step(other, again)
+    save_checkpoint(directory, net, optimizer, step=1)
+    load_checkpoint(directory, other, again)
+    one_step(net, optimizer)
+    one_step(other, again)
+    assert isinstance(optimizer.slow, DTensor)
+    assert isinstance(again.slow, DTensor)
+    assert again.slow.placements == optimizer.slow.placements
+    assert torch.equal(again.slow.to_local(), optimizer.slow.to_local())
+
+
+def test_sharded_tensors_that_an_optimizer_keeps_for_itself_come_back_sharded(
+    tmp_path: Path,
+) -> None:
+    run_ranks(_own_state, 2, str(tmp_path))
+
+
 def _between_forward_and_backward(directory: str) -> None:
     """Stage 2 leaves whole parameters in the module after a forward, which are not those of the optimizer."""
     torch.manual_seed(0)

@@ -24,7 +24,7 @@ from zero_ckpt.core.own_state import give_own_state, own_state
 from zero_ckpt.core.restoring import Restoration
 from zero_ckpt.core.state import group_names, holder_of, local_states, names_in_groups
 from zero_ckpt.errors import StateMismatchError
-from zero_ckpt.zero.parts import part_like, placed_like
+from zero_ckpt.core.parts import part_like, placed_like
 
 __all__ = ["STATES", "Pristine", "plan_state", "pruned_names", "state_of"]
 

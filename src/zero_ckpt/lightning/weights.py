@@ -23,7 +23,7 @@ from zero_ckpt.core.outcome import LoadReport
 from zero_ckpt.core.reader import Request
 from zero_ckpt.errors import StateMismatchError
 from zero_ckpt.zero.generic import users_class
-from zero_ckpt.zero.parts import part_like
+from zero_ckpt.core.parts import part_like
 
 __all__ = ["UnfitWeightsError", "load_weights"]
 
