@@ -132,9 +132,8 @@ def agree(
     is_new = _check_place(storage, first.directory, tag)
     others_may_write = hold(first.directory)
     generation = 1
-    if (
-        not is_new
-    ):  # to look for a manifest that is not there would list all other tags, for the error's text
+    # To look for a manifest that is not there would list all other tags, for the error's text.
+    if not is_new:
         generation = _next_generation(storage, f"{first.directory}/{tag}", others_may_write)
     return Agreement(first.directory, tag, generation, list(holders.values()), notice)
 

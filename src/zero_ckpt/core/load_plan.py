@@ -102,7 +102,7 @@ def _plan_computed(
         if box is not None and box.numel:
             plan.fresh.append(Request("model", stored, placed, box, local))
     if values:
-        plan.installs.append(lambda: set_computed(models, values))
+        plan.installs.append(lambda: set_computed(models, values, state.aliases))
 
 
 def plan_training(
