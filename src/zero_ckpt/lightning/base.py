@@ -165,7 +165,7 @@ class StrategyBase(Host):
         problem = [] if failure is None else to_record(failure)
 
         def decide(problems: list[Any]) -> None:
-            if (told := first_told(problems)) is not None:
+            if (told := first_told(problems, ZeroCkptError)) is not None:
                 raise told
 
         try:
