@@ -119,7 +119,7 @@ class RestoreMixin(OpenMixin):
             source.close()  # files are opened again when they are needed again
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Restore every optimizer; all of them, or none. Lightning restores the schedulers next."""
+        """Restore every optimizer; all is read and checked before one changes. Lightning restores schedulers next."""
         self._ready_schedules(cast("dict[str, Any]", checkpoint))  # with which Lightning goes on
         self._unfreeze()
         states = checkpoint["optimizer_states"]
