@@ -181,6 +181,14 @@ def test_entries_that_a_module_makes_for_its_state_dict_come_back(
     assert torch.equal(again.weight, counter.weight.exp().log())
 
 
+def test_entries_that_were_no_tensors_when_they_were_saved_come_back(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, Counter(), step=1)
+    later = Counter()
+    later(torch.ones(4))
+    load_checkpoint(tmp_path, later)
+    assert (later.count, later.seen) == (0, [])
+
+
 class Averages(nn.Module):
     """Keeps tensors that are no buffers, and a weight that its state dict has as a parameter of another scale."""
 
