@@ -27,7 +27,9 @@ from zero_ckpt import (
     save_checkpoint,
 )
 from zero_ckpt.core.checkpoint import open_checkpoint
+from zero_ckpt.core.computed import empty_like_computed
 from zero_ckpt.core.dtensors import DTYPE_NAMES
+from zero_ckpt.core.planner import Placed
 from zero_ckpt.errors import ConfigurationError, StateMismatchError
 
 
@@ -177,6 +179,59 @@ def test_entries_that_a_module_makes_for_its_state_dict_come_back(
     Checkpointer(wrap(again)).load_checkpoint(tmp_path)
     assert (again.count, again.seen) == (2, counter.seen)
     assert torch.equal(again.weight, counter.weight.exp().log())
+
+
+def test_entries_that_were_no_tensors_when_they_were_saved_come_back(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, Counter(), step=1)
+    later = Counter()
+    later(torch.ones(4))
+    load_checkpoint(tmp_path, later)
+    assert (later.count, later.seen) == (0, [])
+
+
+class Averages(nn.Module):
+    """Keeps tensors that are no buffers, and a weight that its state dict has as a parameter of another scale."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.none_yet = nn.Parameter(torch.ones(0))
+        self.weight = nn.Parameter(torch.ones(2))
+        self.mean = torch.zeros(2)
+        self.seen = torch.zeros(0)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "none_yet"] = self.none_yet
+        destination[prefix + "scaled"] = nn.Parameter(self.weight.detach() * 8)
+        destination[prefix + "mean"] = self.mean
+        destination[prefix + "seen"] = self.seen
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *_: Any) -> None:
+        with torch.no_grad():
+            self.weight.copy_(state[prefix + "scaled"] / 8)
+        self.mean, self.seen = state[prefix + "mean"], state[prefix + "seen"]
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = Averages()
+        self.other = self.one
+
+
+def test_what_a_module_in_two_places_makes_for_its_state_dict_comes_back(tmp_path: Path) -> None:
+    model, again = Twice(), Twice()
+    with torch.no_grad():
+        model.one.weight.fill_(3.0)
+    model.one.mean, model.one.seen = torch.arange(2.0), torch.arange(5.0)
+    save_checkpoint(tmp_path, model, step=1)
+    load_checkpoint(tmp_path, again)
+    assert same(dict(again.state_dict()), dict(model.state_dict()))
+
+
+def test_what_a_module_makes_for_its_state_dict_comes_back_to_the_same_device() -> None:
+    placed = Placed("F32", (5,), ())
+    assert empty_like_computed(placed, torch.empty(2, device="meta")).is_meta
+    assert empty_like_computed(placed, None).device.type == "cpu"
 
 
 def test_tensors_that_would_have_one_name_are_refused(tmp_path: Path) -> None:

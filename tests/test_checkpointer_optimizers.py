@@ -108,6 +108,42 @@ def test_what_an_optimizers_own_state_dict_adds_comes_back(tmp_path: Path) -> No
     assert (again.steps, again.param_groups[0]["lr"]) == (1, 0.1)
 
 
+class Around(torch.optim.Optimizer):
+    """Wraps another one: state and groups are those of that, and its own state dict adds a counter."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.inner, self.steps = inner, 0
+        super().__init__(inner.param_groups, {})
+        self.state = inner.state
+
+    def step(self, closure: Any = None) -> Any:
+        self.steps += 1
+        return self.inner.step(closure)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**self.inner.state_dict(), "steps": self.steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.steps = state_dict.pop("steps")
+        self.inner.load_state_dict(state_dict)
+        self.state, self.param_groups = self.inner.state, self.inner.param_groups
+
+
+def test_a_wrapper_with_own_state_and_the_optimizer_inside_stay_one(tmp_path: Path) -> None:
+    model, other = two_layers(), two_layers(1)
+    optimizer = Around(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    again = Around(torch.optim.SGD(other.parameters(), lr=0.3, momentum=0.9))
+    one_step(model, optimizer)
+    Checkpointer(model, optimizer).save_checkpoint(tmp_path)
+    Checkpointer(other, again).load_checkpoint(tmp_path)
+    assert again.inner.state is again.state
+    assert again.inner.param_groups[0] is again.param_groups[0]
+    assert same(again.inner.state_dict(), optimizer.inner.state_dict())
+    one_step(model, optimizer)
+    one_step(other, again)
+    assert same(again.state_dict(), optimizer.state_dict())
+
+
 def test_state_that_needs_a_pickle_is_refused_before_anything_changes(tmp_path: Path) -> None:
     model = two_layers()
     optimizer = Factored(model.parameters())

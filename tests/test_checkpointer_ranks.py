@@ -202,6 +202,74 @@ def test_sharded_optimizer_state_of_any_shape_goes_anywhere(
     run_ranks(_load_sharded, loaded, str(tmp_path), expected)
 
 
+class LookingBack(torch.optim.SGD):
+    """Keeps a copy of a parameter in an attribute, which its state dict has beside torch's entries."""
+
+    slow: torch.Tensor | None = None
+
+    def step(self, closure: Any = None) -> Any:
+        first = self.param_groups[0]["params"][0]
+        with torch.no_grad():
+            self.slow = first.detach().clone() if self.slow is None else self.slow.lerp(first, 0.5)
+        return super().step(closure)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "slow": self.slow}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.slow = state_dict.pop("slow")
+        super().load_state_dict(state_dict)
+
+
+def _own_state(directory: str) -> None:
+    net, other = small_net(0, sharded=True), small_net(1, sharded=True)
+    optimizer, again = LookingBack(net.parameters(), 0.1), LookingBack(other.parameters(), 0.1)
+    one_step(net, optimizer)
+    one_step(other, again)
+    save_checkpoint(directory, net, optimizer, step=1)
+    load_checkpoint(directory, other, again)
+    one_step(net, optimizer)
+    one_step(other, again)
+    assert isinstance(optimizer.slow, DTensor)
+    assert isinstance(again.slow, DTensor)
+    assert again.slow.placements == optimizer.slow.placements
+    assert torch.equal(again.slow.to_local(), optimizer.slow.to_local())
+
+
+def test_sharded_tensors_that_an_optimizer_keeps_for_itself_come_back_sharded(
+    tmp_path: Path,
+) -> None:
+    run_ranks(_own_state, 2, str(tmp_path))
+
+
+class Logarithmic(nn.Module):
+    """Has one weight, which its state dict has in another form: a sharded tensor, of which rank 1 has nothing."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        weight = distribute_tensor(torch.ones(1), mesh, [Shard(0)])
+        self.weight, self.loads = nn.Parameter(torch.full_like(weight, value)), 0
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "log"] = self.weight.detach().log()
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *_: Any) -> None:
+        self.loads += 1
+        with torch.no_grad():
+            self.weight.copy_(state[prefix + "log"].exp())
+
+
+def _computed_and_sharded(directory: str) -> list[Any]:
+    save_checkpoint(directory, Logarithmic(1.0), step=1)
+    load_checkpoint(directory, other := Logarithmic(3.0))
+    return [other.loads, other.weight.full_tensor().item()]
+
+
+def test_all_ranks_give_a_module_what_it_computes_also_those_with_no_part(tmp_path: Path) -> None:
+    assert run_ranks(_computed_and_sharded, 2, str(tmp_path)) == [[1, 1.0]] * 2
+
+
 def _between_forward_and_backward(directory: str) -> None:
     """Stage 2 leaves whole parameters in the module after a forward, which are not those of the optimizer."""
     torch.manual_seed(0)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -67,6 +67,12 @@ class Broken(FarSource):
         raise RuntimeError("the device is lost")
 
 
+class Torn(FarSource):
+    def copy_to(self, address: int, start: int, stop: int, *, wait: bool = True) -> None:
+        super().copy_to(address, start, stop, wait=wait)
+        raise RuntimeError("the device is lost")
+
+
 @pytest.fixture
 def device() -> Iterator[Device]:
     made = Device()
@@ -101,10 +107,12 @@ def test_far_bytes_are_hashed_and_written_when_they_have_arrived(
         assert found[chunk.begin : chunk.end] == tensors[chunk.key].numpy().tobytes()
 
 
-def test_buffers_come_back_after_the_device_has_filled_them(tmp_path: Path, device: Device) -> None:
-    """Also when a later copy fails: another save might take them."""
+@pytest.mark.parametrize("kinds", [[FarSource, FarSource, Broken, Broken], [Torn] * 4])
+def test_buffers_come_back_after_the_device_has_filled_them(
+    kinds: list[type[FarSource]], tmp_path: Path, device: Device
+) -> None:
+    """Also when a copy fails: another save might take them."""
     tensors, layout = three_blocks_and_a_bit()
-    kinds = [FarSource, FarSource, Broken, Broken]
     sources = [
         kind(tensors[chunk.key], device) for kind, chunk in zip(kinds, layout.chunks, strict=True)
     ]
@@ -132,3 +140,42 @@ def test_a_disk_that_fails_meanwhile_is_told_when_all_has_arrived(device: Device
     with pytest.raises(OSError, match="No space left"):
         write.join()
     assert len({id(pool.take().obj) for _ in range(pool.count)}) == pool.count
+
+
+class Entered:
+    """Stands for `torch.cuda.device`: which device is current, as a CUDA call would find it."""
+
+    current = torch.device("cuda", 0)
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._before = device, Entered.current
+
+    def __enter__(self) -> None:
+        Entered.current = self._device
+
+    def __exit__(self, *_: object) -> None:
+        Entered.current = self._before
+
+
+class CudaEvent:
+    waited_on: ClassVar[list[torch.device]] = []
+
+    def __init__(self, **_: Any) -> None:
+        self.recorded: Any = None
+
+    def record(self, stream: Any) -> None:
+        self.recorded = stream
+
+    def synchronize(self) -> None:
+        self.waited_on.append(Entered.current)
+
+
+def test_a_thread_that_waits_for_a_device_sets_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call that finds a device current which the process does not use takes hundreds of MiB of it."""
+    monkeypatch.setattr(torch.cuda, "device", Entered)
+    monkeypatch.setattr(torch.cuda, "Event", CudaEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    source = Source(torch.zeros(3))
+    source.device = torch.device("cuda", 1)
+    source.copied().synchronize()
+    assert CudaEvent.waited_on == [torch.device("cuda", 1)]

@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.decoupled.jobs import Gate, same, saved_behind, storage
 from tests.workers import run_ranks
@@ -139,6 +141,33 @@ def _sharded_in_other_memory(directory: str, changed: bool) -> Any:
         return True
     handle.wait()
     return torch.equal(stored(directory, "a")["weight"], before)
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations on DTensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += DTensor in types
+        return func(*args, **(kwargs or {}))
+
+
+def _operations_of_a_save(directory: str) -> int:
+    model = nn.Linear(64, 64)
+    fully_shard(model)
+    with Operations() as operations:
+        gate, handle = held_back(model, Path(directory))
+    gate.open()
+    handle.wait()
+    return operations.count
+
+
+def test_a_save_of_sharded_weights_does_nothing_slow_for_each(tmp_path: Path) -> None:
+    """An operation on a DTensor takes 10 us and more, and the training waits for the capture of all."""
+    assert run_ranks(_operations_of_a_save, 2, str(tmp_path)) == [0, 0]
 
 
 @pytest.mark.parametrize("changed", [False, True], ids=["exchanged", "changed before"])

@@ -17,7 +17,7 @@ from tests.lightning.harness import FEATURES, Model, loader, on_ranks, trainer, 
 from tests.told import warned
 from zero_ckpt import save_checkpoint
 from zero_ckpt.core.checkpoint import open_checkpoint
-from zero_ckpt.errors import CorruptShardError, UnsafeObjectError
+from zero_ckpt.errors import CorruptShardError, SaveError, UnsafeObjectError, ZeroCkptError
 from zero_ckpt.lightning.kept import HandedOut
 
 STAGES = (0, 1, 2, 3)
@@ -409,6 +409,36 @@ def _keep_on_one_rank(root: Path) -> Any:
 
 def test_no_rank_fails_alone_over_what_it_keeps(tmp_path: Path) -> None:
     on_ranks(_keep_on_one_rank, 2, tmp_path)
+
+
+class Own(torch.optim.SGD):
+    """Has a state of its own, which one rank cannot take in."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "own": 1}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if dist.get_rank() == 1:
+            raise RuntimeError("not here")
+        super().load_state_dict(state_dict)
+
+
+class OwnOptimizer(Model):
+    def configure_optimizers(self) -> Any:
+        return Own(self.parameters(), 0.1)
+
+
+def _refuse_own_state_on_one_rank(root: Path) -> Any:
+    run = trainer(root, 2, max_steps=1)
+    run.fit(OwnOptimizer(), loader())
+    run.save_checkpoint(root / "a.ckpt")
+    with pytest.raises(ZeroCkptError, match="rank 1: RuntimeError: not here") as caught:
+        trainer(root, 2, max_steps=2).fit(OwnOptimizer(), loader(), ckpt_path=root / "a.ckpt")
+    assert not isinstance(caught.value, SaveError)
+
+
+def test_no_rank_fails_alone_over_an_optimizers_own_state(tmp_path: Path) -> None:
+    on_ranks(_refuse_own_state_on_one_rank, 2, tmp_path)
 
 
 def test_others_hear_from_a_rank_that_reads_what_hooks_have_kept(tmp_path: Path) -> None:

@@ -161,30 +161,75 @@ class Preempted(L.Callback):
             os.kill(os.getpid(), signal.SIGUSR2)
 
 
-def _requeued(root: Path) -> Any:
+def _in_slurm(root: Path) -> dict[str, Any]:
+    """Options of a trainer in a job of two ranks, whose `scontrol` writes into `root`."""
     rank = os.environ["RANK"]
     slurm = {"JOB_ID": "77", "NTASKS": "2", "PROCID": rank, "LOCALID": rank, "NODEID": "0"}
     os.environ.update({f"SLURM_{name}": value for name, value in slurm.items()})
     os.environ["SLURM_NTASKS_PER_NODE"] = "2"
     os.environ["PATH"] = f"{root}:{os.environ['PATH']}"
     environment = SLURMEnvironment(requeue_signal=signal.SIGUSR2)
+    return {"plugins": [environment], "enable_checkpointing": False}
+
+
+def _requeued(root: Path) -> Any:
+    options = _in_slurm(root)
     callbacks = [Preempted()]
-    options = {"plugins": [environment], "enable_checkpointing": False}
     run = trainer(root, 2, max_steps=5, callbacks=callbacks, **options)
     run.fit(Model(), loader())
-    again = trainer(root, 2, max_steps=4, **options)
+    again = trainer(root, 2, max_steps=5, **options)
     again.fit(model := Model(), loader())
     return run.global_step, run.callbacks == callbacks, model.losses[0][0]
 
 
-def test_slurms_signal_is_answered_by_all_ranks_after_the_same_batch(tmp_path: Path) -> None:
+@pytest.fixture
+def scontrol(tmp_path: Path) -> Path:
+    """The file into which it writes what it was asked for."""
     (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho $@ >> {tmp_path}/asked\n")
     (tmp_path / "scontrol").chmod(0o755)
+    return tmp_path / "asked"
+
+
+def test_slurms_signal_is_answered_by_all_ranks_after_the_same_batch(
+    tmp_path: Path, scontrol: Path
+) -> None:
     for steps, has_users_callbacks, first in on_ranks(_requeued, 2, tmp_path):
         assert steps == 5, "the job goes on until SLURM ends it"
         assert has_users_callbacks
-        assert first == 3, "the next job resumes from what was saved"
-    assert (tmp_path / "asked").read_text() == "requeue 77\n"
+        assert first == 4, "the next job resumes from what was saved"
+    assert scontrol.read_text() == "requeue 77\n"
+
+
+class PreemptedAtTheEnd(L.Callback):
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR2)
+
+
+def _requeued_at_the_end(root: Path) -> None:
+    trainer(root, 2, max_steps=2, callbacks=[PreemptedAtTheEnd()], **_in_slurm(root)).fit(
+        Model(), loader()
+    )
+
+
+def test_slurms_signal_behind_the_last_batch_is_answered(tmp_path: Path, scontrol: Path) -> None:
+    on_ranks(_requeued_at_the_end, 2, tmp_path)
+    assert scontrol.read_text() == "requeue 77\n"
+    assert open_checkpoint(tmp_path / "hpc_ckpt_1.ckpt").manifest.step == 2
+
+
+def _own_handler(root: Path) -> int:
+    seen: list[int] = []
+    signal.signal(signal.SIGUSR2, lambda number, frame: seen.append(number))
+    trainer(root, 2, max_steps=2, callbacks=[PreemptedAtTheEnd()], **_in_slurm(root)).fit(
+        Model(), loader()
+    )
+    return len(seen)
+
+
+def test_a_users_own_handler_of_slurms_signal_stays(tmp_path: Path, scontrol: Path) -> None:
+    assert on_ranks(_own_handler, 2, tmp_path) == [0, 1]
+    assert not scontrol.exists()
 
 
 def _lr_find(root: Path, stage: int) -> Any:

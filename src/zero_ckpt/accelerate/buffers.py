@@ -43,4 +43,5 @@ def restore_buffers(models: Mapping[str, nn.Module], buffers: Mapping[str, torch
     state = capture_models(models)
     for key in (buffers.keys() & state.tensors.keys()) - state.computed:
         state.tensors[key].detach().copy_(buffers[key])
-    set_computed(models, {key: buffers[key] for key in buffers.keys() & state.computed})
+    computed = {key: buffers[key] for key in buffers.keys() & state.computed}
+    set_computed(models, computed, state.aliases)

@@ -11,7 +11,7 @@ from typing import Any
 from torch.distributed.tensor import DTensor
 
 from zero_ckpt.core.lazy import LazyTensor
-from zero_ckpt.zero.parts import part_like
+from zero_ckpt.core.parts import part_like
 
 __all__ = ["as_live"]
 

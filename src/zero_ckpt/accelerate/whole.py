@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from zero_ckpt.core.naming import naming_of
-from zero_ckpt.zero.parts import placed_like
+from zero_ckpt.core.parts import placed_like
 
 __all__ = ["shard_state_when_loaded", "sharding_what_is_loaded"]
 

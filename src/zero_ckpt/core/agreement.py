@@ -131,9 +131,10 @@ def agree(
     _check_space(storage, first.directory, shared + sum(p.private_bytes for p in proposals))
     is_new = _check_place(storage, first.directory, tag)
     others_may_write = hold(first.directory)
-    # Where nothing is: to look for a manifest that is not there would list all other tags, for the error's text.
-    folder = f"{first.directory}/{tag}"
-    generation = 1 if is_new else _next_generation(storage, folder, others_may_write)
+    generation = 1
+    # To look for a manifest that is not there would list all other tags, for the error's text.
+    if not is_new:
+        generation = _next_generation(storage, f"{first.directory}/{tag}", others_may_write)
     generation += others_may_write  # that job may have agreed upon this one, and not begun with it
     return Agreement(first.directory, tag, generation, list(holders.values()), notice)
 

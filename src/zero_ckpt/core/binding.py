@@ -60,11 +60,8 @@ def check_kinds(
     kinds = (
         ("model", models, "named_parameters"),
         ("optimizer", optimizers, "param_groups"),
-        (
-            "optimizer",
-            optimizers,
-            "register_step_post_hook",
-        ),  # a wrapper that is no torch Optimizer lacks it
+        # A wrapper that is no torch Optimizer lacks this one.
+        ("optimizer", optimizers, "register_step_post_hook"),
         ("lr_scheduler", schedulers, "state_dict"),
     )
     for what, given, attribute in kinds:

@@ -33,20 +33,22 @@ class LiveMemory:
     """The parameters and buffers of a model, and the memory that they lie in."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
         self.buffers = {id(buffer) for buffer in model.buffers()}
+        self._own = self.buffers | {id(parameter) for parameter in model.parameters()}
+        self._model = model
         self._memory: set[int] | None = None
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether an entry of the state dict is one of them, or a view of one; True for what is in no plain memory."""
-        if isinstance(tensor, nn.Parameter) or id(tensor) in self.buffers:
+        if id(tensor) in self._own:
             return True
         local = local_tensor(tensor)
         if type(local) not in _PLAIN or local.layout != torch.strided or local.is_meta:
             return True
         if self._memory is None:
             live = map(local_tensor, (*self._model.parameters(), *self._model.buffers()))
-            self._memory = {_memory_of(t) for t in live if type(t) in _PLAIN}
+            found = {_memory_of(t) for t in live if type(t) in _PLAIN}
+            self._memory = found - {0}  # which is where all empty ones are
         return _memory_of(local) in self._memory
 
 
@@ -57,15 +59,21 @@ def _memory_of(tensor: torch.Tensor) -> int:
 
 
 def empty_like_computed(placed: Placed, live: torch.Tensor | None) -> torch.Tensor:
-    """For the stored tensor, which may have another shape than the live one; sharded where that is."""
+    """For the stored tensor, which may have another shape than the live one; sharded where that is, on its device."""
     dtype = TORCH_DTYPES[placed.dtype]
     if isinstance(live, DTensor) and live.shape == placed.shape:
         return torch.empty_like(live, dtype=dtype)
-    return torch.empty(placed.shape, dtype=dtype, device="cpu")
+    return torch.empty(placed.shape, dtype=dtype, device="cpu" if live is None else live.device)
 
 
-def set_computed(models: Mapping[str, nn.Module], values: Mapping[str, Any]) -> None:
-    """Give each model the values, by their names in the checkpoint, through its own `load_state_dict`."""
+def set_computed(
+    models: Mapping[str, nn.Module], values: Mapping[str, Any], aliases: Mapping[str, str]
+) -> None:
+    """Give each model the values, by their names in the checkpoint, through its own `load_state_dict`.
+
+    `aliases`: other name -> name in `values`. A module that is in several places takes what it is given last.
+    """
+    values = {**values, **{a: values[first] for a, first in aliases.items() if first in values}}
     for name, model in models.items():
         prefix = dotted(name)
         mine = {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}

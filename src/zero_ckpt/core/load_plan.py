@@ -74,7 +74,12 @@ def plan_weights(
         return plan_custom(checkpoint, models, extra, wanted.custom_load_fn, control)
     state = capture_models(models)
     plan = plan_model(
-        checkpoint, state, control.rank, strict=wanted.load_module_strict, ignored=ignored
+        checkpoint,
+        state,
+        control.rank,
+        strict=wanted.load_module_strict,
+        ignored=ignored,
+        no_tensors=extra,
     )
     plan.installs.append(lambda: set_extra_state(models, extra))
     _plan_computed(plan, checkpoint, models, extra, state, control.rank)
@@ -102,7 +107,7 @@ def _plan_computed(
         if box is not None and box.numel:
             plan.fresh.append(Request("model", stored, placed, box, local))
     if values:
-        plan.installs.append(lambda: set_computed(models, values))
+        plan.installs.append(lambda: set_computed(models, values, state.aliases))
 
 
 def plan_training(

@@ -8,7 +8,7 @@ arrived.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -68,12 +68,13 @@ def plan_model(
     *,
     strict: bool = True,
     ignored: Callable[[str], bool] = lambda key: False,
+    no_tensors: Container[str] = (),
 ) -> Restoration:
     """Fill every live tensor from the stored one of its name.
 
     Raises `StateMismatchError` for other shapes, and when `strict` for missing or unexpected keys: all of them at once.
     Frozen parameters that were left out of the save on purpose keep their live values. `ignored(key)`: whether a stored
-    key is not meant for this load, and so not unexpected.
+    key is not meant for this load, and so not unexpected. `no_tensors`: keys of values that are stored elsewhere.
     """
     plan, wrong = Restoration(), []
     used: set[str] = set()
@@ -81,6 +82,8 @@ def plan_model(
     for key, tensor in state.tensors.items():
         stored = key if key in tensors else _stored_name(checkpoint, key, state.aliases)
         if stored is None:
+            if key in state.computed and key in no_tensors:
+                continue  # an empty list when it was saved, and a tensor now, say
             left_out = key in checkpoint.manifest.excluded
             (plan.excluded if left_out else plan.missing).append(key)
             continue

@@ -17,6 +17,20 @@ from zero_ckpt.core.shard_file import BLOCK
 __all__ = ["Slab", "Source", "digest_of", "source_of", "view_of"]
 
 
+class _Copied:
+    """Comes when all is done that was begun on the stream that is now current for a CUDA device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        self._event.record(torch.cuda.current_stream(device))
+
+    def synchronize(self) -> None:
+        # A thread begins on the first device, and CUDA would set that one up for this process, too.
+        with torch.cuda.device(self._device):
+            self._event.synchronize()
+
+
 class Source:
     """The bytes of one chunk in live memory: a tensor of the chunk's shape, any strides, any device.
 
@@ -45,9 +59,7 @@ class Source:
         """An event that comes when all that was begun on the tensor's CUDA device is copied; None for other devices."""
         if self.device.type != "cuda":
             return None
-        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        event.record(torch.cuda.current_stream(self.device))
-        return event
+        return _Copied(self.device)
 
     def _gather(self, address: int, start: int, stop: int, wait: bool) -> None:
         """Copy through torch, for strided tensors and those on an accelerator."""

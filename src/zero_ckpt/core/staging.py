@@ -162,9 +162,9 @@ class _Filler:
             end = min(chunk.end, stop)
             if end > self._at:
                 source = self._sources[self._index]
-                source.copy_to(address, self._at - chunk.begin, end - chunk.begin, wait=False)
                 if self._is_far:
-                    self._touched[source.device] = source
+                    self._touched[source.device] = source  # before: it may fail half-way
+                source.copy_to(address, self._at - chunk.begin, end - chunk.begin, wait=False)
                 address, self._at = address + end - self._at, end
             if end < chunk.end:
                 return

@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import AveragedModel, get_swa_multi_avg_fn
 
-from zero_ckpt.zero.parts import part_like
+from zero_ckpt.core.parts import part_like
 
 __all__ = ["shard_copies"]
 

@@ -21,10 +21,10 @@ from zero_ckpt.core.lazy import LazyTensor
 from zero_ckpt.core.naming import ParameterNames, naming_of
 from zero_ckpt.core.optimizers import plan_optimizer
 from zero_ckpt.core.own_state import give_own_state, own_state
+from zero_ckpt.core.parts import part_like, placed_like
 from zero_ckpt.core.restoring import Restoration
 from zero_ckpt.core.state import group_names, holder_of, local_states, names_in_groups
 from zero_ckpt.errors import StateMismatchError
-from zero_ckpt.zero.parts import part_like, placed_like
 
 __all__ = ["STATES", "Pristine", "plan_state", "pruned_names", "state_of"]
 

@@ -7,7 +7,7 @@ the end of sharding, so that each rank reads only its part.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from zero_ckpt.core.fence import await_staged
 from zero_ckpt.core.naming import parameter_names
 from zero_ckpt.core.outcome import log_report
 from zero_ckpt.core.reader import Request
+from zero_ckpt.core.restoring import Restoration
 from zero_ckpt.errors import StateMismatchError
 from zero_ckpt.lightning.opening import OpenMixin
 from zero_ckpt.lightning.optimizers import Pristine, plan_state
@@ -118,7 +119,7 @@ class RestoreMixin(OpenMixin):
             source.close()  # files are opened again when they are needed again
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Restore every optimizer; all of them, or none. Lightning restores the schedulers next."""
+        """Restore every optimizer; all is read and checked before one changes. Lightning restores schedulers next."""
         self._ready_schedules(cast("dict[str, Any]", checkpoint))  # with which Lightning goes on
         self._unfreeze()
         states = checkpoint["optimizer_states"]
@@ -144,14 +145,19 @@ class RestoreMixin(OpenMixin):
             for index, (optimizer, state) in enumerate(zip(self.optimizers, states, strict=True))
             if state
         ]
-        source = self._zero_source
-        if source is not None:
-            requests = [request for plan in plans for request in (*plan.fresh, *plan.live)]
-            self._together("resume: optimizers", lambda: self._read(source, requests))
+        self._together("resume: optimizers", lambda: self._read_optimizers(plans))
+        # The optimizers' own code runs here, and may fail on one rank only.
+        self._together("resume: optimizers installed", lambda: _install(plans))
         for plan in plans:
-            plan.install()
             self._tell(plan.notices)
         self._zero_pristine = ()
+
+    def _read_optimizers(self, plans: Sequence[Restoration]) -> None:
+        if self._zero_source is not None:
+            requests = [request for plan in plans for request in (*plan.fresh, *plan.live)]
+            self._read(self._zero_source, requests)
+        for plan in plans:
+            plan.check()
 
     def _unfreeze(self) -> None:
         if self._zero_source is not None and self._callbacks("BaseFinetuning"):
@@ -176,3 +182,8 @@ class RestoreMixin(OpenMixin):
 
     def _pristine(self, index: int) -> Pristine | None:
         return self._zero_pristine[index] if index < len(self._zero_pristine) else None
+
+
+def _install(plans: Iterable[Restoration]) -> None:
+    for plan in plans:
+        plan.install()

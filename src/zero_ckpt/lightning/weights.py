@@ -20,10 +20,10 @@ from zero_ckpt.core.dtensors import layout_of, local_part
 from zero_ckpt.core.lazy import LazyTensor
 from zero_ckpt.core.naming import is_elsewhere, naming_of
 from zero_ckpt.core.outcome import LoadReport
+from zero_ckpt.core.parts import part_like
 from zero_ckpt.core.reader import Request
 from zero_ckpt.errors import StateMismatchError
 from zero_ckpt.zero.generic import users_class
-from zero_ckpt.zero.parts import part_like
 
 __all__ = ["UnfitWeightsError", "load_weights"]
 

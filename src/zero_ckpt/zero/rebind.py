@@ -12,7 +12,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from zero_ckpt.zero.parts import placed_like
+from zero_ckpt.core.parts import placed_like
 
 __all__ = ["rebind_optimizer", "rebind_scheduler"]
 
