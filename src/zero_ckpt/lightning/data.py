@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import islice
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -65,6 +66,10 @@ class _CountingIterator:
         self._pending = loader._zero_pending
         self.count = count
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """None in a copy of the trainer within fit, as Lightning has it with iterators of a `DataLoader`."""
+        return type(None), ()
+
     def __iter__(self) -> _CountingIterator:
         return self
 
@@ -82,18 +87,21 @@ class _CountingIterator:
 
 
 class ResumableLoader(DataLoader[Any]):
-    """What `make_resumable` turns a `DataLoader` into. Never constructed."""
+    """What `make_resumable` turns a `DataLoader` into.
 
-    _zero_counter: _CountingIterator | None
-    _zero_position: Mapping[str, Any] | None
-    _zero_start: Mapping[str, Any]  # generators before the iterator was made
-    _zero_first: Mapping[str, Any]  # and before its first batch
-    _zero_pending: PendingRng | None
-    _zero_in_epoch: bool
-    _zero_reused: bool  # persistent workers' iterator of an earlier epoch
-    _zero_skipper: _SkipFirst | None
-    _zero_given: Mapping[str, Any] | None  # the position that it was bound with
-    _zero_twice: bool
+    Lightning may construct one, when it makes a loader anew for another run (`predict` after `fit`): bound to nothing.
+    """
+
+    _zero_counter: _CountingIterator | None = None
+    _zero_position: Mapping[str, Any] | None = None
+    _zero_start: Mapping[str, Any] = MappingProxyType({})  # generators before the iterator was made
+    _zero_first: Mapping[str, Any] = MappingProxyType({})  # and before its first batch
+    _zero_pending: PendingRng | None = None
+    _zero_in_epoch: bool = False
+    _zero_reused: bool = False  # persistent workers' iterator of an earlier epoch
+    _zero_skipper: _SkipFirst | None = None
+    _zero_given: Mapping[str, Any] | None = None  # the position that it was bound with
+    _zero_twice: bool = False
 
     def zero_bind(
         self,
@@ -126,13 +134,25 @@ class ResumableLoader(DataLoader[Any]):
             "epoch": getattr(self.sampler, "epoch", None),
             "seed": getattr(self.sampler, "seed", None),
             "reused": self._zero_reused,
-            "start": self._zero_start,
-            "first": self._zero_first,
+            "start": dict(self._zero_start),
+            "first": dict(self._zero_first),
             "generators": _states(self),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Nothing: the strategy binds the position itself, in cases where Lightning would not."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles are of the loader's own class: another process knows no other, and binds it anew."""
+        original = next(base for base in type(self).__bases__ if base is not ResumableLoader)
+        plain: Any = object.__new__(original)
+        kept = {name: each for name, each in vars(self).items() if not name.startswith("_zero_")}
+        vars(plain).update(kept)
+        function, arguments, *rest = plain.__reduce_ex__(max(2, protocol))
+        # Pickle lets `__newobj__` make nothing but an object of the class of `self`.
+        if getattr(function, "__name__", "") == "__newobj__":
+            function = object.__new__
+        return (function, arguments, *rest)
 
     def __iter__(self) -> Any:
         position, self._zero_position = self._zero_position, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,6 +51,14 @@ def _with_remedy(text: Any, optimizer: str) -> Any:
         f"{text}\n{optimizer} cannot step on sharded parameters (DTensors). Use ZeroStrategy(stage=1), where each rank "
         "updates whole ones."
     )
+
+
+def _clip_by_norm(plugin: Any, optimizer: torch.optim.Optimizer, clip_val: float) -> None:
+    zero.clip_grad_norm_(plugin.main_params(optimizer), clip_val)
+
+
+def _clip_by_value(plugin: Any, optimizer: torch.optim.Optimizer, clip_val: float) -> None:
+    zero.clip_grad_value_(plugin.main_params(optimizer), clip_val)
 
 
 class StepMixin(StrategyBase):
@@ -148,14 +157,9 @@ class StepMixin(StrategyBase):
         if isinstance(getattr(plugin, "scaler", None), torch.amp.GradScaler):
             plugin.scaler = zero.ShardedGradScaler.adopt(plugin.scaler)
 
-        def by_norm(optimizer: torch.optim.Optimizer, clip_val: float) -> None:
-            zero.clip_grad_norm_(plugin.main_params(optimizer), clip_val)
-
-        def by_value(optimizer: torch.optim.Optimizer, clip_val: float) -> None:
-            zero.clip_grad_value_(plugin.main_params(optimizer), clip_val)
-
-        plugin.clip_grad_by_norm = by_norm
-        plugin.clip_grad_by_value = by_value
+        # No local functions: the trainer can be copied and pickled within fit.
+        plugin.clip_grad_by_norm = partial(_clip_by_norm, plugin)
+        plugin.clip_grad_by_value = partial(_clip_by_value, plugin)
 
     def restore_precision(self) -> None:
         """Undo `adapt_precision` but for the scaler, which keeps its state."""
