@@ -11,7 +11,8 @@ Workers' own random streams (augmentation under `num_workers > 0`) start anew.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from types import MappingProxyType
 from typing import Any
@@ -22,7 +23,11 @@ from torch.utils.data import DataLoader, IterableDataset
 from zero_ckpt.core import rng
 from zero_ckpt.lightning.pending_rng import PendingRng
 
-__all__ = ["can_resume", "make_resumable"]
+__all__ = ["ResumableLoader", "can_resume", "make_reloaded", "make_resumable"]
+
+
+def _nobody() -> None:
+    """The trainer of a loader that was given to none."""
 
 
 class _SkipFirst:
@@ -102,6 +107,11 @@ class ResumableLoader(DataLoader[Any]):
     _zero_skipper: _SkipFirst | None = None
     _zero_given: Mapping[str, Any] | None = None  # the position that it was bound with
     _zero_twice: bool = False
+    _zero_trainer: Callable[[], Any] = staticmethod(_nobody)
+
+    def zero_belong(self, trainer: Any) -> None:
+        """Only what `trainer` iterates to train is a place. (It may validate with the same loader within the epoch.)"""
+        self._zero_trainer = weakref.ref(trainer)
 
     def zero_bind(
         self,
@@ -155,6 +165,9 @@ class ResumableLoader(DataLoader[Any]):
         return (function, arguments, *rest)
 
     def __iter__(self) -> Any:
+        trainer = self._zero_trainer()
+        if trainer is not None and not trainer.training:
+            return super().__iter__()
         position, self._zero_position = self._zero_position, None
         self._zero_counter = None
         in_epoch = position is not None and self._zero_in_epoch

@@ -16,7 +16,7 @@ from zero_ckpt import zero
 from zero_ckpt.core.notices import warn_on_first
 from zero_ckpt.lightning import epochs
 from zero_ckpt.lightning.base import StrategyBase
-from zero_ckpt.lightning.data import can_resume, make_reloaded, make_resumable
+from zero_ckpt.lightning.data import ResumableLoader, can_resume, make_reloaded, make_resumable
 from zero_ckpt.lightning.windows import Windows
 from zero_ckpt.zero.experts import attach_experts, shared_buffers
 from zero_ckpt.zero.initial import broadcast_from_first
@@ -171,6 +171,12 @@ class StepMixin(StrategyBase):
         trainer = self._current_trainer()
         if trainer is None or not (self.is_fitting and trainer.training):
             return super().process_dataloader(dataloader)
+        bound = self._bind(trainer, dataloader)
+        if isinstance(bound, ResumableLoader):
+            bound.zero_belong(trainer)
+        return bound
+
+    def _bind(self, trainer: Any, dataloader: object) -> object:
         if self._zero_resumption is not None:
             return self._zero_resumption.bind(trainer, dataloader)
         if not isinstance(dataloader, DataLoader) or not can_resume(dataloader):
