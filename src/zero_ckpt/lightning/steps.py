@@ -101,10 +101,9 @@ class StepMixin(StrategyBase):
         assert self.lightning_module is not None
         return self._forward_redirection(self.model, self.lightning_module, name, *args, **kwargs)
 
-    def backward(self, closure_loss: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().backward(closure_loss, *args, **kwargs)
+    def post_backward(self, closure_loss: torch.Tensor) -> None:
+        super().post_backward(closure_loss)
         self._zero_windows.after_backward(self.optimizers)
-        return loss
 
     def optimizer_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         result = super().optimizer_step(optimizer, *args, **kwargs)
