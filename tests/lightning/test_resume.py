@@ -105,7 +105,7 @@ class Counter:
 
 
 def _loaders(kind: str) -> Any:
-    if kind == "stream":
+    if kind in ("stream", "shared"):
         return DataLoader(Stream(), batch_size=4)
     if kind == "stateful":
         return Counter()
@@ -135,6 +135,7 @@ def _options(kind: str) -> dict[str, Any]:
         "validation": {"val_check_interval": 2},
         "accumulate": {"accumulate_grad_batches": 2},
         "epochs": {"max_epochs": 3, "max_steps": -1},
+        "shared": {"val_check_interval": 2, "limit_val_batches": 3},
         "limited": {"limit_train_batches": 4},
         "reloaded": {"reload_dataloaders_every_n_epochs": 1},
         "reloaded_generator": {"reload_dataloaders_every_n_epochs": 1},
@@ -158,7 +159,8 @@ def _continue(root: Path, kind: str, ckpt_path: str | None) -> Any:
     callbacks = [during, after, ended] if ckpt_path is None else []
     options = {"max_steps": 14, "use_distributed_sampler": False, **_options(kind)}
     run = trainer(root, 2, callbacks=callbacks, enable_checkpointing=bool(callbacks), **options)
-    run.fit(model, data, loader(8), ckpt_path=ckpt_path)
+    validation = data if kind == "shared" else loader(8)
+    run.fit(model, data, validation, ckpt_path=ckpt_path)
     return [loss for _, loss in model.losses], whole_weights(model), run.global_step
 
 
@@ -179,6 +181,7 @@ def _continue_from(root: Path, kind: str, names: list[str]) -> list[Any]:
         ("generator", ["step=4", "step=6", "step=9"]),
         ("workers", ["step=9"]),
         ("stream", ["step=4", "step=6", "step=9"]),
+        ("shared", ["step=2", "step=3", "validated-step=4", "step=5"]),
         ("reloaded", ["step=4", "step=6", "validated-step=6", "ended-step=6"]),
         ("reloaded_several", ["step=6", "validated-step=6", "ended-step=6"]),
         ("reloaded_generator", ["step=6", "validated-step=6", "ended-step=6"]),

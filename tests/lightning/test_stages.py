@@ -7,12 +7,14 @@ import pickle
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lightning.pytorch as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import Strategy
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -323,3 +325,14 @@ def test_an_optimizer_that_cannot_step_on_parts_names_the_stage_that_can(
     stage: int, tmp_path: Path
 ) -> None:
     on_ranks(_step_on_parts, 2, tmp_path, stage)
+
+
+def _count_backward(root: Path) -> int:
+    run = trainer(root, 2, max_steps=3)
+    with patch.object(Strategy, "backward", wraps=run.strategy.backward) as backward:
+        run.fit(Model(), loader())
+    return backward.call_count
+
+
+def test_backward_is_lightnings_own_so_that_a_test_may_watch_it(tmp_path: Path) -> None:
+    assert on_ranks(_count_backward, 1, tmp_path) == [3]

@@ -174,9 +174,9 @@ class StrategyBase(Host):
             raise_for(error, failure)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For launchers that pickle the strategy, without what belongs to this process."""
+        """For launchers that pickle the strategy, and callbacks that copy it: without what belongs to this process."""
         here = ("_zero_engine", "_zero_sharding", "_zero_mesh", "_zero_source", "_zero_handed_out")
-        return {**super().__getstate__(), **dict.fromkeys(here)}
+        return {**super().__getstate__(), **dict.fromkeys(here), "_zero_pristine": ()}
 
 
 def _check_export(export: object) -> None:

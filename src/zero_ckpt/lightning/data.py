@@ -12,32 +12,35 @@ Workers' own random streams (augmentation under `num_workers > 0`) start anew.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
-from types import NoneType
+from types import MappingProxyType, NoneType
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from zero_ckpt.core import rng
 from zero_ckpt.core.shapes import Shape
+from zero_ckpt.lightning.loader_rng import MOMENT, own_states, put_back, set_own_states, states
 from zero_ckpt.lightning.pending_rng import PendingRng
 
-__all__ = ["LOADER", "can_resume", "make_resumable"]
-
-_MOMENT = {"rng": rng.check, "generators": {str: rng.check_generator}}
+__all__ = ["LOADER", "ResumableLoader", "can_resume", "make_reloaded", "make_resumable"]
 
 LOADER: Shape = {
     "yielded": int,
     "epoch": (int, NoneType),
     "seed": (int, NoneType),
     "reused": bool,
-    "start": lambda moment: _MOMENT if moment else dict,
-    "first": lambda moment: _MOMENT if moment else dict,
+    "start": lambda moment: MOMENT if moment else dict,
+    "first": lambda moment: MOMENT if moment else dict,
     "generators": {str: rng.check_generator},
 }
 """A loader's place in a checkpoint: see `ResumableLoader.state_dict`."""
+
+
+def _nobody() -> None:
+    """The trainer of a loader that was given to none."""
 
 
 class _SkipFirst:
@@ -81,6 +84,10 @@ class _CountingIterator:
         self._pending = loader._zero_pending
         self.count = count
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """None in a copy of the trainer within fit, as Lightning has it with iterators of a `DataLoader`."""
+        return type(None), ()
+
     def __iter__(self) -> _CountingIterator:
         return self
 
@@ -88,7 +95,7 @@ class _CountingIterator:
         if self._pending is not None:
             self._pending.before_fetch()
         if self.count == 0:
-            self._loader._zero_first = _generator_states(self._loader)
+            self._loader._zero_first = states(self._loader)
         batch = next(self._iterator)
         self.count += 1
         return batch
@@ -98,18 +105,26 @@ class _CountingIterator:
 
 
 class ResumableLoader(DataLoader[Any]):
-    """What `make_resumable` turns a `DataLoader` into. Never constructed."""
+    """What `make_resumable` turns a `DataLoader` into.
 
-    _zero_counter: _CountingIterator | None
-    _zero_position: Mapping[str, Any] | None
-    _zero_start: Mapping[str, Any]  # generators before the iterator was made
-    _zero_first: Mapping[str, Any]  # and before its first batch
-    _zero_pending: PendingRng | None
-    _zero_in_epoch: bool
-    _zero_reused: bool  # persistent workers' iterator of an earlier epoch
-    _zero_skipper: _SkipFirst | None
-    _zero_given: Mapping[str, Any] | None  # the position that it was bound with
-    _zero_twice: bool
+    Lightning may construct one, when it makes a loader anew for another run (`predict` after `fit`): bound to nothing.
+    """
+
+    _zero_counter: _CountingIterator | None = None
+    _zero_position: Mapping[str, Any] | None = None
+    _zero_start: Mapping[str, Any] = MappingProxyType({})  # generators before the iterator was made
+    _zero_first: Mapping[str, Any] = MappingProxyType({})  # and before its first batch
+    _zero_pending: PendingRng | None = None
+    _zero_in_epoch: bool = False
+    _zero_reused: bool = False  # persistent workers' iterator of an earlier epoch
+    _zero_skipper: _SkipFirst | None = None
+    _zero_given: Mapping[str, Any] | None = None  # the position that it was bound with
+    _zero_twice: bool = False
+    _zero_trainer: Callable[[], Any] = staticmethod(_nobody)
+
+    def zero_belong(self, trainer: Any) -> None:
+        """Only what `trainer` iterates to train is a place. (It may validate with the same loader within the epoch.)"""
+        self._zero_trainer = weakref.ref(trainer)
 
     def zero_bind(
         self,
@@ -142,15 +157,30 @@ class ResumableLoader(DataLoader[Any]):
             "epoch": _number(self.sampler, "epoch"),
             "seed": _number(self.sampler, "seed"),
             "reused": self._zero_reused,
-            "start": self._zero_start,
-            "first": self._zero_first,
-            "generators": _states(self),
+            "start": dict(self._zero_start),
+            "first": dict(self._zero_first),
+            "generators": own_states(self),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Nothing: the strategy binds the position itself, in cases where Lightning would not."""
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copies and pickles are of the loader's own class: another process knows no other, and binds it anew."""
+        original = next(base for base in type(self).__bases__ if base is not ResumableLoader)
+        plain: Any = object.__new__(original)
+        kept = {name: each for name, each in vars(self).items() if not name.startswith("_zero_")}
+        vars(plain).update(kept)
+        function, arguments, *rest = plain.__reduce_ex__(max(2, protocol))
+        # Pickle lets `__newobj__` make nothing but an object of the class of `self`.
+        if getattr(function, "__name__", "") == "__newobj__":
+            function = object.__new__
+        return (function, arguments, *rest)
+
     def __iter__(self) -> Any:
+        trainer = self._zero_trainer()
+        if trainer is not None and not trainer.training:
+            return super().__iter__()
         position, self._zero_position = self._zero_position, None
         self._zero_counter = None
         in_epoch = position is not None and self._zero_in_epoch
@@ -169,7 +199,7 @@ class ResumableLoader(DataLoader[Any]):
             self._zero_twice = False
             super().__iter__()
         self._zero_reused = self.persistent_workers and self._iterator is not None
-        self._zero_start = _generator_states(self)
+        self._zero_start = states(self)
         self._zero_first = {} if position is None or not in_epoch else position["first"]
         self._zero_counter = _CountingIterator(self, self._zero_iterate(count), count)
         if self._zero_pending is not None:
@@ -181,9 +211,9 @@ class ResumableLoader(DataLoader[Any]):
         if position["seed"] is not None and hasattr(self.sampler, "seed"):
             self.sampler.seed = position["seed"]  # a DistributedSampler's order comes from it
         if not in_epoch:
-            _set_states(self, position["generators"])
+            set_own_states(self, position["generators"])
             return
-        _restore_generators(self, position["start"])
+        put_back(self, position["start"])
         if position["epoch"] is not None and hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(position["epoch"])
 
@@ -191,7 +221,7 @@ class ResumableLoader(DataLoader[Any]):
         stream = isinstance(self.dataset, IterableDataset) or _has_own_iterator(type(self))
         if stream or not count:
             iterator: Iterator[Any] = super().__iter__()
-            _restore_generators(self, self._zero_first)
+            put_back(self, self._zero_first)
             for _ in islice(iterator, count):
                 pass
             return iterator
@@ -200,7 +230,7 @@ class ResumableLoader(DataLoader[Any]):
         if self._zero_reused and self._iterator is not None:
             self._iterator._index_sampler = self._zero_skipper
         iterator = super().__iter__()
-        _restore_generators(self, self._zero_first)
+        put_back(self, self._zero_first)
         self._zero_skipper.skip()
         self._zero_skipper = None
         if self._zero_reused and self._iterator is not None:
@@ -267,29 +297,3 @@ def _number(sampler: Any, name: str) -> int | None:
         return operator.index(getattr(sampler, name, None))  # type: ignore[arg-type]
     except TypeError:
         return None
-
-
-def _generators(loader: DataLoader[Any]) -> dict[str, torch.Generator]:
-    owners = {"loader": loader, "sampler": loader.sampler, "batches": loader.batch_sampler}
-    found = {name: getattr(owner, "generator", None) for name, owner in owners.items()}
-    return {name: each for name, each in found.items() if isinstance(each, torch.Generator)}
-
-
-def _states(loader: DataLoader[Any]) -> dict[str, torch.Tensor]:
-    return {name: each.get_state() for name, each in _generators(loader).items()}
-
-
-def _generator_states(loader: DataLoader[Any]) -> dict[str, Any]:
-    return {"rng": rng.capture(), "generators": _states(loader)}
-
-
-def _restore_generators(loader: DataLoader[Any], states: Mapping[str, Any]) -> None:
-    if states:
-        rng.restore(states["rng"])
-        _set_states(loader, states["generators"])
-
-
-def _set_states(loader: DataLoader[Any], states: Mapping[str, torch.Tensor]) -> None:
-    for name, generator in _generators(loader).items():
-        if name in states:
-            generator.set_state(states[name].cpu())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from zero_ckpt import zero
 from zero_ckpt.core.notices import warn_on_first
 from zero_ckpt.lightning import epochs
 from zero_ckpt.lightning.base import StrategyBase
-from zero_ckpt.lightning.data import can_resume, make_reloaded, make_resumable
+from zero_ckpt.lightning.data import ResumableLoader, can_resume, make_reloaded, make_resumable
 from zero_ckpt.lightning.windows import Windows
 from zero_ckpt.zero.experts import attach_experts, shared_buffers
 from zero_ckpt.zero.initial import broadcast_from_first
@@ -24,6 +25,14 @@ __all__ = ["StepMixin"]
 
 _UNUSED = "Expected to have finished reduction in the prior iteration"
 """How DDP's error about parameters without a gradient begins."""
+
+
+def _clip_by_norm(plugin: Any, optimizer: torch.optim.Optimizer, clip_val: float) -> None:
+    zero.clip_grad_norm_(plugin.main_params(optimizer), clip_val)
+
+
+def _clip_by_value(plugin: Any, optimizer: torch.optim.Optimizer, clip_val: float) -> None:
+    zero.clip_grad_value_(plugin.main_params(optimizer), clip_val)
 
 
 class StepMixin(StrategyBase):
@@ -66,10 +75,9 @@ class StepMixin(StrategyBase):
         assert self.lightning_module is not None
         return self._forward_redirection(self.model, self.lightning_module, name, *args, **kwargs)
 
-    def backward(self, closure_loss: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        loss = super().backward(closure_loss, *args, **kwargs)
+    def post_backward(self, closure_loss: torch.Tensor) -> None:
+        super().post_backward(closure_loss)
         self._zero_windows.after_backward(self.optimizers)
-        return loss
 
     def optimizer_step(self, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         result = super().optimizer_step(optimizer, *args, **kwargs)
@@ -122,14 +130,9 @@ class StepMixin(StrategyBase):
         if isinstance(getattr(plugin, "scaler", None), torch.amp.GradScaler):
             plugin.scaler = zero.ShardedGradScaler.adopt(plugin.scaler)
 
-        def by_norm(optimizer: torch.optim.Optimizer, clip_val: float) -> None:
-            zero.clip_grad_norm_(plugin.main_params(optimizer), clip_val)
-
-        def by_value(optimizer: torch.optim.Optimizer, clip_val: float) -> None:
-            zero.clip_grad_value_(plugin.main_params(optimizer), clip_val)
-
-        plugin.clip_grad_by_norm = by_norm
-        plugin.clip_grad_by_value = by_value
+        # No local functions: the trainer can be copied and pickled within fit.
+        plugin.clip_grad_by_norm = partial(_clip_by_norm, plugin)
+        plugin.clip_grad_by_value = partial(_clip_by_value, plugin)
 
     def restore_precision(self) -> None:
         """Undo `adapt_precision` but for the scaler, which keeps its state."""
@@ -141,6 +144,12 @@ class StepMixin(StrategyBase):
         trainer = self._current_trainer()
         if trainer is None or not (self.is_fitting and trainer.training):
             return super().process_dataloader(dataloader)
+        bound = self._bind(trainer, dataloader)
+        if isinstance(bound, ResumableLoader):
+            bound.zero_belong(trainer)
+        return bound
+
+    def _bind(self, trainer: Any, dataloader: object) -> object:
         if self._zero_resumption is not None:
             return self._zero_resumption.bind(trainer, dataloader)
         if not isinstance(dataloader, DataLoader) or not can_resume(dataloader):

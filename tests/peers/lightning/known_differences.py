@@ -46,11 +46,6 @@ KNOWN = (
         ("checkpointing/test_trainer_checkpoint.py::test_trainer_save_checkpoint_storage_options",),
     ),
     Difference(
-        "The test pickles the whole module after fit; PyTorch's FSDP2 modules cannot be pickled, "
-        "their state_dict() can.",
-        ("checkpointing/test_torch_saving.py::test_model_torch_save",),
-    ),
-    Difference(
         "The test expects Lightning's own TorchCheckpointIO inside an empty wrapper; we put "
         "ZeroCheckpointIO there.",
         ("plugins/test_checkpoint_io_plugin.py::test_multi_wrapped_checkpoint_io_initialization",),
@@ -74,14 +69,26 @@ KNOWN = (
         ("models/test_restore.py::test_trainer_properties_restore_ckpt_path",),
     ),
     Difference(
-        "The test deep-copies callbacks, and through the progress bar the trainer and its model; "
-        "PyTorch's FSDP2 modules refuse to be copied.",
+        "The test counts a run's callbacks; the export at its end is one, until it is over.",
         ("models/test_restore.py::test_callbacks_state_fit_ckpt_path",),
     ),
     Difference(
+        "The test prunes weights on two processes; ModelPruning works on whole weights, and is "
+        "refused at stages that shard them.",
+        ("callbacks/test_pruning.py::test_pruning_callback_ddp_cpu",),
+    ),
+    Difference(
         "Fails with plain DDP on one process too: Lightning makes new data loaders for a "
-        "distributed sampler, and the test watches the one that it made.",
-        ("loops/test_loops.py::test_workers_are_shutdown",),
+        "distributed sampler, and the test watches the one, or the sampler, that it made.",
+        (
+            "loops/test_loops.py::test_workers_are_shutdown",
+            "trainer/flags/test_overfit_batches.py::test_overfit_batches_raises_warning_in_case_of_sequential_sampler",
+            "trainer/flags/test_overfit_batches.py::test_overfit_batch_limits_eval[0.11-test-test]",
+            "trainer/flags/test_overfit_batches.py::test_overfit_batch_limits_eval[4-test-test]",
+            "trainer/test_dataloaders.py::test_train_dataloader_passed_to_fit",
+            "trainer/test_dataloaders.py::test_mixing_of_dataloader_options",
+            "trainer/test_dataloaders.py::test_multiple_dataloaders_with_random_sampler_overfit_batches",
+        ),
     ),
     Difference(
         "Fails with plain DDP on one process too: the test expects two processes of every "
@@ -96,7 +103,28 @@ KNOWN = (
     Difference(
         "Fails with plain DDP too: the test fakes a part of a SLURM job, and a distributed "
         "strategy asks for the rest (SLURM_NODEID).",
-        ("trainer/connectors/test_checkpoint_connector.py::test_hpc_restore_attempt",),
+        (
+            "trainer/connectors/test_checkpoint_connector.py::test_hpc_restore_attempt",
+            "trainer/connectors/test_signal_connector.py::test_signal_handlers_restored_in_teardown",
+            "trainer/connectors/test_signal_connector.py::test_auto_requeue_custom_signal_flag",
+            "trainer/connectors/test_signal_connector.py::test_auto_requeue_job",
+            "trainer/connectors/test_signal_connector.py::test_auto_requeue_array_job",
+            "trainer/connectors/test_signal_connector.py::test_auto_requeue_invalid_job_id",
+        ),
+    ),
+    Difference(
+        "Fails with plain DDP too: it starts processes, which Lightning refuses to do from an "
+        "interactive session.",
+        ("trainer/connectors/test_accelerator_connector.py::test_connector_auto_selection[True]",),
+    ),
+    Difference(
+        "Fails with plain DDP too: with a gloo process group Lightning evaluates under no_grad "
+        "where it would take inference_mode.",
+        ("trainer/flags/test_inference_mode.py::test_eval_inference_mode",),
+    ),
+    Difference(
+        "Fails with plain DDP too: Lightning tunes the batch size with no distributed strategy.",
+        ("trainer/flags/test_fast_dev_run.py::test_skip_on_fast_dev_run_tuner",),
     ),
     Difference(
         "Fails with plain DDP too: the test sets strategy.world_size, which distributed strategies "
@@ -109,6 +137,8 @@ KNOWN = (
         (
             "trainer/test_trainer.py::test_trainer_config_strategy[trainer_kwargs0-SingleDeviceStrategy-CPUAccelerator-1]",
             "trainer/test_trainer.py::test_trainer_calls_strategy_on_exception",
+            "trainer/connectors/test_accelerator_connector.py::test_accelerator_cpu_with_devices[1-SingleDeviceStrategy]",
+            "trainer/connectors/test_accelerator_connector.py::test_connector_auto_selection[False]",
         ),
     ),
 )
