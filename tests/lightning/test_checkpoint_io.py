@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from tests.lightning.harness import (
     trainer,
 )
 from zero_ckpt.core.checkpoint import open_checkpoint
+from zero_ckpt.core.engine import SyncEngine
 from zero_ckpt.errors import CheckpointNotFoundError, ConfigurationError, UnsafeObjectError
 from zero_ckpt.lightning import ZeroCheckpointIO
 
@@ -227,6 +229,32 @@ def test_another_plugin_gets_the_whole_checkpoint_on_rank_0(tmp_path: Path) -> N
     state = content["optimizer_states"][0]
     assert set(state["state"]) == set(state["param_groups"][0]["params"]) == set(range(12))
     torch.optim.AdamW(Model().parameters()).load_state_dict(state)
+
+
+def test_a_checkpoint_that_another_thread_saves_is_removed_when_it_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning's AsyncCheckpointIO writes on a thread, and keeps the best few on another."""
+    begun, go, save = threading.Event(), threading.Event(), SyncEngine.save
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        begun.set()
+        assert go.wait(30)
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(SyncEngine, "save", slow)
+    io, path = ZeroCheckpointIO(), tmp_path / "a.ckpt"
+    content = {"pytorch-lightning_version": "2.6", "state_dict": {"w": torch.ones(3)}}
+    saver = threading.Thread(target=io.save_checkpoint, args=(content, path))
+    saver.start()
+    assert begun.wait(30)
+    remover = threading.Thread(target=io.remove_checkpoint, args=(path,))
+    remover.start()
+    remover.join(0.2)
+    go.set()
+    saver.join()
+    remover.join()
+    assert not path.exists()
 
 
 def test_a_file_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ nothing here communicates. Under `ZeroStrategy` all ranks write, and the strateg
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -63,7 +64,7 @@ class ZeroCheckpointIO(_AllCheckpointIOs):
         _refuse_parts(checkpoint)
         directory, tag = paths.split(path)
         engine = self._local_engine()
-        with paths.making_way(engine, directory, tag) as make_way:
+        with _under_way(path), paths.making_way(engine, directory, tag) as make_way:
 
             def snapshot() -> Snapshot:
                 make_way()
@@ -98,7 +99,12 @@ class ZeroCheckpointIO(_AllCheckpointIOs):
             return read
 
     def remove_checkpoint(self, path: Any) -> None:
-        """Remove a checkpoint of any kind. Never leaves a dangling link beside it."""
+        """Remove a checkpoint of any kind. Never leaves a dangling link beside it.
+
+        One that another thread is saving now (Lightning's `AsyncCheckpointIO` has one) is removed when it is there.
+        """
+        with _changed:
+            _changed.wait_for(lambda: os.path.abspath(path) not in _saving)
         paths.remove(path)
 
     def teardown(self) -> None:
@@ -112,6 +118,25 @@ class ZeroCheckpointIO(_AllCheckpointIOs):
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_engine": None}
+
+
+_saving: list[str] = []
+"""Paths of checkpoints that are being saved."""
+
+_changed = threading.Condition()
+
+
+@contextmanager
+def _under_way(path: Any) -> Iterator[None]:
+    saved = os.path.abspath(path)
+    with _changed:
+        _saving.append(saved)
+    try:
+        yield
+    finally:
+        with _changed:
+            _saving.remove(saved)
+            _changed.notify_all()
 
 
 def load_file(path: Any, map_location: Any, weights_only: bool | None) -> dict[str, Any]:
