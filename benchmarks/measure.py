@@ -39,10 +39,15 @@ class Contestant:
     clean: Callable[[int], None] = nothing
 
 
-def interleave(rank: Rank, contestants: Sequence[Contestant], *, warm_up: int = 1) -> Measured:
-    """Seconds of each contestant by round (of the slowest rank), the first `warm_up` left out."""
+def interleave(
+    rank: Rank, contestants: Sequence[Contestant], *, warm_up: int = 1, needs_memory: bool = True
+) -> Measured:
+    """Seconds of each contestant by round (of the slowest rank), the first `warm_up` left out.
+
+    Not `needs_memory`: what only computes, and would be disturbed by the system that takes memory back meanwhile.
+    """
     measured = Measured()
-    memory = FreeMemory(rank.options.params * FREE_PER_PARAMETER)
+    memory = FreeMemory(rank.options.params * FREE_PER_PARAMETER if needs_memory else 1)
     for turn in range(warm_up + rank.options.repeats):
         for contestant in rotated(contestants, turn):
             rank.on_first(memory.take)

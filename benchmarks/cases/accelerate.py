@@ -252,4 +252,5 @@ def _measure_steps(rank: Rank) -> Measured:
         rank,
         [Contestant("plain", train), Contestant("attached", train, attached, detached)],
         warm_up=2,
+        needs_memory=False,
     )
