@@ -52,8 +52,7 @@ def remove_leftovers(storage: Storage, directory: str) -> list[Leftover]:
     """Remove what is left over, and folders that are empty then; returns what was found, and what had to stay.
 
     While it runs no save may begin there; leases of killed jobs go, too. Where nothing is left over it writes nothing
-    there. Raises `SaveError` when
-    another job saves there, and what `find_leftovers` raises.
+    there. Raises `SaveError` when another job saves there, and what `find_leftovers` raises.
     """
     has_loose = any(_loose_in(storage, directory, tag) for tag in list_tags(storage, directory))
     if not has_loose and not any(e.name.startswith(PREFIX) for e in storage.list(directory)):
