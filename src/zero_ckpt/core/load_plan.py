@@ -98,7 +98,7 @@ def _plan_computed(
     values = {
         key: value
         for key, value in extra.items()
-        if not is_extra_state(key) and key in state.tensors.keys() | state.extra.keys()
+        if not is_extra_state(key) and (key in state.tensors or key in state.extra)
     }
     for key, stored in plan.computed.items():
         placed = checkpoint.placed("model", stored)
