@@ -28,7 +28,7 @@ from zero_ckpt.core.naming import Naming, naming_of
 from zero_ckpt.core.objects import decode_objects
 from zero_ckpt.core.state import Snapshot, by_parameter
 from zero_ckpt.core.state_values import add_value, python_value, split_state_name
-from zero_ckpt.lightning.optimizers import STATES, pruned_names
+from zero_ckpt.lightning.optimizers import pruned_names, rest_of
 
 __all__ = ["VERSION_KEY", "ModuleNames", "from_checkpoint", "step_of", "to_snapshot"]
 
@@ -198,7 +198,7 @@ def _take_optimizer(snapshot: Snapshot, name: str, state: Mapping[str, Any]) -> 
     record = {"class": state.get("class", ""), "groups": groups}
     if any(isinstance(p, int) for group in state["param_groups"] for p in group["params"]):
         record["numbered"] = True  # by place, not by name: no module was known
-    rest = {k: v for k, v in state.items() if k not in STATES}
+    rest = rest_of(state)
     return {**record, "rest": rest} if rest else record
 
 

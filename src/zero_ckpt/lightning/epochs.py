@@ -61,17 +61,11 @@ def is_within(trainer: Any) -> bool:
 
 
 def is_in_window(trainer: Any) -> bool:
-    """Whether gradients of whole batches wait for the rest of their accumulation window.
-
-    Under manual optimization only the user knows.
-    """
+    """Under automatic optimization: whether gradients of whole batches wait for the rest of their window."""
     loop = trainer.fit_loop.epoch_loop
     current = loop.batch_progress.current
     return bool(
-        trainer.lightning_module.automatic_optimization
-        and is_within(trainer)
-        and current.ready == current.processed
-        and loop._should_accumulate()
+        is_within(trainer) and current.ready == current.processed and loop._should_accumulate()
     )
 
 

@@ -26,10 +26,14 @@ from zero_ckpt.core.restoring import Restoration
 from zero_ckpt.core.state import group_names, holder_of, local_states, names_in_groups
 from zero_ckpt.errors import StateMismatchError
 
-__all__ = ["STATES", "Pristine", "plan_state", "pruned_names", "state_of"]
+__all__ = ["Pristine", "plan_state", "pruned_names", "rest_of", "state_of"]
 
-STATES = frozenset({"class", "state", "param_groups"})
-"""Keys of an optimizer's state dict that this module knows; others belong to the optimizer's own class."""
+_KNOWN = frozenset({"class", "state", "param_groups"})
+
+
+def rest_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of an optimizer's state dict that belong to the optimizer's own class."""
+    return {key: value for key, value in state.items() if key not in _KNOWN}
 
 
 def state_of(
@@ -104,8 +108,7 @@ def plan_state(
     """
     numbered = any(isinstance(p, int) for group in state["param_groups"] for p in group["params"])
     if pristine is not None and not numbered and pristine.is_unchanged(state):
-        rest = {k: v for k, v in state.items() if k not in STATES}
-        record = {"class": state["class"], "groups": _groups(state), "rest": rest}
+        record = {"class": state["class"], "groups": _groups(state), "rest": rest_of(state)}
         return plan_optimizer(
             pristine.checkpoint,
             optimizer,
@@ -118,7 +121,7 @@ def plan_state(
     by_parameter = _matched(optimizer, state, names, numbered)
     plan = Restoration()
     groups = [] if keep_options else state["param_groups"]
-    rest = {k: v for k, v in state.items() if k not in STATES}
+    rest = rest_of(state)
     plan.installs.append(lambda: give_own_state(holder_of(optimizer), rest))
     plan.installs.append(lambda: _install(optimizer, by_parameter, groups))
     return plan
